@@ -1,0 +1,42 @@
+"""refkl: keep a policy tied to its reference model.
+
+    reference = refkl.build_reference(policy)                  # the policy as it stands now, held the cheapest right way
+    pair = refkl.score_pair(policy, reference, batch)          # log-probabilities of both, in nats
+    output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, batch.completion_mask)
+    (loss + output.loss).backward()
+"""
+
+from refkl import kl
+from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.freeze import freeze, frozen_parameters, trainable_parameters
+from refkl.penalty import KLPenalty, global_normalizer
+from refkl.reference import STRATEGIES, Reference, build_reference, register_strategy, score_pair
+from refkl.scoring import score_tokens
+from refkl.sync import SyncReferenceCallback
+from refkl.types import KLOutput, MemoryReport, PairScores, TokenBatch, TokenScores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STRATEGIES",
+    "KLConfig",
+    "KLOutput",
+    "KLPenalty",
+    "MemoryReport",
+    "PairScores",
+    "Reference",
+    "ReferenceConfig",
+    "SyncConfig",
+    "SyncReferenceCallback",
+    "TokenBatch",
+    "TokenScores",
+    "build_reference",
+    "freeze",
+    "frozen_parameters",
+    "global_normalizer",
+    "kl",
+    "register_strategy",
+    "score_pair",
+    "score_tokens",
+    "trainable_parameters",
+]

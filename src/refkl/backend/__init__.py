@@ -1,0 +1,18 @@
+"""What a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. The only place that knows these wrappers."""
+
+from refkl.backend.detect import Backend, check_launch, detect
+from refkl.backend.modules import canonical_name, evaluating, named_weights, unwrap
+from refkl.backend.zero import gathered, is_partitioned, local_shard
+
+__all__ = [
+    "Backend",
+    "canonical_name",
+    "check_launch",
+    "detect",
+    "evaluating",
+    "gathered",
+    "is_partitioned",
+    "local_shard",
+    "named_weights",
+    "unwrap",
+]

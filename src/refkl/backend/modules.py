@@ -1,0 +1,71 @@
+"""Wrapped modules: what is inside them, what their parameters are called, and how to score without changing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_OUTER_PREFIX = re.compile(r"^(?:module\.)+")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PEFT_PREFIX = re.compile(r"^base_model\.model\.")
+_PEFT_INNER = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed wrappers; PEFT is left in place."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile
+            model = model.get_submodule("_orig_mod")
+        elif is_engine(model):
+            model = model.get_submodule("module")
+        else:
+            return model
+
+
+def is_engine(model: nn.Module) -> bool:
+    """True for a DeepSpeed engine, without importing deepspeed (which need not be installed)."""
+    return any(t.__name__ == "DeepSpeedEngine" and t.__module__.startswith("deepspeed.") for t in type(model).__mro__)
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name as the bare model has it: without wrappers' and PEFT's additions."""
+    return _PEFT_INNER.sub("", _PEFT_PREFIX.sub("", _OUTER_PREFIX.sub("", _WRAPPERS.sub("", name))))
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then persistent buffers, with canonical names; tied ones once."""
+    seen: set[int] = set()
+    persistent = model.state_dict(keep_vars=True)
+    for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield canonical_name(name), tensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode: dropout is off, also where it is a float that a layer reads (attention_dropout).
+
+    Each submodule's own mode comes back afterwards, so that one that was left in eval inside a training model stays so.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next(model.parameters()).device

@@ -1,0 +1,131 @@
+"""DeepSpeed ZeRO-3: parameters of which each rank holds a part. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_deepspeed_available
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """True for a parameter under ZeRO-3, of which this rank holds `ds_tensor` and otherwise a placeholder of size 0."""
+    return hasattr(parameter, "ds_id")
+
+
+def local_shard(parameter: Tensor) -> Tensor:
+    """The data that this rank holds of a parameter: its ZeRO-3 partition (flat, padded), its DTensor part, or all."""
+    if is_partitioned(parameter):
+        return parameter.ds_tensor.data  # type: ignore[attr-defined]
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, not of the placeholder."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
+    """The whole parameters on every rank for as long as this is open; collective. With `write`, rank 0's stay."""
+    sharded = [p for p in parameters if is_partitioned(p)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    # Without modifier_rank, what is written inside is dropped on exit.
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
+
+
+def release(parameters: Iterable[Tensor]) -> None:
+    """Drop gathered copies that a forward left behind, so that the partitions are all that the next forward reads."""
+    for parameter in parameters:
+        if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+def active_zero3_config(accelerator: Accelerator | None) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of this run if it is ZeRO-3, else None."""
+    from accelerate.state import AcceleratorState
+
+    if not is_deepspeed_available():
+        return None
+    if accelerator is not None:
+        plugin = accelerator.state.deepspeed_plugin
+    else:
+        plugin = AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None
+    return plugin.deepspeed_config if plugin is not None and plugin.zero_stage == 3 else None
+
+
+def inference_config(training: dict[str, Any]) -> dict[str, Any]:
+    """A ZeRO-3 configuration for a model that never trains, from that of the run.
+
+    No optimizer. No parameter persists gathered and none is kept for reuse: each forward reads the partitions, so that
+    an update of the partitions is all that an update takes. Parameter offload stays as the user set it.
+    """
+    stage = training.get("zero_optimization", {})
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    if stage.get("offload_param", {}).get("device", "none") not in (None, "none"):
+        zero["offload_param"] = copy.deepcopy(stage["offload_param"])
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    # The accelerator's own copy may still say "auto" before it has prepared a model.
+    for key in ("bf16", "fp16"):
+        if training.get(key, {}).get("enabled") is True:
+            config[key] = {"enabled": True}
+    return config
+
+
+@contextmanager
+def transformers_zero3(config: dict[str, Any]) -> Iterator[None]:
+    """from_pretrained partitions as it loads, under `config`; the run's own setting comes back afterwards."""
+    import transformers.integrations.deepspeed as integration
+
+    before = integration._hf_deepspeed_config_weak_ref
+    own = integration.HfDeepSpeedConfig(config)  # kept alive here: transformers holds it weakly
+    try:
+        yield
+    finally:
+        del own
+        integration._hf_deepspeed_config_weak_ref = before
+
+
+def inference_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """A DeepSpeed engine without optimizer around a partitioned model, in eval mode."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file."""
+    return json.loads(Path(path).read_text())
+
+
+def no_partition() -> Any:
+    """A context in which modules are made whole even under ZeRO-3."""
+    if not is_deepspeed_available():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(enabled=False)

@@ -1,0 +1,166 @@
+"""Configuration of a reference, its KL penalty, its sync, and of a whole run.
+
+Defaults are the recipe to start from. Nonsense is refused when an object is made, so that it cannot reach a run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from refkl.kl import FixedKL
+
+Method = Literal["grpo", "dpo"]
+BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """Which model is the reference, and how it is held."""
+
+    strategy: str = "auto"
+    """"auto" or a name in STRATEGIES ("clone", "adapter", "zero3"). Auto: a PEFT policy with a fresh adapter takes
+    "adapter", ZeRO-3 takes "zero3", all else "clone"."""
+    source: str = "policy"
+    """"policy": the policy as it stands when the reference is built. "pretrained": the weights that the policy was
+    loaded from, also where it has been changed since. Anything else is a model folder to take weights from."""
+    dtype: DtypeName | None = None
+    """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
+    device: str | None = None
+    """Where "clone" is held, as in "cuda:1"; None follows the policy."""
+
+    def __post_init__(self) -> None:
+        if not self.strategy:
+            raise ValueError("reference.strategy is empty: use 'auto' or the name of a strategy.")
+        if not self.source:
+            raise ValueError("reference.source is empty: use 'policy', 'pretrained' or a model folder.")
+
+
+@dataclass(kw_only=True)
+class KLConfig:
+    """Which KL is added, and how much of it."""
+
+    coef: float = 0.05
+    """What the KL is multiplied by in the loss. 0 measures it and penalises nothing."""
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """The value that is reported and aggregated; see refkl.kl.estimate."""
+    gradient: Literal["reverse_kl", "autograd"] = "reverse_kl"
+    """"reverse_kl" is the gradient of KL(policy ‖ reference), for every estimator. "autograd" differentiates the
+    estimator as it stands (k3 as in TRL's GRPO; k1 then has a gradient of mean zero)."""
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    """From tokens to one number; see refkl.kl.aggregate."""
+    placement: Literal["loss"] = "loss"
+    """Where the penalty goes: added to the loss."""
+    max_log_ratio: float | None = None
+    """Clamp the log-ratio to ± this in the reported value; the reverse-KL gradient is never clamped."""
+
+    def __post_init__(self) -> None:
+        FixedKL(self.coef)
+        if self.max_log_ratio is not None and not self.max_log_ratio > 0:
+            raise ValueError(f"kl.max_log_ratio must be positive, got {self.max_log_ratio}.")
+        if self.gradient == "autograd" and self.estimator == "k1" and self.coef > 0:
+            raise ValueError(
+                "kl.estimator 'k1' with gradient 'autograd' penalises nothing: the gradient of k1 has mean zero. "
+                "Use gradient 'reverse_kl', or estimator 'k2' or 'k3'."
+            )
+
+
+@dataclass(kw_only=True)
+class SyncConfig:
+    """When the reference moves, and how far."""
+
+    every: int = 512
+    """Optimizer steps between two syncs (not micro-batches)."""
+    alpha: float = 0.6
+    """theta_ref <- (1 - alpha) theta_ref + alpha theta. 1 copies the policy (TR-DPO hard); 0.6 every 512 steps is the
+    soft variant's recommendation (Gorbatovski et al., arXiv:2404.09656)."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"sync.every counts optimizer steps and must be at least 1, got {self.every}.")
+        if not 0.0 < self.alpha <= 1.0:
+            raise ValueError(f"sync.alpha must be in (0, 1], got {self.alpha}: at 0 the reference would never move.")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy to start from."""
+
+    path: str
+    """A model folder (or hub name), or "package.module:function" for a function that returns one."""
+    dtype: DtypeName = "float32"
+    """Kind of number the weights are loaded in. Mixed precision is the trainer's (`trainer.bf16`)."""
+    freeze: list[str] = field(default_factory=list)
+    """Module paths that do not train, such as "model.embed_tokens" or "model.layers.0"; see refkl.freeze."""
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of transformers' from_pretrained, such as attn_implementation."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Prompts for GRPO (column "prompt"), or preferences for DPO ("prompt", "chosen", "rejected")."""
+
+    source: str
+    """A .jsonl, .json, .csv or .parquet file, a folder written by datasets.save_to_disk, or
+    "package.module:function" for a function that returns a datasets.Dataset."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the function."""
+    limit: int | None = None
+    """Take this many rows at most."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"data.limit must be at least 1, got {self.limit}.")
+        if self.kwargs and not is_import_path(self.source):
+            raise ValueError(f"data.kwargs are arguments for a function, but data.source is {self.source!r}.")
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """What GRPO maximises."""
+
+    function: str
+    """"package.module:function": called as TRL calls a reward function, with `prompts`, `completions` and the data's
+    columns as keyword arguments; returns one number per completion."""
+    weight: float = 1.0
+    """Share of this reward in the sum."""
+
+    def __post_init__(self) -> None:
+        if not is_import_path(self.function):
+            raise ValueError(f"reward.function must read 'package.module:function', got {self.function!r}.")
+
+
+@dataclass(kw_only=True)
+class SamplesConfig:
+    """Texts generated at fixed prompts before, during and after training, to see what the numbers mean."""
+
+    prompts: int = 8
+    """How many prompts, from the start of the data; 0 for none."""
+    every: int = 0
+    """Optimizer steps between two rounds; 0 for one round at the middle of the run."""
+    max_new_tokens: int | None = None
+    """Length of a sample; None takes the trainer's max_completion_length, or 32."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0 or self.every < 0:
+            raise ValueError(f"samples.prompts and samples.every cannot be negative: {self.prompts}, {self.every}.")
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """What the run expects of its launcher. A launch that gives something else is refused before it trains."""
+
+    backend: BackendName | None = None
+    """The backend that must be found, or None for any."""
+    processes: int | None = None
+    """The number of processes that must be found, or None for any."""
+
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_import_path(text: str) -> bool:
+    """True for "package.module:function"."""
+    return _IMPORT_PATH.fullmatch(text) is not None

@@ -1,0 +1,18 @@
+"""Words for errors: the nearest match to a name that does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
+    matches = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for an unknown name: what was asked, the nearest match, and all that is known."""
+    options = sorted(known)
+    return ValueError(f"Unknown {kind} {name!r}.{nearest(name, options)} Known: {', '.join(options)}.")

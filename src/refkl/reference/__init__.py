@@ -1,0 +1,20 @@
+"""How the reference is held: a strategy says where the weights are. One file and one line of STRATEGIES each."""
+
+from refkl.reference.adapter import AdapterReference
+from refkl.reference.base import BuildRequest, Reference
+from refkl.reference.clone import CloneReference
+from refkl.reference.pair import score_pair
+from refkl.reference.plan import STRATEGIES, build_reference, register_strategy
+from refkl.reference.zero3 import Zero3Reference
+
+__all__ = [
+    "STRATEGIES",
+    "AdapterReference",
+    "BuildRequest",
+    "CloneReference",
+    "Reference",
+    "Zero3Reference",
+    "build_reference",
+    "register_strategy",
+    "score_pair",
+]

@@ -1,0 +1,169 @@
+"""`adapter`: the PEFT policy itself, with its adapter switched off. Adds nothing.
+
+Right only where off is the policy as it stood when the reference was built: a fresh adapter that trains alone.
+`disable_adapter()` does not give that back for a trained adapter, for one whose making changed the base (PiSSA, OLoRA,
+CorDA, LoftQ, LoRA-GA), with `bias="all"`, with base parameters unfrozen by hand, or on a merged model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from refkl.backend import evaluating, gathered, is_partitioned, named_weights, unwrap
+from refkl.reference.base import BuildRequest, Reference
+
+
+class AdapterReference(Reference):
+    """The policy with its adapter off."""
+
+    strategy = "adapter"
+
+    def __init__(self, request: BuildRequest, reason: str) -> None:
+        super().__init__(request, reason, "the policy's base, under its fresh adapter")
+        inner = unwrap(request.policy)
+        assert isinstance(inner, PeftModel)
+        self._policy: PeftModel = inner
+
+    @classmethod
+    def supports(cls, request: BuildRequest) -> str | None:
+        policy = unwrap(request.policy)
+        if not isinstance(policy, PeftModel):
+            return f"the policy is a {type(policy).__name__} and has no PEFT adapter to switch off."
+        if request.backend.name.startswith("fsdp"):
+            return "switching adapters off under FSDP is not supported yet."
+        config = request.config
+        if config.source != "policy":
+            return f"it holds the policy's own base, and reference.source asks for {config.source!r}."
+        if config.dtype is not None or config.device is not None:
+            return "it shares the policy's weights, so reference.dtype and reference.device cannot be set."
+        return _not_provably_off(policy)
+
+    @classmethod
+    def cost(cls, request: BuildRequest) -> int:
+        return 0
+
+    @classmethod
+    def why(cls, request: BuildRequest) -> str:
+        return "the policy's adapter is fresh and trains alone, so switched off it is the reference and adds no memory"
+
+    @classmethod
+    def build(cls, request: BuildRequest, reason: str) -> AdapterReference:
+        reference = cls(request, reason)
+        reference.fingerprint()
+        return reference
+
+    @contextmanager
+    def _active(self) -> Iterator[nn.Module]:
+        if why_not := _merged(self._policy):
+            raise ValueError(f"The adapter cannot be switched off: {why_not}")
+        # disable_adapter switches requires_grad off and then on for the whole adapter: what the user froze in it
+        # would train afterwards.
+        trains = [(p, p.requires_grad) for p in self._policy.parameters()]
+        try:
+            with self._policy.disable_adapter():
+                yield self._policy
+        finally:
+            for parameter, flag in trains:
+                parameter.requires_grad_(flag)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        adapter = _adapter_tensors(self._policy)
+        return ((name, tensor) for name, tensor in named_weights(self._policy) if id(tensor) not in adapter)
+
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        raise ValueError(
+            "strategy 'adapter' cannot move: its reference is the base that the policy shares. Use reference.strategy "
+            "'clone' (which copies the adapter alone) for a run with sync."
+        )
+
+
+def _not_provably_off(policy: PeftModel) -> str | None:
+    if len(policy.active_adapters) != 1 or policy.active_peft_config.is_prompt_learning:
+        return (
+            f"it needs exactly one active adapter that changes layers, and found {policy.active_adapters} of type "
+            f"{policy.active_peft_config.peft_type.value}."
+        )
+    if why_not := _merged(policy):
+        return why_not
+    adapter = _adapter_tensors(policy)
+    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    if not trained & adapter:
+        return "the policy's adapter does not train (was it loaded with is_trainable=False?)."
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and id(parameter) not in adapter:
+            return f"{name} trains and is not part of the adapter, so it would move the reference too."
+    return _not_fresh(policy)
+
+
+def _merged(policy: PeftModel) -> str | None:
+    if any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules()):
+        return "the adapter is merged into the base; switching it off would unmerge it and leave it so."
+    return None
+
+
+def _adapter_tensors(policy: PeftModel) -> set[int]:
+    """ids of all tensors that belong to an adapter."""
+    owned: set[int] = set()
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in (*module.adapter_layer_names, *module.other_param_names):
+                part = getattr(module, name, None)  # not every layer of a tuner has all of them
+                if isinstance(part, nn.Module | nn.ParameterDict):
+                    owned.update(id(t) for t in (*part.parameters(), *part.buffers()))
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            base = {id(t) for t in module.original_module.parameters()}
+            owned.update(id(t) for t in module.parameters() if id(t) not in base)
+    return owned
+
+
+def _not_fresh(policy: PeftModel) -> str | None:
+    """A sentence unless the policy with its adapter on is, by value, the policy with its adapter off."""
+    if all(isinstance(m, LoraLayer) for m in policy.modules() if isinstance(m, BaseTunerLayer)) and not any(
+        isinstance(m, AuxiliaryTrainingWrapper) for m in policy.modules()
+    ):
+        for name, module in policy.named_modules():
+            if isinstance(module, LoraLayer) and (found := _trained_lora(module)):
+                return f"{name}.{found} is not zero: the adapter was trained already, or its making changed the base."
+        return None
+    if any(is_partitioned(p) for p in policy.parameters()):
+        return "under ZeRO-3 only a fresh LoRA adapter can be told to be off when switched off."
+    # Any other kind: ask the model. A fresh adapter gives the same numbers on and off.
+    ids = torch.arange(8, device=policy.device)[None] % policy.config.vocab_size
+    with evaluating(policy), torch.no_grad():
+        on = policy(input_ids=ids).logits
+        flags = [(p, p.requires_grad) for p in policy.parameters()]
+        with policy.disable_adapter():
+            off = policy(input_ids=ids).logits
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    if not torch.allclose(on, off, rtol=1e-5, atol=1e-5):
+        return (
+            f"switched off the policy gives other logits (by up to {(on - off).abs().max().item():.2g}): the adapter "
+            "was trained already, or its making changed the base."
+        )
+    return None
+
+
+def _trained_lora(layer: LoraLayer) -> str | None:
+    """The name of an active adapter's factor that keeps the layer from being its base, or None."""
+    for adapter in layer.active_adapters:
+        for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            factors = [d[adapter] for d in (getattr(layer, first), getattr(layer, second)) if adapter in d]
+            weights = [f.weight if isinstance(f, nn.Module) else f for f in factors]
+            with gathered(weights):
+                # The product is zero if one of the factors is.
+                if weights and all(bool(w.detach().any()) for w in weights):
+                    return f"{second}.{adapter}"
+        for module in (layer.lora_B[adapter],) if adapter in layer.lora_B else ():
+            bias = getattr(module, "bias", None)
+            if bias is not None and bool(bias.detach().any()):
+                return f"lora_B.{adapter}.bias"
+    return None

@@ -1,0 +1,247 @@
+"""The contract of a strategy, and what all of them share: scoring without a trace, provenance, saving."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from refkl.backend import Backend, evaluating, gathered, is_partitioned
+from refkl.config import ReferenceConfig
+from refkl.scoring import ScoredLogits, completion_logits, scores_from
+from refkl.types import MemoryReport, TokenBatch, TokenScores
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WEIGHTS_FILE = "reference.safetensors"
+PROVENANCE_FILE = "reference.json"
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a strategy is asked to hold a reference for."""
+
+    policy: nn.Module
+    config: ReferenceConfig
+    backend: Backend
+    accelerator: Accelerator | None
+
+
+class Reference(ABC):
+    """A frozen model to compare the policy with. Subclass it, then `register_strategy`, to hold one in your own way.
+
+    A strategy says whether it can (`supports`), what it adds (`cost`), makes itself (`build`), and opens the module
+    that is to be run (`_active`). It lists its weights (`_weights`), and moves them (`_move`).
+    """
+
+    strategy: ClassVar[str]
+
+    def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
+        self.reason = reason
+        """One sentence: why this strategy."""
+        self.source = source
+        """Where the weights came from."""
+        self.updates = 0
+        """How often it has been moved by `update`."""
+        self._accelerator = request.accelerator
+        self._recorded: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, request: BuildRequest) -> str | None:
+        """None if this strategy gives the right reference for this policy here; else a sentence that says why not."""
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, request: BuildRequest) -> int:
+        """Bytes that it would add on this rank. Auto takes the cheapest that can."""
+
+    @classmethod
+    @abstractmethod
+    def why(cls, request: BuildRequest) -> str:
+        """The reason that auto gives for this strategy, without a full stop."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, request: BuildRequest, reason: str) -> Reference:
+        """Make it. `supports` has said None."""
+
+    @abstractmethod
+    def _active(self) -> AbstractContextManager[nn.Module]:
+        """The module to run, as the reference for as long as this is open; switched back also when scoring raises."""
+
+    @abstractmethod
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the reference with its canonical name, in a fixed order; tied ones once."""
+
+    @abstractmethod
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        """theta_ref <- (1 - alpha) theta_ref + alpha theta_policy, all of it or, where that raises, none."""
+
+    def settle(self) -> None:
+        """Follow the policy to the device and dtype that it has been given since. Each score does this first."""
+
+    def score(
+        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, hidden: bool = False
+    ) -> TokenScores:
+        """Log-probabilities of the scored tokens under the reference: no grad, dropout off, nothing left changed.
+
+        Args:
+            batch: what to score.
+            temperature: divides the logits; give the policy the same.
+            entropy: also the entropy of each predicting distribution.
+            hidden: also the states that enter the output head.
+
+        Raises:
+            ValueError: as `score_tokens`; or the reference can no longer be told from the policy.
+        """
+        with self.logits(batch, hidden=hidden) as scored:
+            scores = scores_from(scored, temperature=temperature, entropy=entropy)
+        return replace(scores, fingerprint=self.stamp)
+
+    @contextmanager
+    def logits(self, batch: TokenBatch, *, hidden: bool = False) -> Iterator[ScoredLogits]:
+        """The reference's logits for the scored tokens, with the reference active for as long as this is open."""
+        self.settle()
+        autocast = nullcontext() if self._accelerator is None else self._accelerator.autocast()
+        with self._active() as model, torch.no_grad(), evaluating(model), autocast:
+            yield completion_logits(model, batch, hidden=hidden)
+
+    def update(self, policy: nn.Module, alpha: float = 1.0) -> None:
+        """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
+
+        Args:
+            policy: the policy, wrapped or not; weights are paired by name.
+            alpha: in (0, 1]; 1 copies the policy.
+
+        Raises:
+            ValueError: alpha out of range; a strategy that cannot move; names or shapes that do not pair. The
+                reference is then as it was.
+        """
+        if not 0.0 < alpha <= 1.0:
+            raise ValueError(f"alpha must be in (0, 1], got {alpha}.")
+        self.settle()
+        with torch.no_grad():
+            self._move(policy, alpha)
+        self.updates += 1
+        self._recorded = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes, dtypes and bits of all weights, in hex.
+
+        The same weights have the same fingerprint whatever strategy, device or number of ranks holds them. Where
+        weights are sharded every rank must call: they are gathered one at a time.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self._weights():
+            with gathered([tensor]):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(_bytes_of(tensor.detach()))
+        self._recorded = digest.hexdigest()
+        return self._recorded
+
+    @property
+    def stamp(self) -> str | None:
+        """The fingerprint when last taken, marked with the updates made since; what scores carry."""
+        return self._recorded
+
+    def memory(self) -> MemoryReport:
+        """Bytes that the reference adds on this rank."""
+        return MemoryReport(device=0, host=0)
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights (safetensors) and provenance (JSON) into `folder`; collective where weights are sharded.
+
+        Rank 0 writes, each file under a temporary name first, so that there is a whole one or none.
+        """
+        folder = Path(folder)
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self._weights():
+            with gathered([tensor]):
+                if writes:
+                    weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        provenance = self.provenance()
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / f"{WEIGHTS_FILE}.tmp", metadata={"format": "pt"})
+            os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
+            (folder / f"{PROVENANCE_FILE}.tmp").write_text(json.dumps(provenance, indent=2) + "\n")
+            os.replace(folder / f"{PROVENANCE_FILE}.tmp", folder / PROVENANCE_FILE)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def load(self, folder: str | Path) -> None:
+        """Take over what `save` wrote; every rank calls.
+
+        Raises:
+            ValueError: no saved reference there, names or shapes that differ from this reference's (nothing is then
+                changed), or a fingerprint that is not the recorded one.
+        """
+        folder = Path(folder)
+        if not ((folder / WEIGHTS_FILE).is_file() and (folder / PROVENANCE_FILE).is_file()):
+            raise ValueError(f"{folder} holds no saved reference ({WEIGHTS_FILE} and {PROVENANCE_FILE}).")
+        provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
+            shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+            self._take(shapes, saved.get_tensor)
+        self.updates = int(provenance["updates"])
+        if self.fingerprint() != provenance["fingerprint"]:
+            raise ValueError(
+                f"The reference saved in {folder} is not the one that was recorded: its fingerprint is "
+                f"{self._recorded}, recorded was {provenance['fingerprint']}. The file was altered; use another."
+            )
+
+    def provenance(self) -> dict[str, Any]:
+        """What to record of this reference: strategy, reason, source, updates, fingerprint (collective if sharded)."""
+        return {
+            "strategy": self.strategy,
+            "reason": self.reason,
+            "source": self.source,
+            "updates": self.updates,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def _take(self, shapes: dict[str, list[int]], read: Any) -> None:
+        from refkl.backend.zero import full_shape
+
+        own = dict(self._weights())
+        check_pairs(
+            {name: torch.Size(shape) for name, shape in shapes.items()},
+            {name: full_shape(tensor) for name, tensor in own.items()},
+            "the saved reference",
+        )
+        for name, tensor in own.items():
+            with gathered([tensor], write=True), torch.no_grad():
+                if not is_partitioned(tensor) or dist.get_rank() == 0:
+                    tensor.data.copy_(read(name))
+
+
+def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:
+    """Raise ValueError unless both hold the same names with the same shapes."""
+    if missing := sorted(own.keys() - found.keys()):
+        raise ValueError(f"{what} has no weight {missing[0]!r} ({len(missing)} missing); it is another model.")
+    if extra := sorted(found.keys() - own.keys()):
+        raise ValueError(f"{what} has a weight {extra[0]!r} that the reference lacks ({len(extra)} in all).")
+    for name, shape in own.items():
+        if found[name] != shape:
+            raise ValueError(f"{what} has {name!r} with shape {list(found[name])}; the reference has {list(shape)}.")
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    flat = tensor.cpu().contiguous().view(-1)
+    # numpy knows no bfloat16: hash the bits.
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""

@@ -1,0 +1,83 @@
+"""Which strategy holds the reference: the registry, and the choice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from refkl.backend import detect
+from refkl.config import ReferenceConfig
+from refkl.messages import unknown
+from refkl.reference.adapter import AdapterReference
+from refkl.reference.base import BuildRequest, Reference
+from refkl.reference.clone import CloneReference
+from refkl.reference.zero3 import Zero3Reference
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STRATEGIES: dict[str, type[Reference]] = {
+    "adapter": AdapterReference,
+    "zero3": Zero3Reference,
+    "clone": CloneReference,
+}
+
+
+def register_strategy(name: str, cls: type[Reference]) -> None:
+    """Add a strategy of your own (see Reference for the contract).
+
+    Raises:
+        ValueError: the name is taken, or reserved, or `cls` is no Reference.
+    """
+    if name in STRATEGIES or name == "auto":
+        raise ValueError(f"A strategy called {name!r} exists already; register yours under another name.")
+    if not (isinstance(cls, type) and issubclass(cls, Reference)):
+        raise ValueError(f"A strategy must be a subclass of refkl.Reference, got {cls!r}.")
+    STRATEGIES[name] = cls
+
+
+def build_reference(
+    policy: nn.Module, config: str | ReferenceConfig = "auto", accelerator: Accelerator | None = None
+) -> Reference:
+    """Hold a reference for `policy`: by default, the policy as it stands now.
+
+    Args:
+        policy: a causal language model, before or after `accelerator.prepare`.
+        config: "auto", the name of a strategy, or a ReferenceConfig.
+        accelerator: the one that prepares the policy; scores run under its autocast, and its DeepSpeed or FSDP
+            settings are taken into account before it has prepared anything.
+
+    Returns:
+        A Reference; `.strategy` says which one, `.reason` why, in a sentence.
+
+    Raises:
+        ValueError: an unknown name; or a strategy that cannot work here, with the reason and the one to use instead.
+    """
+    if isinstance(config, str):
+        config = ReferenceConfig(strategy=config)
+    request = BuildRequest(policy, config, detect(policy, accelerator), accelerator)
+    if config.strategy != "auto":
+        if config.strategy not in STRATEGIES:
+            raise unknown("strategy", config.strategy, [*STRATEGIES, "auto"])
+        if (why_not := STRATEGIES[config.strategy].supports(request)) is not None:
+            raise ValueError(f"reference strategy {config.strategy!r} cannot work here: {why_not} {_instead(request)}")
+        return STRATEGIES[config.strategy].build(request, f"it was asked for by name, on {request.backend}")
+
+    refused = {name: cls.supports(request) for name, cls in STRATEGIES.items()}
+    able = [name for name, why_not in refused.items() if why_not is None]
+    if not able:
+        raise ValueError(
+            f"No strategy can hold a reference for this policy on {request.backend}:\n"
+            + "\n".join(f"  {name}: {why_not}" for name, why_not in refused.items())
+        )
+    cheapest = min(able, key=lambda name: STRATEGIES[name].cost(request))
+    return STRATEGIES[cheapest].build(request, STRATEGIES[cheapest].why(request))
+
+
+def _instead(request: BuildRequest) -> str:
+    able = [name for name, cls in STRATEGIES.items() if cls.supports(request) is None]
+    if not able:
+        return "No other strategy can either."
+    cheapest = min(able, key=lambda name: STRATEGIES[name].cost(request))
+    return f"Use {cheapest!r} instead."

@@ -1,0 +1,135 @@
+"""One forward pass of a causal language model, and the logits that predict the scored tokens.
+
+Token t is predicted by the logits at position t - 1: this shift happens here and nowhere else.
+Notation: B sequences, T tokens, K columns in which some sequence has a scored token, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from refkl.backend import unwrap
+from refkl.types import TokenBatch
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredLogits:
+    """The logits that predict the columns of a batch that hold scored tokens."""
+
+    logits: Tensor
+    """[B, K, V], in the model's dtype, with grad if the forward had it."""
+    targets: Tensor
+    """[B, K] the tokens that they predict."""
+    mask: Tensor
+    """[B, K] bool, True = scored."""
+    columns: Tensor
+    """[K] where in [0, T) the predicted tokens are."""
+    length: int
+    """T."""
+    hidden: Tensor | None
+    """[B, K, H] what entered the output head, if asked for."""
+    outputs: Any
+    """The model's own output object."""
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B, K, …] back to [B, T, …], 0.0 where nothing is scored."""
+        mask = self.mask.reshape(*self.mask.shape, *(1,) * (values.dim() - 2))
+        kept = values.masked_fill(~mask, 0.0)
+        return kept.new_zeros(kept.shape[0], self.length, *kept.shape[2:]).index_copy(1, self.columns, kept)
+
+
+def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
+    """Run the model, as it is wrapped, and keep what predicts the scored tokens.
+
+    Args:
+        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed. Its wrapper is called, once, so that
+            the wrapper's hooks and gathers happen.
+        batch: the tokens.
+        hidden: also keep the states that enter the output head.
+        forward: further arguments for the model's forward.
+
+    Raises:
+        ValueError: the batch has position ids and the model takes none; the output is not one row per token.
+    """
+    base = base_model(model)
+    accepted = _forward_parameters(type(base))
+    # At least one column: every rank must run the forward, scored tokens or none.
+    columns = batch.completion_mask.any(0).nonzero()[:, 0]
+    if not columns.numel():
+        columns = torch.tensor([min(1, batch.input_ids.shape[1] - 1)], device=batch.input_ids.device)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = columns - 1
+    if (position_ids := _positions(batch, accepted, base)) is not None:
+        inputs["position_ids"] = position_ids
+
+    captured: list[Tensor] = []
+    hook = _capture_head_input(base, captured) if hidden else None
+    try:
+        outputs = model(**inputs, **batch.model_inputs, **forward)
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits = _columns(outputs.logits, columns, batch)
+    return ScoredLogits(
+        logits=logits,
+        targets=batch.input_ids[:, columns],
+        mask=batch.completion_mask[:, columns],
+        columns=columns,
+        length=batch.input_ids.shape[1],
+        hidden=_columns(captured[0], columns, batch) if captured else None,
+        outputs=outputs,
+    )
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers and PEFT."""
+    inner = unwrap(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def _columns(values: Tensor, columns: Tensor, batch: TokenBatch) -> Tensor:
+    """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`."""
+    if values.shape[1] == columns.numel():
+        return values
+    if values.shape[1] != batch.input_ids.shape[1]:
+        raise ValueError(
+            f"The model gave {values.shape[1]} positions for {batch.input_ids.shape[1]} tokens. Prompt-learning "
+            "adapters (prefix, prompt and p-tuning), which add tokens of their own, cannot be scored yet."
+        )
+    return values[:, columns - 1]
+
+
+def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> Tensor | None:
+    """Positions counted from the attention mask: without them a model with absolute positions reads left-padded
+    rows from the wrong place."""
+    if batch.position_ids is not None:
+        if "position_ids" not in accepted:
+            raise ValueError(f"The batch has position_ids, but {type(base).__name__} takes none.")
+        return batch.position_ids
+    if "position_ids" not in accepted or batch.model_inputs:
+        return None  # with images and the like, models count positions in their own way
+    return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _capture_head_input(base: nn.Module, captured: list[Tensor]) -> Any:
+    head = base.get_output_embeddings()  # type: ignore[operator]
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured.append(args[0])
+
+    return head.register_forward_pre_hook(keep)
+
+
+@lru_cache(maxsize=64)
+def _forward_parameters(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]

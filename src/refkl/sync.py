@@ -1,0 +1,59 @@
+"""When the reference moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from refkl.config import SyncConfig
+from refkl.reference import Reference
+
+
+class SyncReferenceCallback(TrainerCallback, ExportableState):
+    """Every `every` optimizer steps: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
+
+    For any transformers or TRL trainer. Its counters are in the trainer's checkpoints; the reference's weights are in
+    `checkpoint-N/reference` once it has moved.
+    """
+
+    def __init__(self, reference: Reference, config: SyncConfig | None = None) -> None:
+        self.reference = reference
+        self.config = config or SyncConfig()
+        self.updates: list[dict[str, Any]] = []
+        """One entry for each update: {"step", "alpha"}."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to go on from a checkpoint whose reference had moved, with one that has not."""
+        if state.global_step == 0:
+            return
+        recorded = state.stateful_callbacks.get(type(self).__name__, {"attributes": {"updates": []}})
+        self.updates = list(recorded["attributes"]["updates"])
+        if len(self.updates) != self.reference.updates:
+            raise ValueError(
+                f"The checkpoint was made after {len(self.updates)} syncs and this reference has seen "
+                f"{self.reference.updates}: the run would go on with another reference. Call "
+                f"reference.load('{args.output_dir}/checkpoint-{state.global_step}/reference') before "
+                "train(resume_from_checkpoint=…)."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count optimizer steps, and sync on each multiple of `every`."""
+        if state.global_step % self.config.every == 0:
+            self.reference.update(kwargs["model"], self.config.alpha)
+            self.updates.append({"step": state.global_step, "alpha": self.config.alpha})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the moved reference with the checkpoint; every rank calls."""
+        if self.updates:
+            self.reference.save(f"{args.output_dir}/checkpoint-{state.global_step}/reference")
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer keeps in trainer_state.json."""
+        config = {"every": self.config.every, "alpha": self.config.alpha}
+        return {"args": {"config": config}, "attributes": {"updates": self.updates}}

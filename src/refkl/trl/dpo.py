@@ -1,0 +1,185 @@
+"""DPO with a refkl reference.
+
+TRL computes DPO's loss from `model(..., labels=, fused_lm_head=True).log_probs`, for policy and reference alike. Both
+are given here as views that answer this call with refkl's scorer, so that one function scores both; the rest of
+TRL's loss is untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl.trainer.dpo_trainer as trl_dpo
+from peft import PeftModel
+from torch import Tensor
+from trl import DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.penalty import global_normalizer
+from refkl.reference import Reference
+from refkl.scoring import ScoredLogits, completion_logits, scores_from
+from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
+from refkl.types import TokenBatch, TokenScores
+
+
+class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
+    """trl.DPOTrainer with `reference=`, `kl=` and `sync=`; all else is TRL's, `beta` included.
+
+    It logs `kl`, which DPO itself never shows: the KL estimate on the preference data's completions.
+
+    Args:
+        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
+        kl: a penalty added to DPO's loss; by default none, only measured.
+        sync: when the reference moves (TR-DPO); by default never, or as `args.sync_ref_model` says.
+
+    Raises:
+        ValueError: `ref_model` is given, or an option of TRL's that refkl cannot honour.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: str | ReferenceConfig | Reference = "auto",
+        kl: KLConfig | None = None,
+        sync: SyncConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if trainer_args(DPOTrainer, args, kwargs, "ref_model") is not None:
+            raise ValueError(
+                "KLDPOTrainer holds the reference itself. Instead of ref_model=, pass reference=ReferenceConfig("
+                "source='folder of that model'), or none for the policy as it stands."
+            )
+        config = trainer_args(DPOTrainer, args, kwargs, "args")
+        if config is not None and config.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs is TRL's own cache of reference scores, which refkl does not use. Leave it "
+                "False."
+            )
+        model = trainer_args(DPOTrainer, args, kwargs, "model")
+        sync = settled_sync(config, sync)
+        with overridden(config, sync_ref_model=False), _no_reference_of_trl(model):
+            super().__init__(*args, **kwargs)
+        self._attach(reference, kl or KLConfig(coef=0.0), sync)
+        self._window: list[Tensor] = []
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._window = [_scored_mask(batch) for batch in batches]
+        return batches, items
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        policy, reference = _PolicyView(model, self.use_weighting), _ReferenceView(self.reference)
+        self.ref_model = reference
+        try:
+            result = super()._compute_loss(policy, inputs, return_outputs)
+        finally:
+            self.ref_model = None
+        assert policy.scores is not None and reference.scores is not None, "TRL scores both in its loss"
+        output = self._penalise(
+            policy.scores.logp, reference.scores.logp, _scored_mask(inputs), 1.0, normalizer=self._normalizer()
+        )
+        if not self.penalty.coef:
+            return result
+        if return_outputs:
+            return result[0] + output.loss, result[1]
+        return result + output.loss
+
+    def _normalizer(self) -> Tensor | None:
+        if not self.model.training or not self.penalty.coef:
+            return None
+        masks = [mask.to(self.accelerator.device) for mask in self._window]
+        count = global_normalizer(masks, self.penalty.config.aggregation, self.accelerator)
+        return count / self.current_gradient_accumulation_steps  # the Trainer divides the loss by these
+
+
+class _PolicyView:
+    """The policy, called as TRL calls it and scored by refkl."""
+
+    def __init__(self, model: Any, weighting: bool) -> None:
+        self.model = model
+        self.weighting = weighting
+        self.scores: TokenScores | None = None
+
+    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            return self.model(**inputs)
+        router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
+        scored = completion_logits(self.model, _batch(inputs, labels), **router)
+        self.scores = scores_from(scored, entropy=True)
+        with torch.no_grad():
+            extra = _statistics(scored, self.weighting)
+        return FusedCausalLMOutput(
+            log_probs=self.scores.logp[:, 1:],
+            entropy=None if self.scores.entropy is None else self.scores.entropy[:, 1:],
+            aux_loss=scored.outputs.aux_loss if router else None,
+            **extra,
+        )
+
+
+class _ReferenceView:
+    """The reference, called as TRL calls its own."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.scores: TokenScores | None = None
+
+    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
+        self.scores = self.reference.score(_batch(inputs, labels))
+        return FusedCausalLMOutput(log_probs=self.scores.logp[:, 1:])
+
+
+def _batch(inputs: dict[str, Any], labels: Tensor | None) -> TokenBatch:
+    assert labels is not None, "TRL passes labels with fused_lm_head"
+    own = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "use_cache")}
+    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, model_inputs=own)
+
+
+def _scored_mask(inputs: dict[str, Any]) -> Tensor:
+    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]).completion_mask
+
+
+def _statistics(scored: ScoredLogits, weighting: bool) -> dict[str, Tensor]:
+    """TRL's metrics of the policy's logits, each [B, T - 1]; and WPO's weights where asked for."""
+    values = {
+        "mean_logits": scored.logits.float().mean(-1),
+        "is_top1": (scored.logits.argmax(-1) == scored.targets).float(),
+    }
+    if weighting:
+        values["log_sum_sq_probs"] = torch.logsumexp(2 * torch.log_softmax(scored.logits.float(), -1), -1)
+    values = {name: scored.spread(value)[:, 1:] for name, value in values.items()}
+    return values | {"is_top1": values["is_top1"].bool()}
+
+
+@contextmanager
+def _no_reference_of_trl(model: Any) -> Iterator[None]:
+    """TRL's DPO __init__ without the reference that it makes there, for which it has no switch.
+
+    For a full policy it loads the model's folder a second time: that call gives None. To a PeftModel it adds a copy of
+    the adapter called "ref": that is taken out again.
+    """
+    create = trl_dpo.create_model_from_path
+    policy_to_load = isinstance(model, str)
+
+    def policy_only(*args: Any, **kwargs: Any) -> Any:
+        nonlocal policy_to_load
+        if policy_to_load:
+            policy_to_load = False
+            return create(*args, **kwargs)
+        return None
+
+    adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    trl_dpo.create_model_from_path = policy_only
+    try:
+        yield
+    finally:
+        trl_dpo.create_model_from_path = create
+    if isinstance(model, PeftModel) and "ref" in set(model.peft_config) - adapters:
+        trains = [(p, p.requires_grad) for p in model.parameters()]
+        model.delete_adapter("ref")
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,148 @@
+"""GRPO with a refkl reference and penalty.
+
+TRL's KL is switched off (beta 0), so that it loads no reference and adds no copy of the adapter; refkl scores the
+reference once per rollout batch and adds its penalty to TRL's loss. Policy, old policy and reference are scored by the
+same function, with positions counted from the attention mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.reference import Reference
+from refkl.scoring import completion_logits, scores_from
+from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
+from refkl.types import TokenBatch, TokenScores
+
+
+class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
+    """trl.GRPOTrainer with `reference=`, `kl=` and `sync=`; all else is TRL's.
+
+    Args:
+        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
+        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta`; 0 measures only.
+        sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
+
+    Raises:
+        ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl's scorer cannot honour.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: str | ReferenceConfig | Reference = "auto",
+        kl: KLConfig | None = None,
+        sync: SyncConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = trainer_args(GRPOTrainer, args, kwargs, "args")
+        beta = 0.0 if config is None else config.beta
+        if kl is not None and beta != 0.0:
+            raise ValueError(
+                f"The KL is asked for twice: kl.coef {kl.coef} and TRL's beta {beta}. Leave beta at 0 and use kl=."
+            )
+        if config is not None and config.cast_lm_head_to_fp32:
+            raise ValueError(
+                "cast_lm_head_to_fp32 replaces the policy's head by a function that a reference would share. Load the "
+                "policy in float32 instead."
+            )
+        sync = settled_sync(config, sync)
+        with overridden(config, beta=0.0, sync_ref_model=False):
+            super().__init__(*args, **kwargs)
+        self._policy_logp: Tensor | None = None
+        self._attach(reference, kl or KLConfig(coef=beta), sync)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """refkl's scorer in the place of TRL's, for the policy and for the policy that sampled."""
+        if given := sorted(name for name, value in inputs.items() if value is not None):
+            raise ValueError(f"KLGRPOTrainer does not score images and other model inputs yet; it was given {given}.")
+        logps, entropies, aux_losses = [], [], []
+        forward = {"output_router_logits": True} if compute_aux_loss else {}
+        for batch in self._batches(input_ids, attention_mask, logits_to_keep, batch_size):
+            with self.accelerator.autocast():
+                scored = completion_logits(model, batch, **forward)
+            scores = scores_from(scored, temperature=self.temperature, entropy=compute_entropy)
+            logps.append(scores.logp[:, -logits_to_keep:])
+            if scores.entropy is not None:
+                entropies.append(scores.entropy[:, -logits_to_keep:])
+            if compute_aux_loss:
+                aux_losses.append(scored.outputs.aux_loss)
+        self._policy_logp = torch.cat(logps)
+        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
+        return self._policy_logp, torch.cat(entropies) if compute_entropy else None, aux_loss
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollouts, and the reference's scores of them."""
+        output = super()._generate_and_score_completions(inputs)
+        training = self.model.training
+        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        output["ref_per_token_logps"] = self._reference_logp(output, size)
+        output["reference_updates"] = torch.full((output["completion_ids"].shape[0],), self.reference.updates)
+        return output
+
+    def _reference_logp(self, rollout: dict[str, Any], batch_size: int | None = None) -> Tensor:
+        """[B, C] the reference's log-probabilities of the completions."""
+        input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+        attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+        keep = rollout["completion_ids"].shape[1]
+        batches = self._batches(input_ids, attention_mask, keep, batch_size)
+        scores: list[TokenScores] = [self.reference.score(b, temperature=self.temperature) for b in batches]
+        return torch.cat([s.logp[:, -keep:] for s in scores])
+
+    @staticmethod
+    def _batches(
+        input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None
+    ) -> list[TokenBatch]:
+        completion_mask = attention_mask.bool().clone()
+        completion_mask[:, :-logits_to_keep] = False
+        rows = zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask, completion_mask)), strict=True)
+        return [TokenBatch(*tensors) for tensors in rows]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        policy_logp, self._policy_logp = self._policy_logp, None
+        assert policy_logp is not None, "TRL scores the policy in its loss"
+        ref_logp = inputs["ref_per_token_logps"]
+        if bool((inputs["reference_updates"] != self.reference.updates).any()):
+            # TRL keeps rollouts over several steps; the reference has moved since these were scored.
+            ref_logp = self._reference_logp(inputs)
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        corrected = self.penalty.config.gradient == "reverse_kl" or self.args.use_bias_correction_kl
+        output = self._penalise(
+            policy_logp,
+            ref_logp,
+            mask,
+            self.temperature,
+            old_logp=inputs.get("old_per_token_logps") if corrected else None,
+            normalizer=self._normalizer(inputs),
+        )
+        assert output.loss is not None
+        return loss + output.loss
+
+    def _normalizer(self, inputs: dict[str, Any]) -> Tensor | None:
+        """What this micro-batch's KL is divided by: its share of the whole step's tokens or sequences, over ranks."""
+        if not self.model.training:
+            return None
+        steps = self.current_gradient_accumulation_steps
+        if self.penalty.config.aggregation != "token-mean":
+            return torch.tensor(float(inputs["completion_ids"].shape[0] * steps))
+        # TRL counts the tokens of the whole generation batch, over all ranks.
+        window = inputs["num_items_in_batch"].clamp(min=1.0) * steps / self.args.steps_per_generation
+        return window / self.accelerator.num_processes

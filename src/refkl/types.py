@@ -1,0 +1,128 @@
+"""What flows between the parts of refkl: tensors with their shapes, units and mask polarity.
+
+Notation: B sequences, T tokens each (padding included), H hidden width. Log-probabilities are in nats.
+A mask is True (or 1) where a token counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def require_shape(name: str, tensor: Tensor, shape: torch.Size, like: str) -> None:
+    """Raise ValueError unless `tensor` has `shape`, the shape of the tensor called `like`."""
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)} but {like} has shape {list(shape)}; they must be the same."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Token sequences and which of their tokens are scored.
+
+    Raises ValueError for tensors that are not [B, T] alike, and for a scored token that is padding.
+    """
+
+    input_ids: Tensor
+    """[B, T] integer token ids."""
+    attention_mask: Tensor
+    """[B, T], 1 or True = a real token. Padding may be on either side."""
+    completion_mask: Tensor
+    """[B, T], True = scored token; kept as bool. A sequence's first token has nothing before it that could
+    predict it, so it is never scored: it becomes False here, and what counts tokens should count this mask."""
+    position_ids: Tensor | None = None
+    """[B, T] or None: positions are then counted from the attention mask, for models that take them."""
+    model_inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments for the model's forward, passed on untouched (pixel_values, …)."""
+
+    def __post_init__(self) -> None:
+        if self.input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, T], got shape {list(self.input_ids.shape)}.")
+        if self.input_ids.is_floating_point() or self.input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must hold integer token ids, got dtype {self.input_ids.dtype}.")
+        require_shape("attention_mask", self.attention_mask, self.input_ids.shape, "input_ids")
+        require_shape("completion_mask", self.completion_mask, self.input_ids.shape, "input_ids")
+        if self.position_ids is not None:
+            require_shape("position_ids", self.position_ids, self.input_ids.shape, "input_ids")
+        if clash := {"input_ids", "attention_mask", "position_ids", "labels"} & set(self.model_inputs):
+            raise ValueError(f"model_inputs may not hold {sorted(clash)}: refkl passes these to the model itself.")
+
+        real, scored = self.attention_mask.bool(), self.completion_mask.bool()
+        if bool((scored & ~real).any()):
+            row, column = (scored & ~real).nonzero()[0].tolist()
+            raise ValueError(
+                f"completion_mask scores padding: row {row}, column {column} has attention_mask 0. "
+                "Pass completion_mask & attention_mask if padding was meant to be left out."
+            )
+        follows_real = torch.zeros_like(real)
+        follows_real[:, 1:] = real[:, :-1]
+        object.__setattr__(self, "completion_mask", scored & follows_real)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch with its tensors on `device`."""
+        extra = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
+        position_ids = None if self.position_ids is None else self.position_ids.to(device)
+        masks = self.attention_mask.to(device), self.completion_mask.to(device)
+        return TokenBatch(self.input_ids.to(device), *masks, position_ids, extra)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What one model says of the tokens of a batch."""
+
+    logp: Tensor
+    """[B, T] fp32 (fp64 for an fp64 model), nats: log p(input_ids[b, t] | input_ids[b, :t]); 0.0 where not scored."""
+    entropy: Tensor | None = None
+    """[B, T], nats: entropy of the distribution that predicts token t; 0.0 where not scored."""
+    hidden: Tensor | None = None
+    """[B, T, H]: the state that enters the output head to predict token t; 0.0 where not scored."""
+    temperature: float = 1.0
+    """What the logits were divided by."""
+    fingerprint: str | None = None
+    """Of the reference that gave these scores, once it has been taken; None for a policy."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairScores:
+    """Policy and reference on the same tokens: the policy with grad, the reference without."""
+
+    policy: TokenScores
+    reference: TokenScores
+    divergence: Tensor | None = None
+    """[B, T], nats: exact divergence per scored token, with grad to the policy; 0.0 where not scored."""
+
+
+@dataclass(frozen=True, eq=False)
+class KLOutput:
+    """A penalty: a scalar to add to the loss, and what it is made of."""
+
+    loss: Tensor | None
+    """Scalar, with grad to the policy: coef times the aggregated KL."""
+    reward: Tensor | None
+    """[B, T], detached; None when the penalty is placed in the loss."""
+    per_token: Tensor
+    """[B, T], nats: the KL estimate of each token; 0.0 where the mask is False."""
+    metrics: dict[str, float]
+    """Over this call's tokens on this rank; `KLPenalty.step` gives them over all ranks."""
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that a reference adds on this rank, counted over unique storages that the policy does not hold."""
+
+    device: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on device and host together."""
+        return self.device + self.host
