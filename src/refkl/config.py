@@ -164,3 +164,39 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 def is_import_path(text: str) -> bool:
     """True for "package.module:function"."""
     return _IMPORT_PATH.fullmatch(text) is not None
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run of `refkl train`: a YAML file, any key of which can be overridden on the command line."""
+
+    method: Method = "grpo"
+    """"grpo" (a reward) or "dpo" (preference pairs). It says which of TRL's configurations `trainer` is."""
+    model: ModelConfig
+    """The policy."""
+    data: DataConfig
+    """What it is trained on."""
+    peft: dict[str, Any] | None = None
+    """A PEFT configuration: `peft_type` (LORA, IA3, …) and that type's own fields. None trains the model itself."""
+    reward: list[RewardConfig] = field(default_factory=list)
+    """For GRPO: one or more rewards, summed with their weights."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """How the reference is held."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """The penalty."""
+    sync: SyncConfig | None = None
+    """When the reference moves; None never."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Texts to look at."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """What the launcher must have given."""
+    trainer: Any = None
+    """trl.GRPOConfig or trl.DPOConfig, with all of its fields; `trainer.output_dir` is the run folder."""
+
+    def __post_init__(self) -> None:
+        if self.method == "grpo" and not self.reward:
+            raise ValueError("method 'grpo' maximises a reward, and `reward` lists none.")
+        if self.method != "grpo" and self.reward:
+            raise ValueError(f"method {self.method!r} takes no reward; leave `reward` out.")
+        if self.peft is not None and "peft_type" not in self.peft:
+            raise ValueError("peft needs peft_type, such as LORA, beside that type's fields.")

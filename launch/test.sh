@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# From a fresh clone to the passed tests.
+#
+#   bash launch/test.sh                      # installs into .venv (once), then runs the tests
+#   bash launch/test.sh -k estimators -x     # anything after it goes to pytest
+#   bash launch/test.sh --slow               # the long ones too
+#
+# Needs a C++ compiler: the DeepSpeed tests compile one small op, once. PYTHON, REFKL_VENV and pip's own variables are
+# honoured (launch/common.sh says how).
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+refkl_need_compiler
+refkl_environment dev,demo,deepspeed
+export HF_HUB_OFFLINE=1
+# launchers and compilers that the tests start (accelerate, deepspeed, ninja) are looked up on PATH
+export PATH="$REFKL_VENV/bin:$PATH"
+say "python -m pytest $*"
+exec "$PY" -m pytest "$@"

@@ -1,0 +1,56 @@
+"""The command line: `refkl train CONFIG.yaml [--key value …]` and `refkl export RUN [--merge]`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
+       refkl train --help [--method grpo|dpo]        every key, with what it means
+       refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
+       refkl --version"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for an input that cannot be used, 130 for a run that was stopped."""
+    arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    try:
+        if command == "train":
+            from refkl.cli.settings import parse_run
+            from refkl.cli.train import train
+
+            return train(parse_run(rest))
+        if command == "export":
+            from refkl.cli.export import export_command
+
+            return export_command(rest)
+        if command == "--version":
+            from refkl import __version__
+
+            print(__version__)
+            return 0
+        if command in ("-h", "--help"):
+            print(USAGE)
+            return 0
+        from refkl.messages import unknown
+
+        raise unknown("command", command, ["train", "export"])
+    except (ValueError, ModuleNotFoundError) as error:
+        if os.environ.get("REFKL_TRACEBACK"):
+            raise
+        print(f"refkl: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Take out `--local_rank=N`, which the deepspeed launcher puts before the command; the rank is in the environment."""
+    kept = []
+    for argument in arguments:
+        if match := re.fullmatch(r"--local[-_]rank=(\d+)", argument):
+            os.environ.setdefault("LOCAL_RANK", match[1])
+        else:
+            kept.append(argument)
+    return kept

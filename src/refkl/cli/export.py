@@ -1,0 +1,93 @@
+"""`refkl export`: a run's trained policy as a plain model folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOLERANCE = 1e-5
+"""Largest difference between logits before and after, relative to the largest logit."""
+
+
+def export_command(arguments: list[str]) -> int:
+    """Parse and run `refkl export RUN [--merge] [--output DIR]`."""
+    parser = argparse.ArgumentParser(prog="refkl export", description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base")
+    parser.add_argument("--output", type=Path, help="where to; RUN/export by default")
+    options = parser.parse_args(arguments)
+    output = options.output or options.run / "export"
+    difference = export(options.run, output, merge=options.merge)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"exported to {output}; logits differ from the trained policy's by {difference:.1e} of the largest")
+    return 0
+
+
+def export(run: Path, output: Path, *, merge: bool = False) -> float:
+    """Write a run's trained policy as a model folder that transformers loads anywhere.
+
+    Args:
+        run: a run folder.
+        output: the folder to make; must not exist.
+        merge: merge the adapter into its base. Without it, an adapter is exported as an adapter.
+
+    Returns:
+        The largest difference between logits of the trained policy and of the exported folder as loaded again,
+        relative to the largest logit.
+
+    Raises:
+        ValueError: no trained policy there, an output that exists, or logits that differ by more than TOLERANCE.
+    """
+    trained = run / "model"
+    if not (trained / "config.json").is_file() and not (trained / "adapter_config.json").is_file():
+        raise ValueError(f"{run} holds no trained policy ({trained}): has the run ended?")
+    if output.exists():
+        raise ValueError(f"{output} exists already. Remove it or choose another --output.")
+    adapter = (trained / "adapter_config.json").is_file()
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if adapter and not merge:
+        shutil.copytree(trained, temporary)
+        os.replace(temporary, output)
+        return 0.0
+    model = _load(run, trained)
+    before = _probe(model)
+    if adapter:
+        model = model.merge_and_unload()
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(temporary)
+    after = _probe(AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype))
+    difference = ((before - after).abs().max() / before.abs().max()).item()
+    if difference > TOLERANCE:
+        shutil.rmtree(temporary)
+        raise ValueError(
+            f"Merged, the policy's logits differ by {difference:.1e} of the largest, more than {TOLERANCE:.0e}: this "
+            "adapter does not merge exactly. Export it without --merge."
+        )
+    os.replace(temporary, output)
+    return difference
+
+
+def _load(run: Path, trained: Path) -> torch.nn.Module:
+    dtype = getattr(torch, yaml.safe_load((run / "config.yaml").read_text())["model"]["dtype"])
+    if not (trained / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(trained, dtype=dtype).eval()
+    base_folder = PeftConfig.from_pretrained(str(trained)).base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+    return PeftModel.from_pretrained(base, str(trained)).eval()
+
+
+@torch.no_grad()
+def _probe(model: torch.nn.Module) -> torch.Tensor:
+    """Logits on tokens spread over the vocabulary."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.linspace(0, vocabulary - 1, 32).long()[None]
+    return model.eval()(input_ids=ids).logits.double()

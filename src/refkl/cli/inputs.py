@@ -1,0 +1,133 @@
+"""The model, data and rewards that a configuration names, with an error that says what to do where one is not there."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from refkl.config import DataConfig, ModelConfig, RewardConfig, is_import_path
+from refkl.freeze import freeze
+from refkl.messages import nearest
+
+_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_COLUMNS = {"grpo": ("prompt",), "dpo": ("prompt", "chosen", "rejected")}
+
+
+def import_function(path: str, key: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names; modules in the working directory are found too.
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module_name, name = path.split(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{key} is {path!r}, and importing it failed: {error}.") from None
+    if not callable(function := getattr(module, name, None)):
+        raise ValueError(f"{key} is {path!r}, but {module_name} has no function {name!r}.{nearest(name, dir(module))}")
+    return function
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The policy with its frozen parts frozen.
+
+    Raises:
+        ValueError: no model there, or a freeze pattern that matches nothing.
+    """
+    folder = model_path(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype), **config.init_kwargs)
+    except OSError as error:
+        raise ValueError(f"model.path {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if config.freeze:
+        freeze(model, config.freeze)
+    return model
+
+
+def load_tokenizer(config: ModelConfig, padding_side: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; where it has no padding token, the end-of-text token pads."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(config), padding_side=padding_side)
+    except OSError as error:
+        raise ValueError(f"model.path {config.path!r} holds no tokenizer: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_path(config: ModelConfig) -> str:
+    """The folder or hub name of the policy."""
+    return str(import_function(config.path, "model.path")()) if is_import_path(config.path) else config.path
+
+
+def load_data(config: DataConfig, method: str) -> datasets.Dataset:
+    """The training data.
+
+    Raises:
+        ValueError: no such source, a missing column, no rows.
+    """
+    if is_import_path(config.source):
+        try:
+            data = import_function(config.source, "data.source")(**config.kwargs)
+        except TypeError as error:
+            raise ValueError(f"data.kwargs {config.kwargs} do not fit {config.source}: {error}") from None
+    else:
+        data = _read(Path(config.source))
+    if not isinstance(data, datasets.Dataset):
+        raise ValueError(f"data.source {config.source!r} gave a {type(data).__name__}; a datasets.Dataset is needed.")
+    if missing := [c for c in _COLUMNS[method] if c not in data.column_names]:
+        raise ValueError(
+            f"The data for {method} needs the columns {list(_COLUMNS[method])}; {config.source} has "
+            f"{data.column_names}, so {missing} is missing."
+        )
+    if config.limit is not None:
+        data = data.select(range(min(config.limit, len(data))))
+    if not len(data):
+        raise ValueError(f"The data set {config.source} is empty.")
+    return data
+
+
+def _read(path: Path) -> datasets.Dataset:
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    if path.suffix not in _FILES:
+        raise ValueError(f"data.source {str(path)!r} is neither a folder nor one of {', '.join(_FILES)}.")
+    if not path.is_file():
+        raise ValueError(f"data.source: there is no file {path}.")
+    if not path.stat().st_size:
+        raise ValueError(f"The data set {path} is empty.")
+    try:
+        return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"data.source {path} cannot be read: {error.__cause__ or error}") from None
+
+
+def load_reward(config: RewardConfig) -> Callable[..., list[float | None]]:
+    """The reward function, each answer of which is checked: one finite number (or None) per completion."""
+    function = import_function(config.function, "reward.function")
+
+    def checked(**inputs: Any) -> list[float | None]:
+        values = list(function(**inputs))
+        wanted = len(inputs["completions"])
+        if len(values) != wanted:
+            raise ValueError(f"{config.function} returned {len(values)} rewards for {wanted} completions.")
+        for at, value in enumerate(values):
+            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+                text = str(inputs["completions"][at])[:80]
+                raise ValueError(f"{config.function} returned {value!r} for completion {at} ({text!r}).")
+        return values
+
+    checked.__name__ = config.function.split(":")[1]
+    return checked

@@ -1,0 +1,222 @@
+"""What a run leaves behind: resolved configuration, metrics, samples, and which model its reference was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from refkl import __version__
+from refkl.backend import evaluating
+from refkl.config import RunConfig
+from refkl.freeze import trainable_parameters
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
+
+
+class RunFolder:
+    """The files of one run. Only the main process writes."""
+
+    def __init__(self, path: str | Path, *, write: bool) -> None:
+        self.path = Path(path)
+        self.write = write
+
+    def start(self, resolved: str, reference: dict[str, Any]) -> None:
+        """Begin anew: the configuration, the reference as it is before training, and empty metrics and samples.
+
+        Raises:
+            ValueError: the folder holds a finished or begun run already.
+        """
+        if not self.write:
+            return
+        if (self.path / "metrics.jsonl").is_file() and (self.path / "metrics.jsonl").stat().st_size:
+            self._set_aside()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(resolved)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (self.path / name).write_text("")
+        versions = {"refkl": __version__} | {package: version(package) for package in PACKAGES}
+        self._json("reference.json", {"before": reference, "versions": versions, "status": "running"})
+
+    def finish(self, reference: dict[str, Any], updates: list[dict[str, Any]], *, stopped: bool) -> None:
+        """Record the reference as it is after training."""
+        if self.write:
+            record = json.loads((self.path / "reference.json").read_text())
+            status = "stopped" if stopped else "finished"
+            self._json("reference.json", {**record, "after": reference, "updates": updates, "status": status})
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """One line of JSON at the end of a file."""
+        if self.write:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _json(self, name: str, record: dict[str, Any]) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        os.replace(temporary, self.path / name)
+
+    def _set_aside(self) -> None:
+        """An earlier run of the same name is kept, under a name with a number."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        os.replace(self.path, aside)
+
+
+class RunRecorder(TrainerCallback):
+    """Writes metrics and samples while a run goes on, and shows a progress bar with reward and KL."""
+
+    def __init__(
+        self, trainer: Any, folder: RunFolder, config: RunConfig, prompts: list[Any], console: Console
+    ) -> None:
+        self.trainer = trainer
+        self.folder = folder
+        self.samples = config.samples
+        self.prompts = prompts
+        self.console = console
+        self.updates: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, Any]] = []
+        self._bar: Progress | None = None
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+        self._sample(0)
+        if self.folder.write:
+            if self.console.is_terminal:
+                columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+                self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console)
+                self._bar.start()
+                self._bar.add_task("training", total=state.max_steps, status="")
+            parameters = sum(p.numel() for p in trainable_parameters(self.trainer.model))
+            self.console.print(f"{state.max_steps} steps, {parameters:,} parameters train on this rank")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sync = self.trainer.sync
+        if sync is not None and len(sync.updates) > len(self.updates):
+            record = {**sync.updates[-1], "fingerprint": self.trainer.reference.fingerprint()}
+            self.updates.append(record)
+            self.folder.append("metrics.jsonl", {"reference_update": record})
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
+        every = self.samples.every or max(1, state.max_steps // 2)
+        if state.global_step % every == 0 and state.global_step < state.max_steps:
+            self._sample(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs:
+            return
+        self.folder.append("metrics.jsonl", {"step": state.global_step, **logs})
+        if "loss" in logs:
+            self.metrics.append({"step": state.global_step, **logs})
+            line = f"step {state.global_step}/{state.max_steps}  {self._status(logs)}"
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], status=self._status(logs))
+            elif self.folder.write:
+                self.console.print(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._sample(state.global_step)
+
+    def closing_line(self, stopped: bool) -> str:
+        """Reward and KL from the first logged steps to the last, and the time."""
+        seconds = time.perf_counter() - self._started
+        parts = []
+        for key, name, unit in (
+            ("reward", "reward", ""),
+            ("rewards/margins", "margin", ""),
+            ("kl", "KL", " nats per token"),
+        ):
+            values = [m[key] for m in self.metrics if m.get(key) is not None]
+            if values:
+                span = min(10, max(1, len(values) // 2))
+                first, last = sum(values[:span]) / span, sum(values[-span:]) / span
+                parts.append(f"{name} {first:.3g} → {last:.3g}{unit}")
+        verb = "stopped" if stopped else "finished"
+        steps = self.metrics[-1]["step"] if self.metrics else 0
+        return f"{verb} after {steps} steps, {seconds:.0f} s: {', '.join(parts) or 'nothing was logged'}"
+
+    @staticmethod
+    def _status(logs: dict[str, Any]) -> str:
+        keys = (("reward", "reward"), ("rewards/margins", "margin"), ("loss", "loss"), ("kl", "KL"))
+        return "  ".join(f"{name} {logs[key]:.4g}" for key, name in keys if logs.get(key) is not None)
+
+    def _sample(self, step: int) -> None:
+        """Generate at the fixed prompts. Every rank takes part (shards are gathered), the main one writes."""
+        if not self.prompts:
+            return
+        trainer = self.trainer
+        model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+        texts = [
+            p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
+            for p in self.prompts
+        ]
+        length = self.samples.max_new_tokens or getattr(trainer.args, "max_completion_length", None) or 32
+        side, tokenizer.padding_side = tokenizer.padding_side, "left"
+        inputs = tokenizer(texts, return_tensors="pt", padding=True).to(trainer.accelerator.device)
+        tokenizer.padding_side = side
+        # A fixed seed, and the run's own random numbers untouched.
+        with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+            torch.manual_seed(0)
+            tokens = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+                synced_gpus=trainer.accelerator.num_processes > 1,
+            )
+        completions = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for prompt, completion in zip(texts, completions, strict=True):
+            self.folder.append("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
+
+
+class Stopper(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the run after the step in hand, on every rank alike; a second one ends it at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.stopped = False
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        for again, handler in self._before.items():
+            signal.signal(again, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = self._asked
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(asked), device=self.accelerator.device)
+            asked = bool(self.accelerator.reduce(flag, reduction="sum").item())
+        if asked:
+            self.stopped = True
+            control.should_training_stop = True

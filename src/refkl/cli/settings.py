@@ -1,0 +1,188 @@
+"""From a YAML file and the command line to a RunConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from trl import DPOConfig, GRPOConfig
+
+from refkl.config import RunConfig
+from refkl.messages import nearest, unknown
+
+TRAINER_CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "dpo": DPOConfig}
+
+
+@dataclass(frozen=True)
+class ParsedRun:
+    """A run as asked for and not yet started: TRL's configuration, once made, takes hold of devices and processes."""
+
+    config: RunConfig
+    """Checked; its `trainer` is still None."""
+    trainer: dict[str, Any]
+    """Arguments for TRL's configuration."""
+    resolved: str
+    """YAML of everything, defaults included."""
+
+    def trainer_config(self) -> Any:
+        """TRL's configuration object.
+
+        Raises:
+            ValueError: TRL refuses the combination.
+        """
+        return TRAINER_CONFIGS[self.config.method](**self.trainer)
+
+
+def parse_run(arguments: list[str]) -> ParsedRun:
+    """Read `CONFIG.yaml [--key value …]`.
+
+    Raises:
+        ValueError: a missing file, an unknown key (the nearest known one is named), a value of the wrong kind.
+    """
+    path, options = _split(arguments)
+    values = _read(path) if path is not None else {}
+    given = {option[2:].split("=")[0].rstrip("+") for option in options if option.startswith("--")}
+    method = str(_option(options, "--method") or values.get("method", "grpo"))
+    if method not in TRAINER_CONFIGS:
+        raise unknown("method", method, TRAINER_CONFIGS)
+    parser = _parser(method)
+    if given & {"help", "h"} or "-h" in options:
+        parser.parse_args(["--help"])
+    if path is None:
+        raise ValueError("refkl train needs a configuration file, as in: refkl train configs/quickstart.yaml")
+    given |= set(_flat(values))
+    for key in sorted(given):
+        _check_key(key, TRAINER_CONFIGS[method])
+    try:
+        namespace = parser.parse_args(["--config", str(path), *options])
+        if "trainer.output_dir" not in given:
+            namespace["trainer.output_dir"] = f"runs/{path.stem}"
+        if not torch.accelerator.is_available():
+            _settle_cpu(namespace, given)
+        resolved = parser.dump(namespace, skip_none=False)
+        built = parser.instantiate_classes(namespace)
+    except ArgumentError as error:
+        raise ValueError(f"{path}: {error}") from None
+    fields = [f.name for f in dataclasses.fields(RunConfig) if f.name != "trainer"]
+    config = RunConfig(**{name: built[name] for name in fields})
+    peft_config(config.peft)
+    return ParsedRun(config, built.trainer.as_dict(), resolved)
+
+
+def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
+    """The PEFT configuration that `peft_type` names, made of the other fields.
+
+    Raises:
+        ValueError: an unknown type or field.
+    """
+    if values is None:
+        return None
+    fields = dict(values)
+    name = str(fields.pop("peft_type")).upper()
+    known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in known:
+        raise unknown("peft.peft_type", name, known)
+    accepted = {f.name for f in dataclasses.fields(known[name])}
+    for field in fields:
+        if field not in accepted:
+            raise ValueError(f"peft.{field} is no field of {known[name].__name__}.{nearest(field, accepted)}")
+    return known[name](**{"task_type": "CAUSAL_LM", **fields})
+
+
+def _parser(method: str) -> ArgumentParser:
+    parser = ArgumentParser(prog="refkl train CONFIG.yaml", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="The YAML file; also without the option's name.")
+    parser.add_class_arguments(RunConfig, skip={"trainer"})
+    parser.add_class_arguments(TRAINER_CONFIGS[method], "trainer", fail_untyped=False, instantiate=False)
+    return parser
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The configuration file and the other arguments."""
+    rest = list(arguments)
+    path = None
+    if rest and not rest[0].startswith("-"):
+        path = rest.pop(0)
+    elif "--config" in rest[:-1]:
+        at = rest.index("--config")
+        path = rest[at + 1]
+        del rest[at : at + 2]
+    return (None if path is None else Path(path)), rest
+
+
+def _option(options: list[str], name: str) -> str | None:
+    for at, option in enumerate(options):
+        if option == name and at + 1 < len(options):
+            return options[at + 1]
+        if option.startswith(f"{name}="):
+            return option.split("=", 1)[1]
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ValueError(f"There is no configuration file {path}.{nearest(str(path), beside)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values (model:, data:, …), and holds a {type(values).__name__}.")
+    return values
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of every key, sections included."""
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _check_key(key: str, trainer: type) -> None:
+    """Raise ValueError for a key that no section has. Free-form sections (peft, kwargs) are checked where used."""
+    cls: type | None = RunConfig
+    walked: list[str] = []
+    for part in key.split("."):
+        if cls is None:
+            return
+        hints = typing.get_type_hints(cls) if cls is not trainer else {f.name: Any for f in dataclasses.fields(cls)}
+        if part not in hints:
+            paths = [".".join((*walked, name)) for name in hints]
+            where = f" in {'.'.join(walked)}" if walked else ""
+            raise ValueError(
+                f"Unknown configuration key {key!r}.{nearest('.'.join((*walked, part)), paths)}"
+                + (f" Known{where}: {', '.join(sorted(hints))}." if len(hints) < 20 else "")
+            )
+        walked.append(part)
+        cls = trainer if walked == ["trainer"] else _dataclass_of(hints[part])
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    """The dataclass in a type such as SyncConfig | None; None for free-form types."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return next((m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)), None)
+
+
+def _settle_cpu(namespace: Any, given: set[str]) -> None:
+    """What the trainer must know on a machine without an accelerator, where the user has not said it.
+
+    Without use_cpu, processes that accelerate starts there train apart. bf16 is several times slower than fp32 on a CPU
+    that has no instructions for it.
+    """
+    if "trainer.use_cpu" not in given:
+        namespace["trainer.use_cpu"] = True
+    if not given & {"trainer.bf16", "trainer.fp16"}:
+        abilities = torch.cpu.get_capabilities()
+        namespace["trainer.bf16"] = bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))

@@ -1,0 +1,310 @@
+"""kl.estimate: values against formulas, and expectations by enumeration of small categorical policies in fp64."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from refkl import kl
+
+ESTIMATORS = ["k1", "k2", "k3", "abs"]
+FORMULAS = {
+    "k1": lambda d: d,
+    "k2": lambda d: d * d / 2,
+    "k3": lambda d: math.expm1(-d) + d,
+    "abs": abs,
+}
+TAILS = [-100.0, -12.0, -3.0, -1e-4, 0.0, 0.5, 12.0, 100.0]
+
+
+def policies(*shape, n=3):
+    """fp64 logits of `n` categorical distributions; the first is the policy and has grad."""
+    logits = [torch.randn(*shape, dtype=torch.float64) for _ in range(n)]
+    logits[0].requires_grad_()
+    return logits
+
+
+def exact_kl(logits, ref_logits):
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def expected(logits, ref_logits, estimator, sampler=None, **options):
+    """Σ_x s(x) · estimate at x: the expectation over samples of s, which is the policy itself unless given. The
+    samples are fixed when the gradient is taken, as they are in training."""
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    old_logp = None if sampler is None else sampler.log_softmax(-1)
+    share = (logp if sampler is None else old_logp).exp().detach()
+    return (share * kl.estimate(logp, ref_logp, estimator, old_logp=old_logp, **options)).sum(-1)
+
+
+def grad(value, logits):
+    return torch.autograd.grad(value.sum(), logits)[0]
+
+
+# values
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("gradient", kl.GRADIENTS)
+def test_value_is_the_formula_whatever_the_gradient(estimator, gradient):
+    d = torch.tensor([-12.0, -3.0, -0.5, 0.0, 1e-3, 2.0, 30.0], dtype=torch.float64)
+    ref_logp = torch.linspace(-4, -1, 7, dtype=torch.float64)
+    value = kl.estimate(ref_logp + d, ref_logp, estimator, gradient=gradient)
+    assert value.tolist() == pytest.approx([FORMULAS[estimator](x) for x in d.tolist()], rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased_for_the_kl_of_policy_from_reference(estimator):
+    p, q, _ = policies(7)
+    assert expected(p, q, estimator).item() == pytest.approx(exact_kl(p, q).item(), rel=1e-12)
+    assert exact_kl(p, q).item() != pytest.approx(exact_kl(q, p).item(), rel=0.05)  # so a direction is told apart
+
+
+def test_k2_and_k3_are_never_negative_and_k1_is_where_the_reference_is_likelier():
+    d = torch.cat([torch.linspace(-50, 50, 999), torch.tensor([1e-7, -1e-7, 1e-20])])
+    zero = torch.zeros_like(d)
+    assert kl.estimate(d, zero, "k2").min() >= 0 and kl.estimate(d, zero, "k3").min() >= 0
+    assert torch.equal(kl.estimate(d, zero, "k1") < 0, d < 0)
+
+
+@pytest.mark.parametrize("d", [1e-2, 1e-3, 1e-4, 1e-6, -1e-4, -1e-6])
+def test_k3_keeps_its_digits_where_the_log_ratio_is_tiny(d):
+    value = kl.estimate(torch.tensor([d]), torch.zeros(1), "k3")
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(d * d / 2 - d**3 / 6, rel=1e-2)  # Taylor, good to 1e-5 at the largest d
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_models_give_exactly_zero_and_no_gradient(estimator):
+    logp = torch.randn(4, 5).requires_grad_()
+    value = kl.estimate(logp, logp.detach().clone(), estimator)
+    assert torch.equal(value, torch.zeros(4, 5))
+    assert torch.equal(grad(value, logp), torch.zeros(4, 5))
+
+
+def test_half_precision_inputs_are_subtracted_in_fp32():
+    logp, ref_logp = torch.tensor([-5.0, -0.25]).bfloat16(), torch.tensor([-5.03125, -0.2520]).bfloat16()
+    value = kl.estimate(logp, ref_logp, "k1")
+    assert value.dtype == torch.float32
+    assert torch.equal(value, logp.float() - ref_logp.float())
+    assert kl.estimate(logp, ref_logp.double(), "k1").dtype == torch.float64
+
+
+# gradients
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_reverse_kl_gradient_is_that_of_the_kl_whatever_the_estimator(estimator):
+    p, q, _ = policies(7)
+    torch.testing.assert_close(grad(expected(p, q, estimator), p), grad(exact_kl(p, q), p), rtol=1e-10, atol=1e-14)
+
+
+def test_autograd_gradients_are_what_the_formulas_have():
+    p, q, _ = policies(7)
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    # ∇ Σ p(x) f(x) with f held fixed is Σ p(x) f(x) ∇log p(x)
+    sign = grad((log_p.exp() * (log_p - log_q).sign().detach()).sum(), p)
+    truth = {
+        "k1": torch.zeros_like(p),
+        "k2": grad(exact_kl(p, q), p),
+        "k3": grad(exact_kl(q, p), p),  # the forward KL
+        "abs": sign,
+    }
+    for estimator, expected_grad in truth.items():
+        found = grad(expected(p, q, estimator, gradient="autograd"), p)
+        torch.testing.assert_close(found, expected_grad, rtol=1e-10, atol=1e-14, msg=lambda m, e=estimator: f"{e}: {m}")
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_autograd_is_the_derivative_of_the_value(estimator, off_policy):
+    logp, ref_logp, old = (-3 * torch.rand(2, 4, dtype=torch.float64) for _ in range(3))
+    old_logp = old if off_policy else None
+    for ratio in kl.estimators.RATIOS:
+        assert torch.autograd.gradcheck(
+            lambda x, ratio=ratio: kl.estimate(
+                x, ref_logp, estimator, gradient="autograd", old_logp=old_logp, ratio=ratio
+            ),
+            logp.clone().requires_grad_(),
+        )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_reverse_kl_gradient_grows_with_the_log_ratio_and_is_never_clamped(estimator):
+    d = torch.tensor(TAILS, requires_grad=True)
+    value = kl.estimate(d, torch.zeros_like(d), estimator)
+    assert value.isfinite().all()
+    assert torch.equal(grad(value, d), d.detach())
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
+def test_autograd_pulls_back_in_the_tail(estimator):
+    d = torch.tensor([-100.0, -65.0, -12.0, 12.0, 100.0], requires_grad=True)
+    slope = grad(kl.estimate(d, torch.zeros_like(d), estimator, gradient="autograd"), d)
+    assert slope.isfinite().all()
+    assert torch.equal(slope.sign(), d.detach().sign())
+
+
+def test_none_is_detached():
+    assert not kl.estimate(torch.zeros(3, requires_grad=True), torch.ones(3), "k3", gradient="none").requires_grad
+
+
+@pytest.mark.parametrize("gradient", ["reverse_kl", "autograd"])
+def test_no_gradient_reaches_the_reference_or_the_old_policy(gradient):
+    logp, ref_logp, old_logp = (torch.randn(2, 3).requires_grad_() for _ in range(3))
+    kl.estimate(logp, ref_logp, "k3", gradient=gradient, old_logp=old_logp).sum().backward()
+    assert logp.grad is not None and ref_logp.grad is None and old_logp.grad is None
+
+
+# saturation and clipping
+
+
+def test_exp_saturates_at_e60_in_fp32_and_says_so():
+    d = torch.tensor([-59.0, -61.0, -100.0, -1e4, 100.0])
+    value = kl.estimate(d, torch.zeros(5), "k3")
+    truth = [math.expm1(59) - 59, *[math.exp(60)] * 3, 99.0]
+    assert value.tolist() == pytest.approx(truth, rel=1e-4)
+    assert kl.saturated(d).tolist() == [False, True, True, True, False]
+    assert kl.saturated(d.double()).tolist() == [False, False, False, True, False]
+    assert kl.estimate(d.double(), torch.zeros(5), "k3").isfinite().all()
+
+
+@pytest.mark.xfail(strict=True, reason="exponent + (cap - exponent) rounds: k3 is negative below d = -1e9")
+def test_saturation_holds_at_any_magnitude():
+    d = torch.tensor([-1e6, -1e9, -1e20])
+    value = kl.estimate(d, torch.zeros(3), "k3")
+    assert value[0].item() == pytest.approx(math.exp(60), rel=1e-4)
+    assert (value >= 0).all() and value.isfinite().all()
+
+
+@pytest.mark.xfail(strict=True, reason="exp(60)² is inf in fp32: the weight and the estimator saturate apart")
+def test_weight_times_estimator_saturates_too():
+    value = kl.estimate(torch.tensor([-70.0]), torch.zeros(1), "k3", old_logp=torch.tensor([-140.0]))
+    assert value.isfinite().all()
+
+
+@pytest.mark.xfail(strict=True, reason="inf - inf in the straight-through term and in the cap")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_token_that_the_reference_excludes_is_infinite_and_not_nan(estimator):
+    value = kl.estimate(torch.tensor([-1.0]), torch.tensor([-math.inf]), estimator, gradient="none")
+    assert value.item() == math.inf
+    value = kl.estimate(torch.tensor([-1.0], requires_grad=True), torch.tensor([-math.inf]), estimator)
+    assert value.item() == math.inf
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_max_log_ratio_clamps_the_value_and_leaves_the_gradient_whole(estimator):
+    d = torch.tensor([-100.0, -12.0, -3.0, 4.0, 100.0], dtype=torch.float64, requires_grad=True)
+    value = kl.estimate(d, torch.zeros_like(d), estimator, max_log_ratio=5.0)
+    assert value.tolist() == pytest.approx([FORMULAS[estimator](x) for x in [-5.0, -5.0, -3.0, 4.0, 5.0]], rel=1e-12)
+    assert torch.equal(grad(value, d), d.detach())
+    clipped = grad(kl.estimate(d, torch.zeros_like(d), "k2", gradient="autograd", max_log_ratio=5.0), d)
+    assert clipped.tolist() == [0.0, 0.0, -3.0, 4.0, 0.0]
+
+
+# off-policy
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_off_policy_value_is_unbiased(estimator):
+    p, q, old = policies(7)
+    assert expected(p, q, estimator, sampler=old).item() == pytest.approx(exact_kl(p, q).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "gradient"), [*((e, "reverse_kl") for e in ESTIMATORS), ("k1", "autograd"), ("k3", "autograd")]
+)
+def test_off_policy_gradient_is_that_of_the_kl(estimator, gradient):
+    p, q, old = policies(7)
+    found = grad(expected(p, q, estimator, sampler=old, gradient=gradient), p)
+    torch.testing.assert_close(found, grad(exact_kl(p, q), p), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_old_logp_of_the_present_policy_changes_nothing(estimator):
+    logp, ref_logp = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
+    plain = kl.estimate(logp, ref_logp, estimator)
+    for ratio in kl.estimators.RATIOS:
+        weighted = kl.estimate(logp, ref_logp, estimator, old_logp=logp.detach(), ratio=ratio)
+        assert torch.equal(weighted, plain) and torch.equal(grad(weighted, logp), grad(plain, logp))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_prefix_ratio_corrects_for_how_the_tokens_before_were_sampled(estimator):
+    """Sequences of two tokens over three symbols, all nine of them: [first], [first, second] logits."""
+    first, second = policies(3), policies(3, 3)
+    pairs = list(product(range(3), repeat=2))
+
+    def sequence_logp(i):
+        head, tail = first[i].log_softmax(-1), second[i].log_softmax(-1)
+        return torch.stack([torch.stack([head[a], tail[a, b]]) for a, b in pairs])
+
+    logp, ref_logp, old_logp = sequence_logp(0), sequence_logp(1), sequence_logp(2)
+    share = old_logp.sum(-1, keepdim=True).exp()
+    estimates = {
+        ratio: (share * kl.estimate(logp, ref_logp, estimator, old_logp=old_logp, ratio=ratio)).sum(0)
+        for ratio in kl.estimators.RATIOS
+    }
+    head_kl, tail_kl = exact_kl(first[0], first[1]), exact_kl(second[0], second[1])
+    on_policy = (first[0].softmax(-1) * tail_kl).sum()
+    half_corrected = (first[2].softmax(-1) * tail_kl).sum()
+    assert estimates["prefix"].tolist() == pytest.approx([head_kl.item(), on_policy.item()], rel=1e-12)
+    assert estimates["token"].tolist() == pytest.approx([head_kl.item(), half_corrected.item()], rel=1e-12)
+    assert on_policy.item() != pytest.approx(half_corrected.item(), rel=0.02)
+
+
+def test_prefix_ratio_passes_over_masked_tokens():
+    logp, ref_logp, old_logp = torch.randn(1, 4), torch.randn(1, 4), torch.randn(1, 4)
+    mask = torch.tensor([[True, False, True, True]])
+    value = kl.estimate(logp, ref_logp, "k1", old_logp=old_logp, mask=mask, ratio="prefix")
+    kept = [x[mask][None] for x in (logp, ref_logp, old_logp)]
+    torch.testing.assert_close(value[mask][None], kl.estimate(kept[0], kept[1], "k1", old_logp=kept[2], ratio="prefix"))
+
+
+# masks
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("gradient", kl.GRADIENTS)
+@pytest.mark.parametrize("ratio", [None, "token", "prefix"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_is_masked_reaches_neither_value_nor_gradient(estimator, gradient, ratio, poison):
+    clean = [torch.randn(2, 4) for _ in range(3)]
+    mask = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]])
+    results = []
+    for fill in (0.0, poison):
+        logp, ref_logp, old_logp = (x.masked_fill(mask == 0, fill) for x in clean)
+        logp.requires_grad_()
+        options = {} if ratio is None else {"old_logp": old_logp, "ratio": ratio}
+        value = kl.estimate(logp, ref_logp, estimator, gradient=gradient, mask=mask, **options)
+        slope = torch.zeros(2, 4) if gradient == "none" else grad(value, logp)
+        assert torch.equal(value[mask == 0], torch.zeros(3)) and torch.equal(slope[mask == 0], torch.zeros(3))
+        results.append((value.detach(), slope))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "k4"}, r"Unknown estimator 'k4'.*Did you mean 'k[123]'.*Known: abs, k1, k2, k3"),
+        ({"gradient": "reverse-kl"}, r"Unknown gradient.*Did you mean 'reverse_kl'"),
+        ({"ratio": "sequence", "old_logp": torch.zeros(2, 3)}, r"Unknown ratio.*prefix, token"),
+        ({"max_log_ratio": 0.0}, r"max_log_ratio must be positive, got 0"),
+        ({"max_log_ratio": math.nan}, r"max_log_ratio must be positive, got nan"),
+        ({"mask": torch.ones(3)}, r"mask has shape \[3\] but logp has shape \[2, 3\]"),
+        ({"old_logp": torch.zeros(2, 2)}, r"old_logp has shape \[2, 2\] but logp"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        kl.estimate(torch.zeros(2, 3), torch.zeros(2, 3), **options)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match=r"ref_logp has shape \[1, 3\] but logp has shape \[2, 3\]"):
+        kl.estimate(torch.zeros(2, 3), torch.zeros(1, 3))
