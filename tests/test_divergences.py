@@ -88,17 +88,11 @@ def test_small_divergences_keep_their_digits_and_sign_in_fp32(kind, noise):
     torch.testing.assert_close(value.double(), expected, rtol=2e-2 if noise == 1e-4 else 1e-3, atol=0.0)
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_logits_give_exactly_zero_and_no_gradient(kind):
     logits = 5 * torch.randn(4, 50)
-    value, slope = value_and_grad(logits, logits, kind)
+    value, slope = value_and_grad(logits, logits, kind, weight=0.3)
     assert torch.equal(value, torch.zeros(4)) and torch.equal(slope, torch.zeros(4, 50))
-
-
-def test_equal_logits_give_a_jsd_of_rounding():
-    logits = 5 * torch.randn(4, 50)
-    value, slope = value_and_grad(logits, logits, "jsd")
-    assert 0 <= value.min() and value.max() < 1e-12 and slope.abs().max() < 1e-6
 
 
 def test_jsd_is_symmetric_at_one_half_and_bounded():

@@ -51,7 +51,10 @@ class CloneReference(Reference):
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
         if request.config.source != "policy":
-            source_folder(request)
+            try:
+                source_folder(request)
+            except ValueError as error:
+                return str(error)
             return None
         return _foreign_forward(unwrap(request.policy))
 
@@ -108,8 +111,10 @@ class CloneReference(Reference):
             if name in self._shared and own.dtype == theirs.dtype and own.device == theirs.device:
                 if own.shape == theirs.shape and torch.equal(own, theirs):
                     own.data = theirs.data
-        for buffer in self.model.buffers():
-            buffer.data = buffer.data.to(self._config.device or first.device)
+        buffers = dict(policy.named_buffers())
+        for name, buffer in self.model.named_buffers():  # those that no checkpoint holds too, such as rotary frequencies
+            dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
+            buffer.data = buffer.data.to(device=self._config.device or first.device, dtype=dtype)
         self._placed = (first.device, first.dtype)
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew

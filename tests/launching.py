@@ -1,0 +1,67 @@
+"""Real runs in processes of their own: with a time-out, and with every process of theirs gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 280
+
+
+def run(command: list[str], *, timeout: int = TIMEOUT, fails: bool = False, **environment: str) -> str:
+    """Run a command from the repository root; its output. Asserts that it ends in time, with 0 (or not, if `fails`)."""
+    tests = f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    # One thread a process: two processes with two threads each fight for two cores.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        output = process.communicate()[0]
+        raise AssertionError(f"still running after {timeout} s: {' '.join(command)}\n{output[-4000:]}") from None
+    finally:
+        _kill(process)
+    assert (process.returncode != 0) == fails, f"exit {process.returncode}: {' '.join(command)}\n{output[-6000:]}"
+    return output
+
+
+def accelerate_launch(
+    config: str, script: str, *arguments: str, module: bool = False, flags: tuple[str, ...] = (), **options: object
+) -> str:
+    """`accelerate launch` with launch/accelerate/CONFIG.yaml, on two processes."""
+    what = [*flags, *(["-m", script] if module else [script])]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{config}.yaml"]
+    processes = "1" if config == "single" else "2"
+    port = ["--num_processes", processes, "--main_process_port", str(free_port())]
+    return run([*command, *port, *what, *arguments], **options)  # type: ignore[arg-type]
+
+
+def deepspeed_launch(module: str, *arguments: str, **options: object) -> str:
+    """`deepspeed --module`, on two processes."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = [launcher, "--num_accelerators", "2", "--master_port", str(free_port()), "--module", module]
+    return run([sys.executable, *command, *arguments], **options)  # type: ignore[arg-type]
+
+
+def free_port() -> int:
+    """A port that was free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """The whole process group, launcher's children too."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

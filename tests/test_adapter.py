@@ -1,0 +1,139 @@
+"""`adapter`: taken where switched off is provably the policy as built, refused by name everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from support import batch, llama, qwen2
+from torch import nn
+
+from refkl import ReferenceConfig, build_reference, score_tokens
+
+
+def _lora(**options: object) -> PeftModel:
+    return get_peft_model(llama(), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **options})).eval()
+
+
+def _trained(policy: PeftModel) -> PeftModel:
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return policy
+
+
+def _unfrozen() -> PeftModel:
+    policy = _lora()
+    policy.get_base_model().model.norm.weight.requires_grad_(True)
+    return policy
+
+
+def _merged() -> PeftModel:
+    policy = _trained(_lora())
+    policy.merge_adapter()
+    return policy
+
+
+def _not_trainable() -> PeftModel:
+    policy = _lora()
+    policy.requires_grad_(False)
+    return policy
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "trained before": (lambda: _trained(_lora()), "trained already"),
+    "PiSSA": (lambda: _lora(init_lora_weights="pissa"), "its making changed the base"),
+    "OLoRA": (lambda: _lora(init_lora_weights="olora"), "its making changed the base"),
+    "bias all": (lambda: get_peft_model(qwen2(), LoraConfig(r=4, target_modules=["q_proj"], bias="all")), "trains and is not part of the adapter"),
+    "a norm unfrozen by hand": (_unfrozen, r"model\.norm\.weight trains"),
+    "merged": (_merged, "merged"),
+    "not trainable": (_not_trainable, "is_trainable=False"),
+    "no adapter": (llama, "no PEFT adapter"),
+    "prompt tuning": (
+        lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+        "one active adapter that changes layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_reason(case: str) -> None:
+    policy, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=reason):
+        build_reference(policy(), "adapter")
+
+
+@pytest.mark.parametrize("case", ["trained before", "PiSSA", "bias all", "a norm unfrozen by hand", "merged"])
+def test_auto_then_takes_a_clone_that_is_right(case: str) -> None:
+    """disable_adapter() would give another model in each of these cases."""
+    policy = REFUSED[case][0]().eval()
+    right = score_tokens(policy, batch()).logp
+    reference = build_reference(policy)
+    assert reference.strategy == "clone"
+    assert torch.equal(reference.score(batch()).logp, right)
+    if case in ("trained before", "PiSSA"):
+        with policy.disable_adapter():
+            assert not torch.allclose(score_tokens(policy, batch()).logp, right, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 5]},
+        {"init_lora_weights": "gaussian"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_fresh_variants_are_taken_and_stay_right_while_the_adapter_trains(options: dict[str, object]) -> None:
+    policy = _lora(**options)
+    base = score_tokens(llama_twin(), batch()).logp
+    reference = build_reference(policy)
+    assert reference.strategy == "adapter" and reference.memory().total == 0
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+    assert not torch.allclose(score_tokens(policy, batch()).logp, base, atol=1e-3)
+    assert torch.equal(reference.score(batch()).logp, base)
+
+
+def llama_twin() -> nn.Module:
+    """The base that _lora() started from: the seed is the test's."""
+    torch.manual_seed(0)
+    return llama()
+
+
+def test_what_the_user_froze_in_the_adapter_stays_frozen() -> None:
+    """disable_adapter() turns requires_grad back on for the whole adapter."""
+    policy = _lora()
+    frozen = [p for n, p in policy.named_parameters() if "lora_A" in n]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    build_reference(policy, "adapter").score(batch())
+    assert not any(p.requires_grad for p in frozen)
+
+
+def test_merging_later_is_an_error_not_another_reference() -> None:
+    policy = _lora()
+    reference = build_reference(policy, "adapter")
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        reference.score(batch())
+
+
+def test_options_that_it_cannot_honour_are_refused() -> None:
+    for options in ({"dtype": "bfloat16"}, {"device": "cpu"}, {"source": "pretrained"}):
+        with pytest.raises(ValueError, match="adapter"):
+            build_reference(_lora(), ReferenceConfig(strategy="adapter", **options))
+
+
+def test_fingerprint_is_that_of_the_bare_base() -> None:
+    torch.manual_seed(0)
+    policy = _lora()
+    assert build_reference(policy).fingerprint() == build_reference(llama_twin(), "clone").fingerprint()

@@ -1,0 +1,112 @@
+"""The house's rules: imports go one way, backends and TRL are imported in one place, and deepspeed/ shadows nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, run
+
+SOURCE = ROOT / "src" / "refkl"
+LAYERS = {
+    "messages": set(),
+    "types": set(),
+    "kl": {"types", "messages"},
+    "freeze": {"messages"},
+    "config": {"kl"},
+    "penalty": {"types", "kl", "config"},
+    "backend": set(),
+    "scoring": {"types", "kl", "backend"},
+    "reference": {"types", "kl", "backend", "scoring", "config", "messages"},
+    "sync": {"config", "reference"},
+    "trl": {"types", "config", "penalty", "scoring", "reference", "sync"},
+    "demo": set(),
+    "cli": {"config", "messages", "freeze", "backend", "trl", "__init__"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    """Top-level modules imported, those of refkl as "refkl.part"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "refkl":
+                inside = [a.name for a in node.names]
+                names = [f"refkl.{n}" if (SOURCE / n).is_dir() or (SOURCE / f"{n}.py").is_file() else "refkl.__init__"
+                         for n in inside]
+            else:
+                names = [node.module]
+        for name in names:
+            parts = name.split(".")
+            found.add(".".join(parts[:2]) if parts[0] == "refkl" else parts[0])
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_one_way(layer: str) -> None:
+    files = [SOURCE / f"{layer}.py"] if (SOURCE / f"{layer}.py").is_file() else (SOURCE / layer).rglob("*.py")
+    for path in files:
+        own = {name.split(".")[1] for name in _imports(path) if name.startswith("refkl.")}
+        assert own - {layer} <= LAYERS[layer], f"{path.name} imports {own - {layer} - LAYERS[layer]}"
+
+
+def test_trl_and_deepspeed_are_imported_in_one_place() -> None:
+    for path in SOURCE.rglob("*.py"):
+        imports, place = _imports(path), path.relative_to(SOURCE).parts
+        assert "deepspeed" not in imports or place == ("backend", "zero.py"), path
+        # The command line reads TRL's configuration classes: they are what `trainer:` holds.
+        assert "trl" not in imports or place[0] == "trl" or place == ("cli", "settings.py"), path
+
+
+def test_kl_sees_tensors_alone() -> None:
+    for path in (SOURCE / "kl").rglob("*.py"):
+        assert _imports(path) <= {
+            "__future__", "collections", "typing", "math", "torch", "refkl.kl", "refkl.types", "refkl.messages"
+        }, path
+
+
+def test_the_deepspeed_folder_holds_json_alone() -> None:
+    assert {p.suffix for p in (ROOT / "deepspeed").iterdir()} == {".json"}
+
+
+def test_refkl_runs_from_the_repository_root_with_deepspeed_installed() -> None:
+    code = "import refkl, refkl.trl, deepspeed; print(deepspeed.__file__)"
+    assert "site-packages" in run([sys.executable, "-c", code])
+
+
+def test_refkl_runs_from_the_repository_root_without_deepspeed() -> None:
+    """There, `import deepspeed` would succeed as an empty namespace: only accelerate's check tells."""
+    hide = (
+        "import sys, importlib.abc, importlib.util\n"
+        "class Hide(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'deepspeed' and path is None:\n"
+        "            import importlib.machinery as m\n"
+        "            return m.PathFinder.find_spec(name, [p for p in ['.']])\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "import importlib.metadata as md\n"
+        "real = md.distribution\n"
+        "def distribution(name):\n"
+        "    if name == 'deepspeed': raise md.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "md.distribution = distribution; md.metadata = lambda name: distribution(name).metadata\n"
+    )
+    code = hide + (
+        "import deepspeed; assert getattr(deepspeed, '__file__', None) is None\n"
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from support import llama, batch\n"
+        "import refkl\n"
+        "reference = refkl.build_reference(llama()); print(reference.strategy, reference.score(batch()).logp.sum() < 0)"
+    )
+    assert "clone tensor(True)" in run([sys.executable, "-c", code])
+
+
+def test_version_of_the_command_line() -> None:
+    result = subprocess.run([sys.executable, "-m", "refkl", "--version"], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "0.1.0"

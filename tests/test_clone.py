@@ -1,0 +1,188 @@
+"""`clone`: what it costs, what it shares, and the wrong references that a plain deepcopy gives."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from support import batch, llama
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from refkl import ReferenceConfig, build_reference, freeze, score_tokens, trainable_parameters
+
+
+def _bytes(parameters: object) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)  # type: ignore[attr-defined]
+
+
+def test_costs_only_what_trains() -> None:
+    policy = llama(tie_word_embeddings=True)
+    freeze(policy, ["model.embed_tokens", "model.layers.0"])
+    reference = build_reference(policy, "clone")
+    buffers = sum(b.numel() * b.element_size() for b in reference.model.buffers())
+    assert reference.memory().total == _bytes(trainable_parameters(policy)) + buffers
+    # The plain way, for comparison: everything again.
+    assert _bytes(copy.deepcopy(policy).parameters()) > 2 * reference.memory().total
+
+
+def test_a_lora_clone_costs_its_adapter() -> None:
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    reference = build_reference(policy, "clone")
+    buffers = sum(b.numel() * b.element_size() for b in reference.model.buffers())
+    assert reference.memory().total == _bytes(trainable_parameters(policy)) + buffers
+
+
+def test_ties_are_kept() -> None:
+    reference = build_reference(llama(tie_word_embeddings=True), "clone")
+    assert reference.model.lm_head.weight is reference.model.model.embed_tokens.weight
+
+
+def test_shared_weights_are_never_the_policys_own_parameter_objects() -> None:
+    policy = llama()
+    freeze(policy, "model.embed_tokens")
+    reference = build_reference(policy, "clone")
+    theirs, own = policy.model.embed_tokens.weight, reference.model.model.embed_tokens.weight
+    assert own is not theirs and own.data_ptr() == theirs.data_ptr()
+    theirs.requires_grad_(True)
+    assert not own.requires_grad
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight trains now"):
+        reference.score(batch())
+
+
+def test_names_are_the_policys() -> None:
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    reference = build_reference(policy, "clone")
+    assert [n for n, _ in reference.model.named_parameters()] == [n for n, _ in policy.named_parameters()]
+
+
+def test_follows_the_policy_to_another_dtype_and_shares_again() -> None:
+    policy = llama()
+    freeze(policy, "model.layers.0")
+    reference = build_reference(policy, "clone")
+    first = reference.fingerprint()
+    policy.to(torch.bfloat16)
+    tokens = batch()
+    assert torch.equal(reference.score(tokens).logp, score_tokens(policy, tokens).logp)
+    frozen = reference.model.model.layers[0].mlp.up_proj.weight
+    assert frozen.data_ptr() == policy.model.layers[0].mlp.up_proj.weight.data_ptr()
+    assert reference.fingerprint() != first  # other bits, and recorded as such
+    assert reference.score(tokens).fingerprint == reference.fingerprint()
+
+
+def test_dtype_option_holds_it_in_that_dtype() -> None:
+    policy = llama()
+    reference = build_reference(policy, ReferenceConfig(strategy="clone", dtype="bfloat16"))
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    expected = score_tokens(copy.deepcopy(policy).bfloat16(), batch()).logp
+    assert torch.equal(reference.score(batch()).logp, expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_bf16_mixed_precision_starts_at_zero_kl(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored outside autocast, a clone differs from the policy by 1.5e-3 (built before or after prepare)."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    policy, tokens = llama(), batch()
+    reference = build_reference(policy, "clone", accelerator) if when == "before" else None
+    prepared = accelerator.prepare(policy)
+    reference = reference or build_reference(prepared, "clone", accelerator)
+    assert torch.equal(reference.score(tokens).logp, score_tokens(prepared, tokens).logp)
+    naive = score_tokens(copy.deepcopy(llama().eval()), tokens).logp
+    del naive  # another model: only the prepared pair is compared
+    with torch.no_grad():
+        next(prepared.parameters()).add_(0.1)
+    assert not torch.equal(reference.score(tokens).logp, score_tokens(prepared, tokens).logp)
+
+
+def test_copy_of_a_policy_that_trl_patched_runs_its_own_weights() -> None:
+    """TRL replaces forward by a function that calls the policy's: a deepcopy then runs the policy's weights."""
+    policy, tokens = llama(), batch()
+    add_fused_lm_head(policy)
+    naive, reference = copy.deepcopy(policy).eval(), build_reference(policy, "clone")
+    right = reference.score(tokens).logp
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(reference.score(tokens).logp, right)
+    assert not torch.equal(score_tokens(naive, tokens).logp, right)  # the naive way is wrong
+
+
+def test_refuses_a_forward_that_it_cannot_copy() -> None:
+    policy = llama()
+    head = policy.lm_head
+
+    @functools.wraps(type(head).forward)
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, head.weight)
+
+    head.forward = types.MethodType(forward, head)
+    with pytest.raises(ValueError, match=r"lm_head was replaced .* Build the reference before that patch"):
+        build_reference(policy, "clone")
+
+
+def test_from_a_folder_instead_of_the_policy(tmp_path) -> None:
+    first, policy = llama(), llama()
+    first.save_pretrained(tmp_path / "first")
+    reference = build_reference(policy, ReferenceConfig(strategy="clone", source=str(tmp_path / "first")))
+    assert torch.equal(reference.score(batch()).logp, score_tokens(first, batch()).logp)
+    with pytest.raises(ValueError, match="made from a config"):
+        build_reference(policy, ReferenceConfig(strategy="clone", source="pretrained"))
+    with pytest.raises(ValueError, match="no folder here"):
+        build_reference(policy, ReferenceConfig(strategy="clone", source=str(tmp_path / "nowhere")))
+
+
+def test_a_policy_edited_in_memory_is_the_reference(tmp_path) -> None:
+    """TRL reloads its reference from the folder's name, and so gets another model."""
+    llama().save_pretrained(tmp_path / "model")
+    policy = type(llama()).from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(0.5)
+    right = score_tokens(policy, batch()).logp
+    assert torch.equal(build_reference(policy).score(batch()).logp, right)
+
+
+def test_update_refuses_another_model_and_changes_nothing() -> None:
+    policy = llama()
+    reference = build_reference(policy, "clone")
+    before = reference.fingerprint()
+    with pytest.raises(ValueError, match="has no weight|has a weight"):
+        reference.update(llama(num_hidden_layers=3))
+    with pytest.raises(ValueError, match="with shape"):
+        reference.update(llama(intermediate_size=48))
+    assert reference.fingerprint() == before and reference.updates == 0
+
+
+def test_an_altered_file_is_refused(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    reference = build_reference(llama(), "clone")
+    reference.save(tmp_path)
+    weights = load_file(tmp_path / "reference.safetensors")
+    weights["lm_head.weight"][0, 0] += 1e-3
+    save_file(weights, tmp_path / "reference.safetensors")
+    with pytest.raises(ValueError, match="is not the one that was recorded"):
+        build_reference(llama(), "clone").load(tmp_path)
+
+
+def test_fingerprint_sees_any_changed_weight_and_nothing_else() -> None:
+    policy = llama()
+    reference = build_reference(policy, "clone")
+    first = reference.fingerprint()
+    assert first == build_reference(copy.deepcopy(policy), "clone").fingerprint() == reference.fingerprint()
+    for parameter in reference.model.parameters():
+        flat = parameter.data.view(-1)
+        kept = flat[-1].clone()
+        flat[-1] = torch.nextafter(kept, kept + 1)
+        assert reference.fingerprint() != first
+        flat[-1] = kept
+    assert reference.fingerprint() == first

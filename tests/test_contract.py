@@ -1,0 +1,98 @@
+"""Every strategy passes every check of contract.py: here in one process, and under ZeRO-3 in two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from contract import CHECKS, Case, plain_copy
+from launching import accelerate_launch
+from peft import IA3Config, LoraConfig, get_peft_model
+from support import gpt2, llama
+from torch import Tensor, nn
+
+from refkl import STRATEGIES, build_reference, freeze, trainable_parameters
+
+
+OWN_LOOP = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0")
+
+
+def _lora(**options: object) -> nn.Module:
+    # Dropout in the adapter and in the attention, where it is a float: neither may reach the reference.
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, **options)
+    return get_peft_model(llama(attention_dropout=0.5), config).eval()
+
+
+def _trained_lora() -> nn.Module:
+    policy = _lora()
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return policy
+
+
+def _partly_frozen() -> nn.Module:
+    policy = llama(attention_dropout=0.5, tie_word_embeddings=True)
+    freeze(policy, ["model.embed_tokens", "model.layers.0"])
+    return policy
+
+
+POLICIES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "clone": ("clone", lambda: llama(attention_dropout=0.5)),
+    "clone of tied, partly frozen": ("clone", _partly_frozen),
+    "clone of a trained adapter": ("clone", _trained_lora),
+    "clone with gradient checkpointing": ("clone", lambda: _checkpointing(llama())),
+    "adapter": ("adapter", _lora),
+    "adapter IA3": ("adapter", lambda: _ia3()),
+    "adapter with gradient checkpointing": ("adapter", lambda: _checkpointing(_lora())),
+}
+
+
+def _ia3() -> nn.Module:
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    return get_peft_model(llama(), config).eval()
+
+
+def _checkpointing(policy: nn.Module) -> nn.Module:
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def _case(strategy: str, policy: nn.Module, folder: Path) -> Case:
+    plain = plain_copy(policy)
+    optimizer = torch.optim.SGD(trainable_parameters(policy), lr=0.05)
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Case(policy, build_reference(policy, strategy), plain, step, strategy != "adapter", folder)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
+@pytest.mark.parametrize("name", POLICIES)
+def test_contract(name: str, check: Callable[[Case], None], tmp_path: Path) -> None:
+    strategy, policy = POLICIES[name]
+    check(_case(strategy, policy(), tmp_path))
+
+
+def test_contract_under_zero3(tmp_path: Path) -> None:
+    llama(attention_dropout=0.5).save_pretrained(tmp_path / "model")
+    output = accelerate_launch("zero3", "tests/scripts/zero3_contract.py", str(tmp_path), flags=OWN_LOOP)
+    for check in CHECKS:
+        assert f"passed {check.__name__}\n" in output
+    assert "each rank holds half: True" in output
+
+
+def test_every_strategy_has_a_row() -> None:
+    assert {strategy for strategy, _ in POLICIES.values()} | {"zero3"} == set(STRATEGIES)
+
+
+def test_gpt2_with_dropout_starts_at_zero_kl() -> None:
+    """GPT-2's default dropout makes a step-0 KL of .28 where a reference is left in training mode."""
+    policy = gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+    check = next(check for check in CHECKS if check.__name__ == "check_scores_are_the_policys_as_built")
+    check(_case("clone", policy, Path()))

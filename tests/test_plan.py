@@ -1,0 +1,41 @@
+"""The registry and the choice: auto's reasons, unknown names, and backends that a strategy cannot serve."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from support import llama
+
+import refkl
+from refkl.reference import CloneReference
+
+
+def test_auto_says_why() -> None:
+    full = refkl.build_reference(llama())
+    assert full.strategy == "clone" and "0.1 MB" in full.reason
+    lora = refkl.build_reference(get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"])))
+    assert lora.strategy == "adapter" and "fresh" in lora.reason
+
+
+def test_unknown_names_give_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"Did you mean 'clone'\? Known: adapter, auto, clone, zero3"):
+        refkl.build_reference(llama(), "clones")
+
+
+def test_a_strategy_that_cannot_work_here_names_the_one_that_can() -> None:
+    with pytest.raises(ValueError, match=r"ZeRO-3, and this is plain on 1 process\. Use 'clone' instead"):
+        refkl.build_reference(llama(), "zero3")
+
+
+def test_registering_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refkl.reference.plan.STRATEGIES", dict(refkl.STRATEGIES))
+    with pytest.raises(ValueError, match="exists already"):
+        refkl.register_strategy("clone", CloneReference)
+    with pytest.raises(ValueError, match="subclass"):
+        refkl.register_strategy("mine", dict)  # type: ignore[arg-type]
+
+    class Mine(CloneReference):
+        strategy = "mine"
+
+    refkl.register_strategy("mine", Mine)
+    assert refkl.build_reference(llama(), "mine").strategy == "mine"
