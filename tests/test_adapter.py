@@ -46,7 +46,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "trained before": (lambda: _trained(_lora()), "trained already"),
     "PiSSA": (lambda: _lora(init_lora_weights="pissa"), "its making changed the base"),
     "OLoRA": (lambda: _lora(init_lora_weights="olora"), "its making changed the base"),
-    "bias all": (lambda: get_peft_model(qwen2(), LoraConfig(r=4, target_modules=["q_proj"], bias="all")), "trains and is not part of the adapter"),
+    "bias all": (
+        lambda: get_peft_model(qwen2(), LoraConfig(r=4, target_modules=["q_proj"], bias="all")),
+        "trains and is not part of the adapter",
+    ),
     "a norm unfrozen by hand": (_unfrozen, r"model\.norm\.weight trains"),
     "merged": (_merged, "merged"),
     "not trainable": (_not_trainable, "is_trainable=False"),

@@ -80,7 +80,7 @@ def test_padding_on_either_side_changes_nothing(mode):
         (VALUES[0], MASK[0], {}, r"per_token must be \[B, T\], got shape \[3\]"),
         (VALUES, MASK[:, :1], {}, r"mask has shape \[3, 1\] but per_token has shape \[3, 3\]"),
         *((VALUES, MASK, {"normalizer": n}, r"normalizer must be positive") for n in (0, -1.0, math.nan)),
-        (VALUES, MASK, {"normalizer": torch.tensor(0)}, r"normalizer must be positive, got 0"),
+        (VALUES, MASK, {"normalizer": torch.tensor(0)}, r"normalizer must be positive and finite, got 0"),
     ],
 )
 def test_refusals(values, mask, options, message):

@@ -38,8 +38,10 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             if node.module == "refkl":
                 inside = [a.name for a in node.names]
-                names = [f"refkl.{n}" if (SOURCE / n).is_dir() or (SOURCE / f"{n}.py").is_file() else "refkl.__init__"
-                         for n in inside]
+                names = [
+                    f"refkl.{n}" if (SOURCE / n).is_dir() or (SOURCE / f"{n}.py").is_file() else "refkl.__init__"
+                    for n in inside
+                ]
             else:
                 names = [node.module]
         for name in names:
@@ -67,7 +69,14 @@ def test_trl_and_deepspeed_are_imported_in_one_place() -> None:
 def test_kl_sees_tensors_alone() -> None:
     for path in (SOURCE / "kl").rglob("*.py"):
         assert _imports(path) <= {
-            "__future__", "collections", "typing", "math", "torch", "refkl.kl", "refkl.types", "refkl.messages"
+            "__future__",
+            "collections",
+            "typing",
+            "math",
+            "torch",
+            "refkl.kl",
+            "refkl.types",
+            "refkl.messages",
         }, path
 
 

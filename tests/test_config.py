@@ -27,7 +27,6 @@ def test_refusals(config, options, message):
         config(**options)
 
 
-@pytest.mark.xfail(strict=True, reason="accepted: placement 'reward' lands in the loss, gradient 'none' trains nothing")
 @pytest.mark.parametrize(
     ("config", "options"),
     [

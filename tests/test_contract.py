@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from refkl import STRATEGIES, build_reference, freeze, trainable_parameters
 
-
 OWN_LOOP = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0")
 
 

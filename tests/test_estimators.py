@@ -171,7 +171,6 @@ def test_exp_saturates_at_e60_in_fp32_and_says_so():
     assert kl.estimate(d.double(), torch.zeros(5), "k3").isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="exponent + (cap - exponent) rounds: k3 is negative below d = -1e9")
 def test_saturation_holds_at_any_magnitude():
     d = torch.tensor([-1e6, -1e9, -1e20])
     value = kl.estimate(d, torch.zeros(3), "k3")
@@ -179,19 +178,21 @@ def test_saturation_holds_at_any_magnitude():
     assert (value >= 0).all() and value.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="exp(60)² is inf in fp32: the weight and the estimator saturate apart")
 def test_weight_times_estimator_saturates_too():
     value = kl.estimate(torch.tensor([-70.0]), torch.zeros(1), "k3", old_logp=torch.tensor([-140.0]))
     assert value.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="inf - inf in the straight-through term, and in the cap of k3's exponent")
 @pytest.mark.parametrize(
     ("estimator", "gradient"), [*((e, "reverse_kl") for e in ESTIMATORS), ("k3", "none"), ("k3", "autograd")]
 )
-def test_a_token_that_the_reference_excludes_is_infinite_and_not_nan(estimator, gradient):
-    logp = torch.tensor([-1.0], requires_grad=True)
-    assert kl.estimate(logp, torch.tensor([-math.inf]), estimator, gradient=gradient).item() == math.inf
+def test_a_token_that_the_reference_excludes_is_huge_and_not_nan(estimator, gradient):
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    value = kl.estimate(logp, torch.tensor([-math.inf, -2.5]), estimator, gradient=gradient)
+    assert value[0] > 1e20 and value[1].item() == pytest.approx(FORMULAS[estimator](0.5))
+    if gradient == "reverse_kl":
+        slope = grad(value, logp)
+        assert not slope[0].isnan() and slope[1].item() == 0.5
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

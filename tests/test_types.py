@@ -54,7 +54,6 @@ def test_refusals(changes, message):
         TokenBatch(**{"input_ids": IDS, "attention_mask": REAL, "completion_mask": SCORED, **changes})
 
 
-@pytest.mark.xfail(strict=True, reason="the clash comes out of transformers as a TypeError")
 @pytest.mark.parametrize("name", ["use_cache", "logits_to_keep"])
 def test_what_refkl_passes_itself_is_refused_in_model_inputs(name):
     with pytest.raises(ValueError, match=rf"may not hold \['{name}'\]"):

@@ -1,9 +1,9 @@
 """refkl: keep a policy tied to its reference model.
 
-    reference = refkl.build_reference(policy)                  # the policy as it stands now, held the cheapest right way
-    pair = refkl.score_pair(policy, reference, batch)          # log-probabilities of both, in nats
-    output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, batch.completion_mask)
-    (loss + output.loss).backward()
+reference = refkl.build_reference(policy)                  # the policy as it stands now, held the cheapest right way
+pair = refkl.score_pair(policy, reference, batch)          # log-probabilities of both, in nats
+output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, batch.completion_mask)
+(loss + output.loss).backward()
 """
 
 from refkl import kl

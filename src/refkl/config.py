@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from refkl.kl import FixedKL
+from refkl.messages import unknown
 
 Method = Literal["grpo", "dpo"]
 BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def _offered(section: str, config: Any) -> None:
+    """Raise ValueError for a field whose value is not among those that its Literal type lists."""
+    for name, hint in get_type_hints(type(config)).items():
+        options = [x for h in (hint, *get_args(hint)) if get_origin(h) is Literal for x in get_args(h)]
+        value = getattr(config, name)
+        if options and value is not None and value not in options:
+            raise unknown(f"{section}.{name}", str(value), options)
 
 
 @dataclass(kw_only=True)
@@ -32,6 +42,7 @@ class ReferenceConfig:
     """Where "clone" is held, as in "cuda:1"; None follows the policy."""
 
     def __post_init__(self) -> None:
+        _offered("reference", self)
         if not self.strategy:
             raise ValueError("reference.strategy is empty: use 'auto' or the name of a strategy.")
         if not self.source:
@@ -57,6 +68,7 @@ class KLConfig:
     """Clamp the log-ratio to ± this in the reported value; the reverse-KL gradient is never clamped."""
 
     def __post_init__(self) -> None:
+        _offered("kl", self)
         FixedKL(self.coef)
         if self.max_log_ratio is not None and not self.max_log_ratio > 0:
             raise ValueError(f"kl.max_log_ratio must be positive, got {self.max_log_ratio}.")

@@ -44,6 +44,7 @@ def freeze(module: nn.Module, patterns: str | Sequence[str] | None = None) -> li
         chosen = [name for name in parameters if name in chosen_set]
     for name in chosen:
         parameters[name].requires_grad_(False)
+        parameters[name].grad = None  # an optimizer that holds the parameter already would move it once more
     return chosen
 
 

@@ -55,7 +55,8 @@ class KLPenalty:
                 `global_normalizer`).
 
         Raises:
-            ValueError: shapes that differ, temperatures that differ, or reference scores that carry grad.
+            ValueError: shapes that differ, temperatures that differ, reference scores that carry grad, or a divergence
+                that carries none.
         """
         logp, ref_logp = policy_scores.logp, ref_scores.logp
         require_shape("mask", mask, logp.shape, "policy_scores.logp")
@@ -80,9 +81,15 @@ class KLPenalty:
             raise ValueError("old_logp corrects an estimate from samples; an exact divergence takes none.")
         else:
             require_shape("divergence", divergence, mask.shape, "mask")
+            if self.coef and logp.requires_grad and not divergence.requires_grad:
+                raise ValueError(
+                    "divergence carries no grad, so this penalty would train nothing. Take it from score_pair."
+                )
             per_token = divergence.masked_fill(~mask.bool(), 0.0)
 
-        loss = self.coef * aggregate(per_token, mask, self.config.aggregation, normalizer=normalizer)
+        # With coef 0 an infinite divergence must not make the loss NaN: only the graph is kept.
+        penalised = mask.bool() if self.coef else torch.zeros_like(mask, dtype=torch.bool)
+        loss = self.coef * aggregate(per_token, penalised, self.config.aggregation, normalizer=normalizer)
         stats = _statistics(per_token.detach(), masked_log_ratio(logp.detach(), ref_logp, mask), mask.bool())
         if logp.requires_grad:
             self._window.append(stats)
@@ -140,9 +147,9 @@ def global_normalizer(
     if not masks:
         raise ValueError("global_normalizer got no mask: pass this rank's mask, or one per micro-batch.")
     count = torch.stack([aggregation_count(m, mode) for m in masks]).sum().to(torch.float32)
-    if accelerator is not None and accelerator.num_processes > 1:
-        count = accelerator.reduce(count, reduction="sum") / accelerator.num_processes
-    return count.clamp(min=1.0)
+    if accelerator is None or accelerator.num_processes == 1:
+        return count.clamp(min=1.0)
+    return accelerator.reduce(count, reduction="sum").clamp(min=1.0) / accelerator.num_processes
 
 
 _STATISTICS = 5

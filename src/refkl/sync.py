@@ -40,9 +40,7 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
                 "train(resume_from_checkpoint=…)."
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count optimizer steps, and sync on each multiple of `every`."""
         if state.global_step % self.config.every == 0:
             self.reference.update(kwargs["model"], self.config.alpha)

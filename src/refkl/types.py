@@ -22,6 +22,9 @@ def require_shape(name: str, tensor: Tensor, shape: torch.Size, like: str) -> No
         )
 
 
+_PASSED_BY_REFKL = {"input_ids", "attention_mask", "position_ids", "labels", "use_cache", "logits_to_keep"}
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Token sequences and which of their tokens are scored.
@@ -50,7 +53,7 @@ class TokenBatch:
         require_shape("completion_mask", self.completion_mask, self.input_ids.shape, "input_ids")
         if self.position_ids is not None:
             require_shape("position_ids", self.position_ids, self.input_ids.shape, "input_ids")
-        if clash := {"input_ids", "attention_mask", "position_ids", "labels"} & set(self.model_inputs):
+        if clash := _PASSED_BY_REFKL & set(self.model_inputs):
             raise ValueError(f"model_inputs may not hold {sorted(clash)}: refkl passes these to the model itself.")
 
         real, scored = self.attention_mask.bool(), self.completion_mask.bool()

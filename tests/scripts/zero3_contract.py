@@ -45,7 +45,9 @@ def _state(folder: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    PartialState(cpu=not torch.accelerator.is_available())  # as transformers' use_cpu does; Accelerator() alone would not
+    PartialState(
+        cpu=not torch.accelerator.is_available()
+    )  # as transformers' use_cpu does; Accelerator() alone would not
     accelerator = Accelerator()
     assert accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.num_processes == 2
     accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 3

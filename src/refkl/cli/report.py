@@ -62,4 +62,7 @@ def draw_report(run: str | Path, *others: str | Path, output: str | Path | None 
 
 def _running_mean(values: tuple[float, ...], span: int = 5) -> list[float]:
     """Mean of each value with up to `span` - 1 before it."""
-    return [sum(values[max(0, i - span + 1) : i + 1]) / len(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - span + 1) : i + 1]) / len(values[max(0, i - span + 1) : i + 1])
+        for i in range(len(values))
+    ]

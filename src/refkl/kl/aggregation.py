@@ -10,6 +10,8 @@ whole batch's value when the count is that of the whole: pass it as `normalizer`
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,17 +38,17 @@ def aggregate(
         scored token does not count as one.
 
     Raises:
-        ValueError: an unknown mode, shapes that differ, or a normalizer that is not positive.
+        ValueError: an unknown mode, shapes that differ, or a normalizer that is not positive and finite.
     """
     if mode not in AGGREGATIONS:
         raise unknown("aggregation", mode, AGGREGATIONS)
     if per_token.dim() != 2:
         raise ValueError(f"per_token must be [B, T], got shape {list(per_token.shape)}.")
     require_shape("mask", mask, per_token.shape, "per_token")
-    if normalizer is not None and not float(normalizer) > 0:
-        raise ValueError(f"normalizer must be positive, got {float(normalizer)}.")
+    if normalizer is not None and not 0.0 < float(normalizer) < math.inf:
+        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}.")
     mask = mask.bool()
-    values = per_token.masked_fill(~mask, 0.0)
+    values = per_token.to(torch.promote_types(per_token.dtype, torch.float32)).masked_fill(~mask, 0.0)
     if mode == "seq-mean-token-mean":
         values = values / mask.sum(-1, keepdim=True).clamp(min=1)
     count = aggregation_count(mask, mode).clamp(min=1) if normalizer is None else normalizer

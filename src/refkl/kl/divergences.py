@@ -62,7 +62,7 @@ def divergence(logits: Tensor, ref_logits: Tensor, kind: str = "reverse_kl", *, 
 
 def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     """log a - log b; 0 where a is 0, whose term of the sum needs none."""
-    empty = log_a == -torch.inf
+    empty = log_a.exp() == 0
     return log_a.masked_fill(empty, 0.0) - log_b.masked_fill(empty, 0.0)
 
 
@@ -84,5 +84,5 @@ def _relative_entropy(log_a: Tensor, log_b: Tensor, d: Tensor) -> Tensor:
     a = log_a.exp()
     small = a * (torch.expm1(-d_near) + d_near)
     large = a * d.masked_fill(near, 0.0) + (log_b.exp() - a)
-    empty = log_a == -torch.inf  # 0 · log 0 = 0: only b is left of the term
+    empty = a == 0  # 0 · log 0 = 0: only b is left of the term
     return torch.where(empty, log_b.exp(), torch.where(near, small, large))

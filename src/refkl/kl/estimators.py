@@ -15,6 +15,7 @@ arXiv:2510.01555). These are per-token statements: the effect of a token on late
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ GRADIENTS = ("reverse_kl", "autograd", "none")
 RATIOS = ("token", "prefix")
 
 _MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
-"""exp of this is large and finite, and so is its square times a coefficient."""
+"""Past this exp saturates: well inside the range, so that a sum over a batch is finite too."""
 
 
 def estimate(
@@ -58,7 +59,8 @@ def estimate(
         max_log_ratio: if given, d is clamped to ±this in the *value*; the "reverse_kl" gradient stays whole.
 
     Returns:
-        Same shape; fp32, or fp64 if an input is. exp saturates at exp(60) in fp32 (exp(600) in fp64).
+        Same shape; fp32, or fp64 if an input is. exp, and the weighted value, saturate at exp(60) in fp32 (exp(600) in
+        fp64). Where a log-probability is -inf the value saturates and the reverse-KL gradient is 0.
 
     Raises:
         ValueError: unknown estimator, gradient or ratio; shapes that differ; a `max_log_ratio` that is not positive.
@@ -82,10 +84,11 @@ def estimate(
     if gradient == "autograd":
         result = weight * value
     else:
-        result = (weight * value).detach()
+        result = (weight * value).detach().clamp(max=math.exp(_MAX_EXPONENT[value.dtype]))
         if gradient == "reverse_kl":
             # Straight-through: adds exactly zero to the value, and w·d·∇logp to the gradient.
-            result = result + (weight * log_ratio).detach() * (log_ratio - log_ratio.detach())
+            whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)  # inf - inf is NaN
+            result = result + (weight * whole).detach() * (whole - whole.detach())
     return result if mask is None else result.masked_fill(~mask.bool(), 0.0)
 
 
@@ -93,12 +96,11 @@ def masked_log_ratio(logp: Tensor, ref_logp: Tensor, mask: Tensor | None, name: 
     """logp - ref_logp in fp32 or better; 0.0 (and no gradient) where the mask is False, before any other maths."""
     require_shape(name, ref_logp, logp.shape, "logp")
     dtype = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
-    logp, ref_logp = logp.to(dtype), ref_logp.detach().to(dtype)
-    if mask is not None:
-        require_shape("mask", mask, logp.shape, "logp")
-        # Filling both sides, not the difference: inf - inf would leave NaN in the gradient.
-        logp, ref_logp = logp.masked_fill(~mask.bool(), 0.0), ref_logp.masked_fill(~mask.bool(), 0.0)
-    return logp - ref_logp
+    log_ratio = logp.to(dtype) - ref_logp.detach().to(dtype)
+    if mask is None:
+        return log_ratio
+    require_shape("mask", mask, logp.shape, "logp")
+    return log_ratio.masked_fill(~mask.bool(), 0.0)
 
 
 def saturated(log_ratio: Tensor) -> Tensor:
@@ -108,8 +110,8 @@ def saturated(log_ratio: Tensor) -> Tensor:
 
 def _saturating(exponent: Tensor) -> Tensor:
     """`exponent` capped in value alone: its gradient stays 1, so that what is built on it still pulls back."""
-    capped = exponent.clamp(max=_MAX_EXPONENT[exponent.dtype])
-    return exponent + (capped - exponent).detach()
+    cap = _MAX_EXPONENT[exponent.dtype]
+    return torch.where(exponent > cap, cap + (exponent - exponent.detach()), exponent)
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class _TokenLogp(torch.autograd.Function):
         return logp, row_entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         logits, targets, rows, log_z, row_entropy = ctx.saved_tensors
         grad_logp, grad_entropy = grads

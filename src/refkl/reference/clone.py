@@ -112,7 +112,10 @@ class CloneReference(Reference):
                 if own.shape == theirs.shape and torch.equal(own, theirs):
                     own.data = theirs.data
         buffers = dict(policy.named_buffers())
-        for name, buffer in self.model.named_buffers():  # those that no checkpoint holds too, such as rotary frequencies
+        for (
+            name,
+            buffer,
+        ) in self.model.named_buffers():  # those that no checkpoint holds too, such as rotary frequencies
             dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
             buffer.data = buffer.data.to(device=self._config.device or first.device, dtype=dtype)
         self._placed = (first.device, first.dtype)

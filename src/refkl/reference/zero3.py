@@ -154,7 +154,9 @@ def _check_unchanged(policy: nn.Module, fresh: nn.Module, folder: str) -> None:
 
 def _equal(theirs: Tensor, own: Tensor) -> bool:
     """Whether the two hold the same numbers on every rank, compared in the coarser of their dtypes."""
-    coarse = min(theirs.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).bits) if own.is_floating_point() else None
+    coarse = (
+        min(theirs.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).bits) if own.is_floating_point() else None
+    )
     if is_partitioned(theirs) == is_partitioned(own):
         pair = local_shard(theirs), local_shard(own)
         same = torch.equal(*(x.to(device=own.device, dtype=coarse or own.dtype) for x in pair))

@@ -58,6 +58,12 @@ def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = Fal
     Raises:
         ValueError: the batch has position ids and the model takes none; the output is not one row per token.
     """
+    inner = unwrap(model)
+    if isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(inner.active_peft_config).__name__} is a prompt-learning adapter: it adds tokens of its own, and "
+            "cannot be scored yet."
+        )
     base = base_model(model)
     accepted = _forward_parameters(type(base))
     # At least one column: every rank must run the forward, scored tokens or none.
@@ -116,7 +122,8 @@ def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> 
         if "position_ids" not in accepted:
             raise ValueError(f"The batch has position_ids, but {type(base).__name__} takes none.")
         return batch.position_ids
-    if "position_ids" not in accepted or batch.model_inputs:
+    media = any(isinstance(x, Tensor) and x.shape != batch.input_ids.shape for x in batch.model_inputs.values())
+    if "position_ids" not in accepted or media:
         return None  # with images and the like, models count positions in their own way
     return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 

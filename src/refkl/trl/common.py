@@ -109,8 +109,6 @@ class _PenaltySteps(TrainerCallback):
     ) -> None:
         self.trainer.reference.settle()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, value in self.trainer.penalty.step(self.trainer.accelerator).items():
             self.trainer._metrics["train"][name].append(value)

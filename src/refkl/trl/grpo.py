@@ -124,17 +124,24 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-        corrected = self.penalty.config.gradient == "reverse_kl" or self.args.use_bias_correction_kl
-        output = self._penalise(
-            policy_logp,
-            ref_logp,
-            mask,
-            self.temperature,
-            old_logp=inputs.get("old_per_token_logps") if corrected else None,
-            normalizer=self._normalizer(inputs),
-        )
+        normalizer = self._normalizer(inputs)
+        old_logp = self._old_logp(inputs, policy_logp)
+        output = self._penalise(policy_logp, ref_logp, mask, self.temperature, old_logp=old_logp, normalizer=normalizer)
         assert output.loss is not None
         return loss + output.loss
+
+    def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
+        """What the KL estimate's ratio is to, or None where the estimate takes none.
+
+        Differentiated as it stands, k3 has the right gradient only times a ratio that is differentiated too, on-policy
+        as well, where the ratio is 1: TRL's use_bias_correction_kl.
+        """
+        sampled = inputs.get("old_per_token_logps")  # None where it would be the present policy's
+        if self.penalty.config.gradient == "reverse_kl":
+            return sampled
+        if not self.args.use_bias_correction_kl:
+            return None
+        return policy_logp.detach() if sampled is None else sampled
 
     def _normalizer(self, inputs: dict[str, Any]) -> Tensor | None:
         """What this micro-batch's KL is divided by: its share of the whole step's tokens or sequences, over ranks."""

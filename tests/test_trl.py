@@ -1,0 +1,308 @@
+"""The TRL plugin: TRL's numbers where it is right, the right reference where TRL's is not, and nothing of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.dpo_trainer
+import trl.trainer.grpo_trainer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from support import byte_tokenizer, gpt2, llama
+from transformers import LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference
+from refkl.trl import KLDPOTrainer, KLGRPOTrainer
+
+PROMPTS = Dataset.from_dict({"prompt": ["hello", "hi there", "abc", "what"] * 4})
+PAIRS = Dataset.from_dict(
+    {
+        "prompt": ["hello", "hi there", "abc", "what"] * 6,
+        "chosen": [" good", "yes!", " fine then"] * 8,
+        "rejected": ["bad one", " no", " n"] * 8,
+    }
+)
+COMMON: dict[str, Any] = {
+    "report_to": [], "bf16": False, "use_cpu": True, "logging_steps": 1, "gradient_checkpointing": False,
+    "disable_tqdm": True, "save_strategy": "no", "lr_scheduler_type": "constant", "learning_rate": 1e-2,
+    "per_device_train_batch_size": 4,
+}  # fmt: skip
+
+
+def distinct_letters(completions: list[str], **columns: Any) -> list[float]:
+    return [len(set(text)) / 8 for text in completions]
+
+
+def grpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
+    args = {**COMMON, "num_generations": 4, "max_completion_length": 8, "max_steps": 3, **(options or {})}
+    return cls(
+        model,
+        reward_funcs=distinct_letters,
+        args=GRPOConfig(str(tmp_path / "run"), **args),
+        train_dataset=PROMPTS,
+        processing_class=byte_tokenizer(),
+        **refkl,
+    )
+
+
+def dpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
+    args = DPOConfig(str(tmp_path / "run"), **{**COMMON, "max_steps": 3, **(options or {})})
+    return cls(model, args=args, train_dataset=PAIRS, processing_class=byte_tokenizer(), **refkl)
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if entry.get(key) is not None]
+
+
+def saved(tmp_path: Path, **overrides: Any) -> str:
+    torch.manual_seed(0)
+    llama(**overrides).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def no_second_model(monkeypatch: pytest.MonkeyPatch, *allowed: str) -> list[str]:
+    """Records every model that TRL loads."""
+    loads: list[str] = []
+    for module in (trl.trainer.grpo_trainer, trl.trainer.dpo_trainer):
+        original = module.create_model_from_path
+
+        def create(path: str, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            loads.append(path)
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, "create_model_from_path", create)
+    return loads
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_grpo_is_trls_where_the_settings_are_trls(tmp_path: Path, accumulation: int, corrected: bool) -> None:
+    """beta 0.2 of TRL is k3 differentiated as it stands; same seeds, same completions, same losses and weights."""
+    folder = saved(tmp_path)
+    # SGD: Adam makes a full step of a gradient that is rounding alone, and then other tokens are sampled.
+    options = {"gradient_accumulation_steps": accumulation, "loss_type": "dapo", "learning_rate": 0.3, "max_steps": 4}
+    options |= {"optim": "sgd", "use_bias_correction_kl": corrected}
+    theirs = grpo(GRPOTrainer, LlamaForCausalLM.from_pretrained(folder), tmp_path, {**options, "beta": 0.2})
+    theirs.train()
+    kl = KLConfig(coef=0.2, estimator="k3", gradient="autograd", aggregation="token-mean")
+    ours = grpo(KLGRPOTrainer, LlamaForCausalLM.from_pretrained(folder), tmp_path, options, kl=kl)
+    ours.train()
+    assert logged(ours, "kl")[1] > 1e-4
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), abs=2e-6)
+    assert logged(ours, "kl") == pytest.approx(logged(theirs, "kl"), abs=2e-5, rel=1e-4)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
+
+
+def test_dpo_is_trls(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    options = {"gradient_accumulation_steps": 2}
+    theirs = dpo(DPOTrainer, LlamaForCausalLM.from_pretrained(folder), tmp_path, options)
+    ours = dpo(KLDPOTrainer, LlamaForCausalLM.from_pretrained(folder), tmp_path, options)
+    theirs.train()
+    ours.train()
+    for key in ("loss", "rewards/margins", "logps/chosen", "entropy", "logits/chosen", "mean_token_accuracy"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), abs=2e-5, rel=1e-4), key
+    assert logged(ours, "kl")[0] == 0.0 and logged(ours, "kl")[1] > 1e-3
+
+
+def test_reward_and_kl_of_the_loss_change_with_the_coefficient(tmp_path: Path) -> None:
+    """The penalty is in the loss: with a large coefficient the policy stays nearer."""
+    runs = {}
+    options = {"optim": "sgd", "learning_rate": 0.03, "max_steps": 8}
+    for coef in (0.0, 1.0):
+        policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
+        trainer = dpo(KLDPOTrainer, policy, tmp_path, options, kl=KLConfig(coef=coef))
+        trainer.train()
+        runs[coef] = logged(trainer, "kl")
+    assert runs[0.0][-1] > 1e-3
+    assert runs[1.0][-1] < 0.7 * runs[0.0][-1]
+
+
+@pytest.mark.parametrize("make", [grpo, dpo])
+@pytest.mark.parametrize("kind", ["full", "lora", "peft model"])
+def test_trl_loads_no_reference_of_its_own(
+    make: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = no_second_model(monkeypatch)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = saved(tmp_path)
+    if kind == "peft model":
+        model, peft = get_peft_model(LlamaForCausalLM.from_pretrained(folder), lora), None
+    else:
+        model, peft = folder, lora if kind == "lora" else None
+    trainer = make(
+        KLGRPOTrainer if make is grpo else KLDPOTrainer,
+        model,
+        tmp_path,
+        {"model_init_kwargs": {"dtype": "float32"}} if isinstance(model, str) else {},
+        peft_config=peft,
+        kl=KLConfig(coef=0.1),
+    )
+    assert loads == ([folder] if isinstance(model, str) else [])
+    assert trainer.ref_model is None
+    assert trainer.reference.strategy == ("clone" if kind == "full" else "adapter")
+    if kind == "peft model":
+        assert set(model.peft_config) == {"default"}
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            n for n, _ in model.named_parameters() if "lora_" in n and ".default." in n
+        }
+    before = trainer.reference.fingerprint()
+    trainer.train()
+    assert trainer.reference.fingerprint() == before
+    assert logged(trainer, "kl")[0] == 0.0
+
+
+@pytest.mark.parametrize("origin", ["from a config", "edited in memory"])
+@pytest.mark.parametrize("make", [grpo, dpo])
+def test_the_right_reference_where_trl_fails_or_takes_another(make: Any, origin: str, tmp_path: Path) -> None:
+    """TRL reloads `config._name_or_path`: from a config it cannot train with KL, edited it gets another model."""
+    if origin == "from a config":
+        policy = llama()
+    else:
+        policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
+        with torch.no_grad():
+            policy.lm_head.weight.mul_(0.5)
+    trainer = make(KLGRPOTrainer if make is grpo else KLDPOTrainer, policy, tmp_path, kl=KLConfig(coef=0.1))
+    trainer.train()
+    assert logged(trainer, "kl")[0] == 0.0 and logged(trainer, "kl")[1] > 0
+
+
+def test_gpt2_is_scored_at_its_positions(tmp_path: Path) -> None:
+    """TRL passes no position ids: left-padded GPT-2 prompts are then read from the wrong place, by .43 nats here."""
+    from refkl import TokenBatch, score_tokens
+
+    trainer = grpo(KLGRPOTrainer, gpt2(), tmp_path, kl=KLConfig(coef=0.1))
+    ids = torch.tensor([[0, 0, 0, 40, 41, 42, 43], [30, 31, 32, 33, 34, 35, 36]])
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        ours = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 3)[0]
+        bare = TokenBatch(ids[:1, 3:], mask[:1, 3:], torch.tensor([[0, 1, 1, 1]]))
+        right = score_tokens(trainer.model, bare).logp[0, 1:]
+        theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, 3)[0]
+    torch.testing.assert_close(ours[0], right, rtol=0, atol=1e-5)
+    assert (theirs[0] - right).abs().max() > 0.05
+
+
+def test_sync_happens_when_the_schedule_says(tmp_path: Path) -> None:
+    trainer = dpo(
+        KLDPOTrainer, llama(), tmp_path, {"max_steps": 5, "gradient_accumulation_steps": 2}, sync=SyncConfig(every=2, alpha=1.0)
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.sync.updates == [{"step": 2, "alpha": 1.0}, {"step": 4, "alpha": 1.0}]
+    kl = logged(trainer, "kl")
+    # alpha 1 copies the policy: the KL measured in the step after a sync starts from zero again.
+    assert kl[0] == 0.0 and kl[1] > 0 and kl[2] == 0.0 and kl[3] > 0 and kl[4] == 0.0
+
+
+def test_scores_kept_by_grpo_are_not_used_past_a_sync(tmp_path: Path) -> None:
+    """TRL keeps a rollout over num_iterations steps; after a copy of the policy the KL must be zero in its second use."""
+    options = {"num_iterations": 2, "max_steps": 4}
+    stale = grpo(KLGRPOTrainer, llama(), tmp_path, options, kl=KLConfig(coef=0.1))
+    stale.train()
+    trainer = grpo(
+        KLGRPOTrainer, llama(), tmp_path, options, kl=KLConfig(coef=0.1), sync=SyncConfig(every=1, alpha=1.0)
+    )
+    trainer.train()
+    assert logged(trainer, "kl") == [0.0] * 4
+    assert logged(stale, "kl")[1] > 0  # without the sync, the rollout's second use has drifted
+
+
+def test_trls_own_sync_setting_is_taken_over(tmp_path: Path) -> None:
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+    trainer = dpo(KLDPOTrainer, llama(), tmp_path, options)
+    assert (trainer.sync.config.every, trainer.sync.config.alpha) == (2, 0.5)
+    assert not any(type(c).__name__ == "SyncRefModelCallback" for c in trainer.callback_handler.callbacks)
+    with pytest.raises(ValueError, match="Both sync="):
+        dpo(KLDPOTrainer, llama(), tmp_path, options, sync=SyncConfig())
+
+
+def test_tr_dpo_with_lora(tmp_path: Path) -> None:
+    """TRL refuses sync with PEFT; a clone of the adapter can."""
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer = dpo(KLDPOTrainer, policy, tmp_path, reference="clone", sync=SyncConfig(every=1, alpha=1.0))
+    trainer.train()
+    assert trainer.reference.updates == 3 and logged(trainer, "kl") == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="Use reference='clone'"):
+        dpo(KLDPOTrainer, get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path,
+            reference="adapter", sync=SyncConfig())  # fmt: skip
+
+
+def test_resume_brings_back_a_reference_that_had_moved(tmp_path: Path) -> None:
+    """TRL starts a resumed run from the first reference."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    sync = SyncConfig(every=2, alpha=0.5)
+    torch.manual_seed(0)
+    whole = dpo(KLDPOTrainer, llama(), tmp_path / "a", options, sync=sync)
+    whole.train()
+    torch.manual_seed(0)
+    second = dpo(KLDPOTrainer, llama(), tmp_path / "b", options, sync=sync)
+    second.train(resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-2"))
+    assert logged(second, "kl")[-2:] == logged(whole, "kl")[-2:]
+    assert second.reference.fingerprint() == whole.reference.fingerprint()
+    assert second.sync.updates == whole.sync.updates
+
+
+def test_resuming_a_plain_trainer_without_the_moved_reference_is_refused(tmp_path: Path) -> None:
+    """The callback in any transformers trainer: it cannot load the weights itself, and does not go on without them."""
+    from transformers import Trainer, TrainingArguments
+
+    from refkl import SyncReferenceCallback
+
+    def trainer(folder: Path) -> tuple[Trainer, Any]:
+        torch.manual_seed(0)
+        model = llama()
+        reference = build_reference(model)
+        args = TrainingArguments(str(folder), max_steps=4, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+        data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 64
+        callback = SyncReferenceCallback(reference, SyncConfig(every=2, alpha=0.5))
+        return Trainer(model, args, train_dataset=data, callbacks=[callback]), reference
+
+    first, moved = trainer(tmp_path / "a")
+    first.train()
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    second, reference = trainer(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"Call reference\.load"):
+        second.train(resume_from_checkpoint=str(checkpoint))
+    third, reference = trainer(tmp_path / "a")
+    reference.load(checkpoint / "reference")
+    third.train(resume_from_checkpoint=str(checkpoint))
+    assert reference.fingerprint() == moved.fingerprint()
+
+
+def test_what_is_asked_twice_or_cannot_be_honoured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="asked for twice"):
+        grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.1}, kl=KLConfig())
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32"):
+        grpo(KLGRPOTrainer, llama(), tmp_path, {"cast_lm_head_to_fp32": True})
+    with pytest.raises(ValueError, match="precompute_ref_log_probs"):
+        dpo(KLDPOTrainer, llama(), tmp_path, {"precompute_ref_log_probs": True})
+    with pytest.raises(ValueError, match="Instead of ref_model="):
+        dpo(KLDPOTrainer, llama(), tmp_path, ref_model=llama())
+
+
+def test_beta_alone_is_the_coefficient(tmp_path: Path) -> None:
+    """One changed line: a script that sets TRL's beta keeps its meaning."""
+    trainer = grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3})
+    assert trainer.penalty.coef == 0.3 and trainer.args.beta == 0.3 and trainer.ref_model is None
+
+
+def test_evaluation_logs_kl_and_leaves_the_penalty_alone(tmp_path: Path) -> None:
+    trainer = dpo(
+        KLDPOTrainer, llama(), tmp_path, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}, eval_dataset=PAIRS
+    )
+    trainer.train()
+    assert all(value > 0 for value in logged(trainer, "eval_kl"))
+    assert logged(trainer, "kl")[0] == 0.0
+
+
+def test_a_reference_from_elsewhere(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    torch.manual_seed(1)
+    trainer = dpo(KLDPOTrainer, llama(), tmp_path, reference=ReferenceConfig(source=folder))
+    trainer.train()
+    assert logged(trainer, "kl")[0] > 0.01

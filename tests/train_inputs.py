@@ -1,0 +1,70 @@
+"""Tiny inputs for `refkl train`: a model folder, data files, rewards that go wrong, and a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from support import byte_tokenizer, llama
+
+TRAINER: dict[str, Any] = {
+    "max_steps": 4,
+    "bf16": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "constant",
+}
+
+
+def letters(completions: list[str], **columns: Any) -> list[float]:
+    """A reward: distinct letters."""
+    return [len(set(text)) / 8 for text in completions]
+
+
+def too_few(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * (len(completions) - 1)
+
+
+def not_a_number(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * (len(completions) - 1) + [float("nan")]
+
+
+def model_folder(folder: Path, **overrides: Any) -> Path:
+    """A tiny model with its tokenizer."""
+    llama(tie_word_embeddings=True, **overrides).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_config(folder: Path, method: str = "grpo", **sections: Any) -> Path:
+    """A configuration that trains in seconds; `sections` replace its own."""
+    if not (folder / "model").is_dir():
+        model_folder(folder / "model")
+    if method == "grpo":
+        rows = [{"prompt": text} for text in ("hello", "hi there", "abc", "what")] * 4
+        trainer = {**TRAINER, "num_generations": 4, "max_completion_length": 8}
+        reward = {"reward": [{"function": "train_inputs:letters"}]}
+    else:
+        rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("hello", " good", " bad"), ("a", "b", "c"))]
+        rows, trainer, reward = rows * 8, dict(TRAINER), {}
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config: dict[str, Any] = {
+        "method": method,
+        "model": {"path": str(folder / "model")},
+        "data": {"source": str(folder / "data.jsonl")},
+        **reward,
+        "kl": {"coef": 0.1},
+        "samples": {"prompts": 2},
+        "trainer": {**trainer, "output_dir": str(folder / "run")},
+    }
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
