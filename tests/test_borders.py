@@ -16,7 +16,7 @@ LAYERS = {
     "types": set(),
     "kl": {"types", "messages"},
     "freeze": {"messages"},
-    "config": {"kl"},
+    "config": {"kl", "messages"},
     "penalty": {"types", "kl", "config"},
     "backend": set(),
     "scoring": {"types", "kl", "backend"},

@@ -1,4 +1,4 @@
-"""`refkl train` and `refkl export`: what a run leaves behind, and an error that says what to do for each wrong input."""
+"""`refkl train` and `refkl export`: what a run leaves behind, and for each wrong input an error that helps."""
 
 from __future__ import annotations
 

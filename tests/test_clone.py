@@ -155,7 +155,7 @@ def test_update_refuses_another_model_and_changes_nothing() -> None:
     policy = llama()
     reference = build_reference(policy, "clone")
     before = reference.fingerprint()
-    with pytest.raises(ValueError, match="has no weight|has a weight"):
+    with pytest.raises(ValueError, match=r"has no weight|has a weight"):
         reference.update(llama(num_hidden_layers=3))
     with pytest.raises(ValueError, match="with shape"):
         reference.update(llama(intermediate_size=48))

@@ -189,9 +189,8 @@ def test_gpt2_is_scored_at_its_positions(tmp_path: Path) -> None:
 
 
 def test_sync_happens_when_the_schedule_says(tmp_path: Path) -> None:
-    trainer = dpo(
-        KLDPOTrainer, llama(), tmp_path, {"max_steps": 5, "gradient_accumulation_steps": 2}, sync=SyncConfig(every=2, alpha=1.0)
-    )  # fmt: skip
+    options = {"max_steps": 5, "gradient_accumulation_steps": 2}
+    trainer = dpo(KLDPOTrainer, llama(), tmp_path, options, sync=SyncConfig(every=2, alpha=1.0))
     trainer.train()
     assert trainer.sync.updates == [{"step": 2, "alpha": 1.0}, {"step": 4, "alpha": 1.0}]
     kl = logged(trainer, "kl")
@@ -200,7 +199,7 @@ def test_sync_happens_when_the_schedule_says(tmp_path: Path) -> None:
 
 
 def test_scores_kept_by_grpo_are_not_used_past_a_sync(tmp_path: Path) -> None:
-    """TRL keeps a rollout over num_iterations steps; after a copy of the policy the KL must be zero in its second use."""
+    """TRL keeps a rollout over num_iterations steps; after a copy of the policy its second use must give a KL of 0."""
     options = {"num_iterations": 2, "max_steps": 4}
     stale = grpo(KLGRPOTrainer, llama(), tmp_path, options, kl=KLConfig(coef=0.1))
     stale.train()

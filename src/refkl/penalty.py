@@ -102,9 +102,9 @@ class KLPenalty:
             accelerator: reduces over its processes; every rank must call. None for a single process.
 
         Returns:
-            Metrics over the step: "kl" nats per token, "kl/sequence" nats per sequence, "kl/max" the largest |log-ratio|
-            of a token, "kl/saturated" the share of tokens whose exp is capped, "kl/coef" the coefficient that applied.
-            Empty if nothing was scored.
+            Metrics over the step: "kl" nats per token, "kl/sequence" nats per sequence, "kl/max" the largest
+            |log-ratio| of a token, "kl/saturated" the share of tokens whose exp is capped, "kl/coef" the coefficient
+            that applied. Empty if nothing was scored.
         """
         stats = _merge(self._window) if self._window else torch.zeros(_STATISTICS, dtype=torch.float64)
         self._window = []

@@ -30,7 +30,8 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
         """Refuse to go on from a checkpoint whose reference had moved, with one that has not."""
         if state.global_step == 0:
             return
-        recorded = state.stateful_callbacks.get(type(self).__name__, {"attributes": {"updates": []}})
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
+        recorded = callbacks.get(type(self).__name__, {"attributes": {"updates": []}})
         self.updates = list(recorded["attributes"]["updates"])
         if len(self.updates) != self.reference.updates:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The command line: `refkl train CONFIG.yaml [--key value …]` and `refkl export RUN [--merge]`."""
+"""The command line: `refkl train CONFIG.yaml [--key value …]` `refkl export RUN [--merge]`, `refkl report RUN …`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
+USAGE = """\
+usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
        refkl train --help [--method grpo|dpo]        every key, with what it means
        refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
+       refkl report RUN [RUN ...] [--output FILE]    reward and KL of runs in one picture
        refkl --version"""
 
 
@@ -27,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from refkl.cli.export import export_command
 
             return export_command(rest)
+        if command == "report":
+            from refkl.cli.report import report_command
+
+            return report_command(rest)
         if command == "--version":
             from refkl import __version__
 
@@ -37,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from refkl.messages import unknown
 
-        raise unknown("command", command, ["train", "export"])
+        raise unknown("command", command, ["train", "export", "report"])
     except (ValueError, ModuleNotFoundError) as error:
         if os.environ.get("REFKL_TRACEBACK"):
             raise
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Take out `--local_rank=N`, which the deepspeed launcher puts before the command; the rank is in the environment."""
+    """Take out `--local_rank=N`, which the deepspeed launcher puts first; the rank is in the environment."""
     kept = []
     for argument in arguments:
         if match := re.fullmatch(r"--local[-_]rank=(\d+)", argument):

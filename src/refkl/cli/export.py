@@ -11,7 +11,7 @@ import torch
 import yaml
 from peft import PeftConfig, PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 TOLERANCE = 1e-5
 """Largest difference between logits before and after, relative to the largest logit."""
@@ -60,11 +60,10 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float:
         return 0.0
     model = _load(run, trained)
     before = _probe(model)
-    if adapter:
-        model = model.merge_and_unload()
-    model.save_pretrained(temporary)
+    plain: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    plain.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(trained).save_pretrained(temporary)
-    after = _probe(AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype))
+    after = _probe(AutoModelForCausalLM.from_pretrained(temporary, dtype=plain.dtype))
     difference = ((before - after).abs().max() / before.abs().max()).item()
     if difference > TOLERANCE:
         shutil.rmtree(temporary)
@@ -76,7 +75,7 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float:
     return difference
 
 
-def _load(run: Path, trained: Path) -> torch.nn.Module:
+def _load(run: Path, trained: Path) -> PreTrainedModel | PeftModel:
     dtype = getattr(torch, yaml.safe_load((run / "config.yaml").read_text())["model"]["dtype"])
     if not (trained / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(trained, dtype=dtype).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,16 @@ _PANELS = (
     ("rewards/margins", "reward margin, chosen over rejected"),
     ("kl", "KL to the reference (nats per token)"),
 )
+
+
+def report_command(arguments: list[str]) -> int:
+    """Parse and run `refkl report RUN [RUN …] [--output FILE]`."""
+    parser = argparse.ArgumentParser(prog="refkl report", description=draw_report.__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; the first one's report.png is written")
+    parser.add_argument("--output", type=Path, help="write this PNG file instead")
+    options = parser.parse_args(arguments)
+    print(draw_report(*options.runs, output=options.output))
+    return 0
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

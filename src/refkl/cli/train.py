@@ -50,6 +50,7 @@ def train(run: ParsedRun) -> int:
         picture = draw_report(folder.path)
         console.print(recorder.closing_line(stopper.stopped))
         console.print(f"run folder: {folder.path}  (model/, metrics.jsonl, samples.jsonl, {picture.name})")
+    accelerator.end_training()  # a process group that is left to the interpreter's end can abort there
     return 130 if stopper.stopped else 0
 
 

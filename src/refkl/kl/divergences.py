@@ -27,7 +27,8 @@ def divergence(logits: Tensor, ref_logits: Tensor, kind: str = "reverse_kl", *, 
     """Exact divergence over the last dimension, in nats.
 
     Args:
-        logits: policy, [..., V], any float dtype; computed in fp32, or in fp64 if an input is. -inf excludes a category.
+        logits: policy, [..., V], any float dtype; computed in fp32, or in fp64 if an input is. -inf excludes a
+            category.
         ref_logits: reference, [..., V]. Always detached: grad flows to the policy alone.
         kind: "reverse_kl" KL(policy ‖ reference), "forward_kl" KL(reference ‖ policy), or "jsd".
         weight: for "jsd", the share of the policy in the mixture, in (0, 1). 0.5 is the Jensen-Shannon divergence.

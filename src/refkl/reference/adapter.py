@@ -157,7 +157,7 @@ def _trained_lora(layer: LoraLayer) -> str | None:
     for adapter in layer.active_adapters:
         for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             factors = [d[adapter] for d in (getattr(layer, first), getattr(layer, second)) if adapter in d]
-            weights = [f.weight if isinstance(f, nn.Module) else f for f in factors]
+            weights = [f if isinstance(f, Tensor) else f.weight for f in factors]
             with gathered(weights):
                 # The product is zero if one of the factors is.
                 if weights and all(bool(w.detach().any()) for w in weights):

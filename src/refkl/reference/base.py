@@ -91,7 +91,7 @@ class Reference(ABC):
     def _move(self, policy: nn.Module, alpha: float) -> None:
         """theta_ref <- (1 - alpha) theta_ref + alpha theta_policy, all of it or, where that raises, none."""
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 - an optional hook: a strategy without weights of its own has none to move
         """Follow the policy to the device and dtype that it has been given since. Each score does this first."""
 
     def score(

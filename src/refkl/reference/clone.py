@@ -108,14 +108,12 @@ class CloneReference(Reference):
             changed |= dtype != own.dtype
             own.data = own.data.to(device=device, dtype=dtype)
             # A move gave the policy storage of its own; take part in it again where it holds the same numbers.
-            if name in self._shared and own.dtype == theirs.dtype and own.device == theirs.device:
-                if own.shape == theirs.shape and torch.equal(own, theirs):
-                    own.data = theirs.data
+            alike = own.dtype == theirs.dtype and own.device == theirs.device and own.shape == theirs.shape
+            if name in self._shared and alike and torch.equal(own, theirs):
+                own.data = theirs.data
         buffers = dict(policy.named_buffers())
-        for (
-            name,
-            buffer,
-        ) in self.model.named_buffers():  # those that no checkpoint holds too, such as rotary frequencies
+        # named_buffers() has those that no checkpoint holds too, such as rotary frequencies.
+        for name, buffer in self.model.named_buffers():
             dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
             buffer.data = buffer.data.to(device=self._config.device or first.device, dtype=dtype)
         self._placed = (first.device, first.dtype)
@@ -142,8 +140,8 @@ class CloneReference(Reference):
 
     def _move(self, policy: nn.Module, alpha: float) -> None:
         own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
-        shapes = ({name: t.shape for name, t in w.items()} for w in (theirs, own))
-        check_pairs(*shapes, "the policy")
+        found, held = ({name: t.shape for name, t in w.items()} for w in (theirs, own))
+        check_pairs(found, held, "the policy")
         if alpha < 1.0 and any(t.dtype in (torch.bfloat16, torch.float16) for t in own.values()):
             warnings.warn(
                 "The reference is held in 16 bits, where small steps of a moving average round to nothing. "

@@ -67,8 +67,8 @@ class Zero3Reference(Reference):
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         return (
-            f"on {request.backend} it is reloaded in parts, so that each rank holds 1/{request.backend.processes} of it "
-            f"({cls.cost(request) / 1e6:,.1f} MB)"
+            f"on {request.backend} it is reloaded in parts, so that each rank holds 1/{request.backend.processes} of "
+            f"it ({cls.cost(request) / 1e6:,.1f} MB)"
         )
 
     @classmethod
@@ -102,8 +102,8 @@ class Zero3Reference(Reference):
     def _move(self, policy: nn.Module, alpha: float) -> None:
         """Shard by shard on each rank: policy and reference are partitioned alike, so nothing is gathered or sent."""
         own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
-        shapes = ({name: full_shape(t) for name, t in w.items()} for w in (theirs, own))
-        check_pairs(*shapes, "the policy")
+        found, held = ({name: full_shape(t) for name, t in w.items()} for w in (theirs, own))
+        check_pairs(found, held, "the policy")
         for name, tensor in own.items():
             if is_partitioned(tensor) != is_partitioned(theirs[name]):
                 raise ValueError(f"{name} is partitioned in one of policy and reference, not in both.")

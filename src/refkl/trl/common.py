@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
@@ -60,7 +61,8 @@ class KLTrainerMixin(Trainer):
     reference: Reference
     penalty: KLPenalty
     sync: SyncReferenceCallback | None = None
-    _metrics: dict[str, dict[str, list[float]]]
+    model: nn.Module  # Trainer's type allows None; TRL's trainers always have one
+    _metrics: dict[str, defaultdict[str, list[float]]]
 
     def _attach(self, reference: str | ReferenceConfig | Reference, kl: KLConfig, sync: SyncConfig | None) -> None:
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""

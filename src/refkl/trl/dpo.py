@@ -74,7 +74,7 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         policy, reference = _PolicyView(model, self.use_weighting), _ReferenceView(self.reference)
-        self.ref_model = reference
+        self.ref_model = reference  # type: ignore[assignment]  # TRL's loss does nothing but call it
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.reference import Reference
@@ -31,6 +31,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
     Raises:
         ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl's scorer cannot honour.
     """
+
+    args: GRPOConfig
 
     def __init__(
         self,

@@ -1,0 +1,183 @@
+"""Real launches on two processes (gloo): every backend trains the same, and a launch that would not is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import accelerate_launch, deepspeed_launch, run
+from safetensors.torch import load_file
+from train_inputs import write_config
+
+TOLERANCE = 1e-5
+STEPS = 5
+GLOBAL_BATCH = 4
+
+LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
+    "one process": ("plain", 1, lambda *a, **k: accelerate_launch("single", *a, module=True, **k)),
+    "two processes": ("ddp", 2, lambda *a, **k: accelerate_launch("multi", *a, module=True, **k)),
+    "zero2": ("zero2", 2, lambda *a, **k: accelerate_launch("zero2", *a, module=True, **k)),
+    "zero3": ("zero3", 2, lambda *a, **k: accelerate_launch("zero3", *a, module=True, **k)),
+    "deepspeed zero3": (
+        "zero3",
+        2,
+        lambda module, *a, **k: deepspeed_launch(module, *a, "--trainer.deepspeed", "deepspeed/zero3.json", **k),
+    ),
+    "deepspeed zero3, offloaded": (
+        "zero3",
+        2,
+        lambda module, *a, **k: deepspeed_launch(module, *a, "--trainer.deepspeed", "deepspeed/zero3_offload.json", **k),
+    ),
+}
+
+
+def _train(name: str, folder: Path, *options: str, method: str = "dpo", **launch: Any) -> dict[str, Any]:
+    """What a run left: its metrics, its reference's record, its weights."""
+    backend, processes, start = LAUNCHES[name]
+    out = folder / name.replace(" ", "-").replace(",", "")
+    expected = ["--launch.backend", backend, "--launch.processes", str(processes)]
+    share = ["--trainer.per_device_train_batch_size", str(GLOBAL_BATCH // processes)]
+    arguments = ["train", str(folder / "config.yaml"), *expected, *share, "--trainer.output_dir", str(out), *options]
+    output = start("refkl", *arguments, **launch)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "output": output,
+        "metrics": [m for m in metrics if "loss" in m],
+        "reference": json.loads((out / "reference.json").read_text()),
+        "weights": load_file(out / "model" / "model.safetensors"),
+    }
+
+
+def _inputs(folder: Path, method: str = "dpo", **trainer: Any) -> Path:
+    torch.manual_seed(0)
+    sizes = {"max_steps": STEPS, "learning_rate": 1e-3, "max_grad_norm": 1e9}
+    return write_config(folder, method, trainer={**sizes, **trainer})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The same training in one process: what the others must give."""
+    folder = tmp_path_factory.mktemp("launch")
+    _inputs(folder)
+    return folder, _train("one process", folder)
+
+
+def test_one_process_moves(alone: tuple[Path, dict[str, Any]]) -> None:
+    losses = [m["loss"] for m in alone[1]["metrics"]]
+    assert len(losses) == STEPS and losses[0] - losses[-1] >= 0.01
+    assert alone[1]["metrics"][0]["kl"] == 0.0 and alone[1]["metrics"][-1]["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name != "one process"])
+def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, Any]]) -> None:
+    folder, expected = alone
+    # zero3_offload.json has an optimizer of its own: its CPU Adam, which DeepSpeed would have to compile.
+    found = _train(name, folder)
+    strategy = "zero3" if "zero3" in name else "clone"
+    assert f"reference: {strategy}: " in found["output"]
+    assert found["metrics"][0]["kl"] == 0.0
+    for key in ("loss", "kl"):
+        got, right = ([m[key] for m in result["metrics"]] for result in (found, expected))
+        assert got == pytest.approx(right, rel=0, abs=TOLERANCE), key
+    assert found["weights"].keys() >= expected["weights"].keys()  # DeepSpeed also writes the tied head
+    for weight, right in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], right, rtol=0, atol=TOLERANCE)
+    # One fingerprint for one reference, whatever holds it; and training does not change it.
+    prints = {found["reference"][when]["fingerprint"] for when in ("before", "after")}
+    assert prints == {expected["reference"]["before"]["fingerprint"]}
+
+
+def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = alone
+    results = {}
+    for name in ("one process", "zero3"):
+        results[name] = _train(name, folder, "--sync.every", "2", "--sync.alpha", "0.5")
+    for result in results.values():
+        assert [u["step"] for u in result["reference"]["updates"]] == [2, 4]
+        prints = [result["reference"]["before"]["fingerprint"]]
+        prints += [u["fingerprint"] for u in result["reference"]["updates"]]
+        assert len(set(prints)) == 3 and result["reference"]["after"]["fingerprint"] == prints[-1]
+    kl = {name: [m["kl"] for m in result["metrics"]] for name, result in results.items()}
+    assert kl["zero3"] == pytest.approx(kl["one process"], rel=0, abs=TOLERANCE)
+    assert kl["zero3"][2] < kl["zero3"][1]  # the reference came nearer
+
+
+@pytest.mark.parametrize("name", ["two processes", "zero3"])
+def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
+    _inputs(tmp_path, "grpo", max_steps=2)
+    found = _train(name, tmp_path, method="grpo")
+    assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][1]["kl"] > 0
+    assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
+    assert len((tmp_path / name.replace(" ", "-") / "samples.jsonl").read_text().splitlines()) == 3 * 2
+
+
+def test_lora_under_zero3_uses_the_adapter(tmp_path: Path) -> None:
+    _inputs(tmp_path, max_steps=3, learning_rate=0.05)
+    options = ["--peft.peft_type", "LORA", "--peft.r", "4", "--peft.target_modules", "[q_proj, v_proj]"]
+    out = tmp_path / "zero3"
+    arguments = ["train", str(tmp_path / "config.yaml"), *options, "--trainer.output_dir", str(out)]
+    output = accelerate_launch("zero3", "refkl", *arguments, module=True)
+    assert "reference: adapter: " in output
+    kl = [json.loads(line)["kl"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert kl[0] == 0.0 and kl[-1] > 0
+    record = json.loads((out / "reference.json").read_text())
+    assert record["before"]["fingerprint"] == record["after"]["fingerprint"]
+
+
+def test_zero3_refuses_a_policy_that_was_changed_after_loading(tmp_path: Path) -> None:
+    _inputs(tmp_path)
+    output = accelerate_launch(
+        "zero3", "tests/scripts/changed_policy.py", str(tmp_path / "model"),
+        flags=("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0"),
+    )  # fmt: skip
+    assert "refused: model.layers.1.mlp.up_proj.weight was changed after the policy was loaded" in output
+    assert "taken when asked for: True" in output
+    assert "clone refused: " in output and "Use 'zero3' instead" in output
+
+
+WRONG_LAUNCHES: dict[str, tuple[str, dict[str, str], list[str], str]] = {
+    "DDP that would train apart": ("multi", {}, ["--trainer.use_cpu", "false"], "would train alone|need to assign use_cpu"),
+    "ZeRO that became DDP": ("zero2", {"ACCELERATE_USE_CPU": "true"}, [], "fell back without a word"),
+    "FSDP that became DDP": ("fsdp2", {}, [], "FSDP.*fell back without a word"),
+    "another backend": ("multi", {}, ["--launch.backend", "zero3"], "asks for zero3.*gave ddp on 2 processes"),
+    "another size": ("multi", {}, ["--launch.processes", "4"], "asks for 4 processes.*gave 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_LAUNCHES)
+def test_a_launch_that_gives_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    import re
+
+    config, environment, options, message = WRONG_LAUNCHES[name]
+    _inputs(tmp_path)
+    output = accelerate_launch(
+        config, "refkl", "train", str(tmp_path / "config.yaml"), *options, module=True, fails=True, **environment
+    )
+    assert re.search(message, output, re.DOTALL), output[-3000:]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_launched_processes_are_gone(tmp_path: Path) -> None:
+    """A run that does not end is killed with its children, and said to have been."""
+    import sys
+
+    code = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"
+    with pytest.raises(AssertionError, match="still running after 3 s"):
+        run([sys.executable, "-c", code], timeout=3)
+    child = int((tmp_path / "pid").read_text())
+    status = Path(f"/proc/{child}/status")
+    assert not status.exists() or "zombie" in status.read_text() or not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
