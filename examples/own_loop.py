@@ -1,8 +1,8 @@
 """The whole flow of refkl in a loop of your own: sample, score policy and reference, penalise, step, sync.
 
-    python examples/own_loop.py                                     # the demo's 135M model, about 15 s a step on 2 cores
-    python examples/own_loop.py --model FOLDER --steps 20           # any causal language model with a tokenizer
-    accelerate launch --config_file launch/accelerate/multi.yaml examples/own_loop.py
+python examples/own_loop.py                                     # the demo's 135M model, about 15 s a step on 2 cores
+python examples/own_loop.py --model FOLDER --steps 20           # any causal language model with a tokenizer
+accelerate launch --config_file launch/accelerate/multi.yaml examples/own_loop.py
 """
 
 import argparse

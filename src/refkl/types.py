@@ -7,7 +7,7 @@ A mask is True (or 1) where a token counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ class TokenBatch:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; itself where they are there already."""
+        if self.input_ids.device == torch.device(device):
+            return self
         extra = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
         position_ids = None if self.position_ids is None else self.position_ids.to(device)
         masks = self.attention_mask.to(device), self.completion_mask.to(device)
@@ -92,6 +94,13 @@ class TokenScores:
     """What the logits were divided by."""
     fingerprint: str | None = None
     """Of the reference that gave these scores, once it has been taken; None for a policy."""
+
+    def to(self, device: torch.device | str) -> TokenScores:
+        """The same scores with their tensors on `device`."""
+        moved = (None if t is None else t.to(device) for t in (self.logp, self.entropy, self.hidden))
+        logp, entropy, hidden = moved
+        assert logp is not None
+        return replace(self, logp=logp, entropy=entropy, hidden=hidden)
 
 
 @dataclass(frozen=True, eq=False)

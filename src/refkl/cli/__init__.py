@@ -1,4 +1,4 @@
-"""The command line: `refkl train CONFIG.yaml [--key value …]` `refkl export RUN [--merge]`, `refkl report RUN …`."""
+"""The command line: `refkl train CONFIG.yaml`, `refkl export RUN`, `refkl report RUN …`."""
 
 from __future__ import annotations
 

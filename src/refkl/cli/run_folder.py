@@ -32,12 +32,8 @@ class RunFolder:
         self.path = Path(path)
         self.write = write
 
-    def start(self, resolved: str, reference: dict[str, Any]) -> None:
-        """Begin anew: the configuration, the reference as it is before training, and empty metrics and samples.
-
-        Raises:
-            ValueError: the folder holds a finished or begun run already.
-        """
+    def start(self, resolved: str) -> None:
+        """Begin anew with the configuration and empty metrics and samples; an earlier run there is set aside."""
         if not self.write:
             return
         if (self.path / "metrics.jsonl").is_file() and (self.path / "metrics.jsonl").stat().st_size:
@@ -47,7 +43,13 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             (self.path / name).write_text("")
         versions = {"refkl": __version__} | {package: version(package) for package in PACKAGES}
-        self._json("reference.json", {"before": reference, "versions": versions, "status": "running"})
+        self._json("reference.json", {"versions": versions, "status": "running"})
+
+    def begin(self, reference: dict[str, Any]) -> None:
+        """Record the reference as it is before the first step."""
+        if self.write:
+            record = json.loads((self.path / "reference.json").read_text())
+            self._json("reference.json", {"before": reference, **record})
 
     def finish(self, reference: dict[str, Any], updates: list[dict[str, Any]], *, stopped: bool) -> None:
         """Record the reference as it is after training."""
@@ -86,6 +88,7 @@ class RunRecorder(TrainerCallback):
         self.samples = config.samples
         self.prompts = prompts
         self.console = console
+        self.before: dict[str, Any] = {}
         self.updates: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []
         self._bar: Progress | None = None
@@ -93,6 +96,9 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
+        # After the policy was prepared: the reference has followed it to its device and dtype.
+        self.before = self.trainer.reference.provenance()
+        self.folder.begin(self.before)
         self._sample(0)
         if self.folder.write:
             if self.console.is_terminal:

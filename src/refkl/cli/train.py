@@ -36,7 +36,7 @@ def train(run: ParsedRun) -> int:
         console.print(f"reference: {trainer.reference.strategy}: {trainer.reference.reason}.")
         console.print(f"policy: {model_path(config.model)} on {found}, {accelerator.device}")
     folder = RunFolder(args.output_dir, write=main)
-    folder.start(run.resolved, trainer.reference.provenance())
+    folder.start(run.resolved)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     recorder = RunRecorder(trainer, folder, config, _prompts(data, config.samples.prompts), console)
@@ -45,7 +45,14 @@ def train(run: ParsedRun) -> int:
         trainer.add_callback(stopper)
         trainer.train()
     trainer.save_model(str(folder.path / "model"))
-    folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
+    after = trainer.reference.provenance()
+    folder.finish(after, recorder.updates, stopped=stopper.stopped)
+    if not recorder.updates and after["fingerprint"] != recorder.before["fingerprint"]:
+        raise ValueError(
+            f"The reference changed during training though nothing was to update it: fingerprint "
+            f"{recorder.before['fingerprint'][:12]} before, {after['fingerprint'][:12]} after. The KL of this run is "
+            "not to one reference; look for code that writes to the policy's frozen weights."
+        )
     if main:
         picture = draw_report(folder.path)
         console.print(recorder.closing_line(stopper.stopped))

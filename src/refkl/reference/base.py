@@ -57,6 +57,7 @@ class Reference(ABC):
         self.updates = 0
         """How often it has been moved by `update`."""
         self._accelerator = request.accelerator
+        self._device = None if request.config.device is None else torch.device(request.config.device)
         self._recorded: str | None = None
 
     @classmethod
@@ -109,7 +110,7 @@ class Reference(ABC):
             ValueError: as `score_tokens`; or the reference can no longer be told from the policy.
         """
         with self.logits(batch, hidden=hidden) as scored:
-            scores = scores_from(scored, temperature=temperature, entropy=entropy)
+            scores = scores_from(scored, temperature=temperature, entropy=entropy).to(batch.input_ids.device)
         return replace(scores, fingerprint=self.stamp)
 
     @contextmanager
@@ -118,7 +119,7 @@ class Reference(ABC):
         self.settle()
         autocast = nullcontext() if self._accelerator is None else self._accelerator.autocast()
         with self._active() as model, torch.no_grad(), evaluating(model), autocast:
-            yield completion_logits(model, batch, hidden=hidden)
+            yield completion_logits(model, batch if self._device is None else batch.to(self._device), hidden=hidden)
 
     def update(self, policy: nn.Module, alpha: float = 1.0) -> None:
         """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
@@ -155,7 +156,7 @@ class Reference(ABC):
 
     @property
     def stamp(self) -> str | None:
-        """The fingerprint when last taken, marked with the updates made since; what scores carry."""
+        """The fingerprint when it was last taken, which scores carry; None from an update until it is taken again."""
         return self._recorded
 
     def memory(self) -> MemoryReport:

@@ -160,14 +160,15 @@ class CloneReference(Reference):
     def memory(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not."""
         policy = self._policy()
-        theirs = {_storage(t) for t in (*policy.parameters(), *policy.buffers())} if policy is not None else set()
+        theirs = [] if policy is None else [*policy.parameters(), *policy.buffers()]
+        on_host = bool(theirs) and theirs[0].device.type == "cpu"
+        seen = {_storage(t) for t in theirs}
         sizes = {"device": 0, "host": 0}
-        seen: set[tuple[torch.device, int]] = set()
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            key = _storage(tensor)
-            if key not in theirs and key not in seen:
-                seen.add(key)
-                where = "device" if policy is None or tensor.device == next(policy.parameters()).device else "host"
+            if _storage(tensor) not in seen:
+                seen.add(_storage(tensor))
+                # A policy that is on the CPU itself has the CPU for its device.
+                where = "host" if tensor.device.type == "cpu" and not on_host else "device"
                 sizes[where] += tensor.untyped_storage().nbytes()
         return MemoryReport(**sizes)
 

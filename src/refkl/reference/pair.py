@@ -39,11 +39,10 @@ def score_pair(
     policy_scores = scores_from(scored, temperature=temperature, entropy=entropy)
     exact = None
     with reference.logits(batch) as ref_scored:
-        ref_scores = replace(
-            scores_from(ref_scored, temperature=temperature, entropy=entropy), fingerprint=reference.stamp
-        )
+        ref_scores = scores_from(ref_scored, temperature=temperature, entropy=entropy).to(batch.input_ids.device)
+        ref_scores = replace(ref_scores, fingerprint=reference.stamp)
     if divergence is not None:
-        exact = scored.spread(_exact(scored, ref_scored.logits, divergence, temperature))
+        exact = scored.spread(_exact(scored, ref_scored.logits.to(scored.logits.device), divergence, temperature))
     return PairScores(policy_scores, ref_scores, exact)
 
 
