@@ -122,6 +122,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "unknown key on the command line": ({}, ["--kl.cof", "1"], r"Did you mean 'kl\.coef'"),
     "value of the wrong kind": ({"kl": {"coef": "much"}}, [], r"kl\.coef"),
     "negative coefficient": ({"kl": {"coef": -1.0}}, [], "rewards drift"),
+    "model arguments in the trainer": ({"trainer": {"model_init_kwargs": {"a": 1}}}, [], r"Use model\.init_kwargs"),
     "unknown peft type": ({"peft": {"peft_type": "LORAA"}}, [], "Did you mean 'LORA'"),
     "unknown peft field": ({"peft": {**LORA, "rank": 3}}, [], r"peft\.rank is no field of LoraConfig"),
     "missing data": ({"data": {"source": "nowhere.jsonl"}}, [], "no file nowhere.jsonl"),
@@ -184,6 +185,30 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
     assert config.peft == {"peft_type": "LORA", "r": 3} and config.model.freeze == ["a", "b"]
     assert (config.reference.strategy, config.data.limit) == ("clone", 2)
     assert (run.trainer["learning_rate"], run.trainer["output_dir"]) == (3e-4, "elsewhere")
+
+
+def test_a_reward_that_fails_late_leaves_what_was_trained(tmp_path: Path) -> None:
+    config = write_config(tmp_path, reward=[{"function": "train_inputs:fails_in_its_third_call"}])
+    assert main(["train", str(config)]) == 2
+    run = tmp_path / "run"
+    assert json.loads((run / "reference.json").read_text())["status"] == "failed"
+    assert [m["step"] for m in lines(run / "metrics.jsonl")] == [1, 2]
+    trained, start = (AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("run/model", "model"))
+    assert not torch.equal(trained.model.norm.weight, start.model.norm.weight)
+
+
+def test_resume_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    checkpoints = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    config = write_config(tmp_path, "dpo", trainer=checkpoints, sync={"every": 2, "alpha": 0.5})
+    assert main(["train", str(config)]) == 0
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    again = ["--trainer.max_steps", "4", "--trainer.resume_from_checkpoint", checkpoint]
+    assert main(["train", str(config), *again]) == 0
+    run = tmp_path / "run"
+    assert [m["step"] for m in lines(run / "metrics.jsonl") if "loss" in m] == [1, 2, 3, 4]
+    reference = json.loads((run / "reference.json").read_text())
+    # The resumed run started from the reference as it had been moved, not from the first one.
+    assert reference["before"]["updates"] == 1 and [u["step"] for u in reference["updates"]] == [2, 4]
 
 
 def test_rewards_may_abstain_and_are_checked_one_by_one() -> None:

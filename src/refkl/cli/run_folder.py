@@ -32,9 +32,15 @@ class RunFolder:
         self.path = Path(path)
         self.write = write
 
-    def start(self, resolved: str) -> None:
-        """Begin anew with the configuration and empty metrics and samples; an earlier run there is set aside."""
+    def start(self, resolved: str, *, resumed: bool) -> None:
+        """Begin anew with the configuration and empty metrics and samples; an earlier run there is set aside.
+
+        A resumed run goes on in the folder that it finds.
+        """
         if not self.write:
+            return
+        if resumed and (self.path / "reference.json").is_file():
+            (self.path / "config.yaml").write_text(resolved)
             return
         if (self.path / "metrics.jsonl").is_file() and (self.path / "metrics.jsonl").stat().st_size:
             self._set_aside()
@@ -49,7 +55,13 @@ class RunFolder:
         """Record the reference as it is before the first step."""
         if self.write:
             record = json.loads((self.path / "reference.json").read_text())
-            self._json("reference.json", {"before": reference, **record})
+            self._json("reference.json", {"before": reference, **record, "status": "running"})
+
+    def fail(self) -> None:
+        """Record that training ended with an error."""
+        if self.write:
+            record = json.loads((self.path / "reference.json").read_text())
+            self._json("reference.json", {**record, "status": "failed"})
 
     def finish(self, reference: dict[str, Any], updates: list[dict[str, Any]], *, stopped: bool) -> None:
         """Record the reference as it is after training."""
@@ -99,6 +111,8 @@ class RunRecorder(TrainerCallback):
         # After the policy was prepared: the reference has followed it to its device and dtype.
         self.before = self.trainer.reference.provenance()
         self.folder.begin(self.before)
+        if self.trainer.sync is not None:
+            self.updates = list(self.trainer.sync.updates)  # of the run that is resumed
         self._sample(0)
         if self.folder.write:
             if self.console.is_terminal:

@@ -76,6 +76,8 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     fields = [f.name for f in dataclasses.fields(RunConfig) if f.name != "trainer"]
     config = RunConfig(**{name: built[name] for name in fields})
     peft_config(config.peft)
+    if built.trainer.model_init_kwargs:
+        raise ValueError("trainer.model_init_kwargs would be ignored: refkl loads the model. Use model.init_kwargs.")
     return ParsedRun(config, built.trainer.as_dict(), resolved)
 
 

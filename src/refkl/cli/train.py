@@ -35,16 +35,25 @@ def train(run: ParsedRun) -> int:
     if main:
         console.print(f"reference: {trainer.reference.strategy}: {trainer.reference.reason}.")
         console.print(f"policy: {model_path(config.model)} on {found}, {accelerator.device}")
+    checkpoint = args.resume_from_checkpoint
     folder = RunFolder(args.output_dir, write=main)
-    folder.start(run.resolved)
+    folder.start(run.resolved, resumed=checkpoint is not None)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     recorder = RunRecorder(trainer, folder, config, _prompts(data, config.samples.prompts), console)
     trainer.add_callback(recorder)
-    with Stopper(accelerator) as stopper:
-        trainer.add_callback(stopper)
-        trainer.train()
-    trainer.save_model(str(folder.path / "model"))
+    ended = False
+    try:
+        with Stopper(accelerator) as stopper:
+            trainer.add_callback(stopper)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        ended = True
+    finally:
+        # One process can save what it has whatever went wrong; of several, the others may be in another collective.
+        if ended or accelerator.num_processes == 1:
+            trainer.save_model(str(folder.path / "model"))
+        if not ended:
+            folder.fail()
     after = trainer.reference.provenance()
     folder.finish(after, recorder.updates, stopped=stopper.stopped)
     if not recorder.updates and after["fingerprint"] != recorder.before["fingerprint"]:
