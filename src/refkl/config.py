@@ -154,10 +154,14 @@ class SamplesConfig:
     """Optimizer steps between two rounds; 0 for one round at the middle of the run."""
     max_new_tokens: int | None = None
     """Length of a sample; None takes the trainer's max_completion_length, or 32."""
+    temperature: float = 0.7
+    """Of these samples alone (training samples at the trainer's); 0 takes the likeliest token each time."""
 
     def __post_init__(self) -> None:
         if self.prompts < 0 or self.every < 0:
             raise ValueError(f"samples.prompts and samples.every cannot be negative: {self.prompts}, {self.every}.")
+        if self.temperature < 0:
+            raise ValueError(f"samples.temperature cannot be negative, got {self.temperature}.")
 
 
 @dataclass(kw_only=True)

@@ -189,16 +189,15 @@ class RunRecorder(TrainerCallback):
         side, tokenizer.padding_side = tokenizer.padding_side, "left"
         inputs = tokenizer(texts, return_tensors="pt", padding=True).to(trainer.accelerator.device)
         tokenizer.padding_side = side
+        warm = {"do_sample": True, "temperature": self.samples.temperature, "top_k": 0, "top_p": 1.0}
+        choice = warm if self.samples.temperature else {"do_sample": False}
         # A fixed seed, and the run's own random numbers untouched.
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(0)
             tokens = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                **choice,
                 max_new_tokens=length,
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
