@@ -64,6 +64,8 @@ class KLConfig:
     """From tokens to one number; see refkl.kl.aggregate."""
     placement: Literal["loss"] = "loss"
     """Where the penalty goes: added to the loss."""
+    controller: Literal["fixed"] = "fixed"
+    """How coef changes over a run: it stays as it is."""
     max_log_ratio: float | None = None
     """Clamp the log-ratio to ± this in the reported value; the reverse-KL gradient is never clamped."""
 

@@ -164,14 +164,17 @@ class Reference(ABC):
         return MemoryReport(device=0, host=0)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and provenance (JSON) into `folder`; collective where weights are sharded.
+        """Write weights (safetensors) and provenance (JSON) into `folder`.
 
-        Rank 0 writes, each file under a temporary name first, so that there is a whole one or none.
+        Rank 0 writes, each file under a temporary name first, so that there is a whole one or none. Where weights are
+        sharded every rank must call; else the others may, and do nothing.
         """
         folder = Path(folder)
         writes = not dist.is_initialized() or dist.get_rank() == 0
         weights: dict[str, Tensor] = {}
+        sharded = False
         for name, tensor in self._weights():
+            sharded |= is_partitioned(tensor)
             with gathered([tensor]):
                 if writes:
                     weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -182,11 +185,11 @@ class Reference(ABC):
             os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
             (folder / f"{PROVENANCE_FILE}.tmp").write_text(json.dumps(provenance, indent=2) + "\n")
             os.replace(folder / f"{PROVENANCE_FILE}.tmp", folder / PROVENANCE_FILE)
-        if dist.is_initialized():
+        if sharded:
             dist.barrier()
 
     def load(self, folder: str | Path) -> None:
-        """Take over what `save` wrote; every rank calls.
+        """Take over what `save` wrote; every rank calls, each for its own copy or part.
 
         Raises:
             ValueError: no saved reference there, names or shapes that differ from this reference's (nothing is then

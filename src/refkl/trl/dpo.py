@@ -69,7 +69,7 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._window = [_scored_mask(batch) for batch in batches]
+        self._window = [_scored_mask(batch) for batch in batches] if self.penalty.coef else []
         return batches, items
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
