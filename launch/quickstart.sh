@@ -10,6 +10,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+# One process on one device: TRL refuses to train with DataParallel over several.
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+
 refkl_environment demo
 say "python -m refkl train configs/quickstart.yaml $*"
 exec "$PY" -m refkl train configs/quickstart.yaml "$@"

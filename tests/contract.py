@@ -122,8 +122,6 @@ def check_dropout_never_turns_on(case: Case) -> None:
         for module in own.modules():
             nn.Module.train(module)
     assert torch.equal(case.reference.score(tokens).logp, right)
-    if own is not None:
-        assert not any(module.training for module in own.modules()) or case.reference.score(tokens) is not None
 
 
 def check_policy_gradients_do_not_change(case: Case) -> None:

@@ -42,6 +42,24 @@ def _not_trainable() -> PeftModel:
     return policy
 
 
+def _trained_token_row() -> PeftModel:
+    """Trained rows that no other check would see: only token 200 differs."""
+    policy = _lora(trainable_token_indices=[200])
+    for name, parameter in policy.named_parameters():
+        if "trainable_tokens_delta" in name:
+            with torch.no_grad():
+                parameter.add_(1.0)
+    return policy
+
+
+def _trained_saved_module() -> PeftModel:
+    policy = _lora(modules_to_save=["embed_tokens"])
+    wrapper = policy.get_base_model().model.embed_tokens
+    with torch.no_grad():
+        wrapper.modules_to_save["default"].weight[200] += 1.0
+    return policy
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "trained before": (lambda: _trained(_lora()), "trained already"),
     "PiSSA": (lambda: _lora(init_lora_weights="pissa"), "its making changed the base"),
@@ -53,6 +71,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a norm unfrozen by hand": (_unfrozen, r"model\.norm\.weight trains"),
     "merged": (_merged, "merged"),
     "not trainable": (_not_trainable, "is_trainable=False"),
+    "a trained token row": (_trained_token_row, "trainable_tokens_delta.default differs"),
+    "a trained module_to_save": (_trained_saved_module, r"modules_to_save\.default\.weight differs"),
     "no adapter": (llama, "no PEFT adapter"),
     "prompt tuning": (
         lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
@@ -128,6 +148,27 @@ def test_merging_later_is_an_error_not_another_reference() -> None:
     policy.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         reference.score(batch())
+
+
+def test_a_base_unfrozen_later_is_an_error_not_a_moving_reference() -> None:
+    policy = _lora()
+    reference = build_reference(policy, "adapter")
+    policy.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight trains"):
+        reference.score(batch())
+
+
+def test_load_never_writes_into_the_policys_base(tmp_path) -> None:
+    build_reference(_lora(), "adapter").save(tmp_path)
+    other = _lora()
+    with torch.no_grad():
+        other.get_base_model().model.norm.weight.add_(1.0)
+    before = other.get_base_model().model.norm.weight.clone()
+    for strategy in ("adapter", "clone"):
+        reference = build_reference(other, strategy)
+        with pytest.raises(ValueError, match=r"shared with the policy|has a weight|has no weight"):
+            reference.load(tmp_path)
+        assert torch.equal(other.get_base_model().model.norm.weight, before)
 
 
 def test_options_that_it_cannot_honour_are_refused() -> None:

@@ -22,7 +22,7 @@ LAYERS = {
     "scoring": {"types", "kl", "backend"},
     "reference": {"types", "kl", "backend", "scoring", "config", "messages"},
     "sync": {"config", "reference"},
-    "trl": {"types", "config", "penalty", "scoring", "reference", "sync"},
+    "trl": {"types", "config", "freeze", "penalty", "scoring", "reference", "sync"},
     "demo": set(),
     "cli": {"config", "messages", "freeze", "backend", "trl", "__init__"},
 }

@@ -144,7 +144,7 @@ def test_from_a_folder_instead_of_the_policy(tmp_path) -> None:
     assert torch.equal(reference.score(batch()).logp, score_tokens(first, batch()).logp)
     with pytest.raises(ValueError, match="made from a config"):
         build_reference(policy, ReferenceConfig(strategy="clone", source="pretrained"))
-    with pytest.raises(ValueError, match="no folder here"):
+    with pytest.raises(ValueError, match="cannot be loaded from"):
         build_reference(policy, ReferenceConfig(strategy="clone", source=str(tmp_path / "nowhere")))
 
 
@@ -169,16 +169,42 @@ def test_update_refuses_another_model_and_changes_nothing() -> None:
     assert reference.fingerprint() == before and reference.updates == 0
 
 
-def test_an_altered_file_is_refused(tmp_path) -> None:
+def test_an_altered_file_is_refused_and_nothing_is_written(tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
-    reference = build_reference(llama(), "clone")
-    reference.save(tmp_path)
+    build_reference(llama(), "clone").save(tmp_path)
     weights = load_file(tmp_path / "reference.safetensors")
     weights["lm_head.weight"][0, 0] += 1e-3
     save_file(weights, tmp_path / "reference.safetensors")
-    with pytest.raises(ValueError, match="is not the one that was recorded"):
-        build_reference(llama(), "clone").load(tmp_path)
+    other = build_reference(llama(), "clone")
+    before = other.fingerprint()
+    with pytest.raises(ValueError, match=r"lm_head\.weight was altered"):
+        other.load(tmp_path)
+    assert other.fingerprint() == before
+
+
+def test_load_leaves_what_the_policy_shares_alone(tmp_path) -> None:
+    """Shared storage is the policy's: another base in the file is refused by name, not written into the policy."""
+    policies = [llama(), llama()]
+    for policy in policies:
+        freeze(policy, "model.layers.0")
+    build_reference(policies[0], "clone").save(tmp_path)
+    before = policies[1].model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(ValueError, match=r"model\.layers\.0\..* is shared with the policy"):
+        build_reference(policies[1], "clone").load(tmp_path)
+    assert torch.equal(policies[1].model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_pretrained_weights_run_with_the_policys_own_settings(tmp_path) -> None:
+    """Rotary scaling and the like are part of the function; the folder may hold other ones."""
+    llama().save_pretrained(tmp_path / "model")
+    scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    policy = type(llama()).from_pretrained(tmp_path / "model", rope_parameters=scaled)
+    right = score_tokens(policy, batch()).logp
+    reference = build_reference(policy, ReferenceConfig(strategy="clone", source="pretrained"))
+    assert torch.equal(reference.score(batch()).logp, right)
+    plain = type(llama()).from_pretrained(tmp_path / "model")
+    assert not torch.allclose(score_tokens(plain, batch()).logp, right, atol=1e-3)
 
 
 def test_fingerprint_sees_any_changed_weight_and_nothing_else() -> None:

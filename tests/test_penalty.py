@@ -266,7 +266,10 @@ def _on_rank(work, rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
 
+    for state in (AcceleratorState, PartialState):  # what tests before this one left in the forked process
+        state._shared_state.clear()
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2

@@ -157,6 +157,47 @@ def test_trl_loads_no_reference_of_its_own(
     assert logged(trainer, "kl")[0] == 0.0
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str)
+def test_making_the_trainer_leaves_the_policy_as_it_is(options: dict[str, Any], tmp_path: Path) -> None:
+    """TRL adds a second adapter called "ref", and making one of these rewrites the base once more."""
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], **options)).eval()
+    ids = torch.arange(2, 20)[None]
+    before = policy(input_ids=ids).logits
+    trainer = dpo(KLDPOTrainer, policy, tmp_path)
+    assert torch.equal(policy(input_ids=ids).logits, before)
+    assert trainer.reference.strategy == "clone" and set(policy.peft_config) == {"default"}
+    assert "add_adapter" not in vars(policy) and "get_parameter" not in vars(policy)
+    trainer.train()
+    assert logged(trainer, "kl")[0] == 0.0
+
+
+def test_a_policy_that_does_not_train_is_refused(tmp_path: Path) -> None:
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    policy.requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=False"):
+        dpo(KLDPOTrainer, policy, tmp_path)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum"])
+def test_dpo_with_kl_does_not_depend_on_accumulation(aggregation: str, accumulation: int, tmp_path: Path) -> None:
+    """Lengths differ between micro-batches: a mean of their means would be another loss."""
+    policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
+    options = {
+        "per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation,
+        "optim": "sgd", "learning_rate": 0.01, "max_steps": 4, "max_grad_norm": 1e9,
+    }  # fmt: skip
+    trainer = dpo(KLDPOTrainer, policy, tmp_path, options, kl=KLConfig(coef=1.0, aggregation=aggregation))
+    trainer.train()
+    whole = _ACCUMULATED.setdefault(aggregation, [logged(trainer, "loss"), [p.detach() for p in policy.parameters()]])
+    assert logged(trainer, "loss") == pytest.approx(whole[0], abs=2e-5)
+    for mine, right in zip(policy.parameters(), whole[1], strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
+
+
+_ACCUMULATED: dict[str, list[Any]] = {}
+
+
 @pytest.mark.parametrize("origin", ["from a config", "edited in memory"])
 @pytest.mark.parametrize("make", [grpo, dpo])
 def test_the_right_reference_where_trl_fails_or_takes_another(make: Any, origin: str, tmp_path: Path) -> None:
@@ -226,7 +267,7 @@ def test_tr_dpo_with_lora(tmp_path: Path) -> None:
     trainer = dpo(KLDPOTrainer, policy, tmp_path, reference="clone", sync=SyncConfig(every=1, alpha=1.0))
     trainer.train()
     assert trainer.reference.updates == 3 and logged(trainer, "kl") == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="Use reference='clone'"):
+    with pytest.raises(ValueError, match="'clone' \\(which copies the adapter alone\\)"):
         dpo(KLDPOTrainer, get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path,
             reference="adapter", sync=SyncConfig())  # fmt: skip
 
@@ -244,6 +285,34 @@ def test_resume_brings_back_a_reference_that_had_moved(tmp_path: Path) -> None:
     assert logged(second, "kl")[-2:] == logged(whole, "kl")[-2:]
     assert second.reference.fingerprint() == whole.reference.fingerprint()
     assert second.sync.updates == whole.sync.updates
+
+
+def test_a_moved_reference_survives_a_resume_without_sync(tmp_path: Path) -> None:
+    """Resumed once without sync, its checkpoints must still hold the reference, for the resume after that."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    first = dpo(KLDPOTrainer, llama(), tmp_path / "a", options, sync=SyncConfig(every=2, alpha=0.5))
+    first.train()
+    moved = tmp_path / "a" / "run" / "checkpoint-2"
+    second = dpo(KLDPOTrainer, llama(), tmp_path / "b", options)
+    second.train(resume_from_checkpoint=str(moved))
+    third = dpo(KLDPOTrainer, llama(), tmp_path / "c", {**options, "max_steps": 6})
+    third.train(resume_from_checkpoint=str(tmp_path / "b" / "run" / "checkpoint-4"))
+    assert third.reference.fingerprint() == second.reference.fingerprint() and third.reference.updates == 1
+
+
+def test_a_sync_can_be_added_on_resume(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    dpo(KLDPOTrainer, llama(), tmp_path, options).train()
+    second = dpo(KLDPOTrainer, llama(), tmp_path, {**options, "max_steps": 4}, sync=SyncConfig(every=4, alpha=0.5))
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert second.sync.updates == [{"step": 4, "alpha": 0.5}]
+
+
+def test_a_sync_that_cannot_be_made_fails_before_the_run(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    policy = get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"has a weight .* that the reference lacks"):
+        dpo(KLDPOTrainer, policy, tmp_path, reference=ReferenceConfig(source="pretrained"), sync=SyncConfig())
 
 
 def test_resuming_a_plain_trainer_without_the_moved_reference_is_refused(tmp_path: Path) -> None:
@@ -288,6 +357,11 @@ def test_beta_alone_is_the_coefficient(tmp_path: Path) -> None:
     """One changed line: a script that sets TRL's beta keeps its meaning."""
     trainer = grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3})
     assert trainer.penalty.coef == 0.3 and trainer.args.beta == 0.3 and trainer.ref_model is None
+    assert trainer.penalty.config.aggregation == "token-mean"
+    sequences = grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3, "loss_type": "grpo"})
+    assert sequences.penalty.config.aggregation == "seq-mean-token-mean"
+    with pytest.raises(ValueError, match="dr_grpo"):
+        grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3, "loss_type": "dr_grpo"})
 
 
 def test_evaluation_logs_kl_and_leaves_the_penalty_alone(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ _STATISTICS = 5
 def _statistics(per_token: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
     counts = mask.sum(), mask.any(-1).sum(), (saturated(log_ratio) & mask).sum()
     peak = log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(())
-    return torch.stack([x.to("cpu", torch.float64) for x in (per_token.sum(), *counts, peak)])
+    return torch.stack([x.to(per_token.dtype) for x in (per_token.sum(), *counts, peak)]).to("cpu", torch.float64)
 
 
 def _merge(window: list[Tensor]) -> Tensor:

@@ -23,15 +23,19 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
         self.config = config or SyncConfig()
         self.updates: list[dict[str, Any]] = []
         """One entry for each update: {"step", "alpha"}."""
+        self.saves = True
+        """Whether it saves the moved reference with each checkpoint; a refkl trainer does so itself, and earlier."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse to go on from a checkpoint whose reference had moved, with one that has not."""
+        self.reference.check_movable(kwargs["model"])
         if state.global_step == 0:
             return
         callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
-        recorded = callbacks.get(type(self).__name__, {"attributes": {"updates": []}})
+        # A run that is resumed with a sync it did not have before: transformers looks for this entry when it saves.
+        recorded = callbacks.setdefault(type(self).__name__, self.state())
         self.updates = list(recorded["attributes"]["updates"])
         if len(self.updates) != self.reference.updates:
             raise ValueError(
@@ -49,7 +53,7 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the moved reference with the checkpoint; every rank calls."""
-        if self.updates:
+        if self.updates and self.saves:
             self.reference.save(f"{args.output_dir}/checkpoint-{state.global_step}/reference")
 
     def state(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ accelerate launch --config_file launch/accelerate/zero3.yaml --gradient_accumula
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
@@ -15,13 +16,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from refkl import build_reference
-from refkl.backend.zero import full_shape, no_partition
+from refkl.backend.zero import full_shape
 
 
 def make_case(accelerator: Accelerator, folder: Path) -> Case:
     # The policy's own parameters persist gathered (as they do by default when small): the reference's must not.
     policy = LlamaForCausalLM.from_pretrained(folder / "model")
-    with no_partition():
+    with deepspeed.zero.Init(enabled=False):
         whole = LlamaForCausalLM(policy.config)
     whole.load_state_dict(_state(folder))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)

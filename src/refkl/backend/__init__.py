@@ -2,11 +2,12 @@
 
 from refkl.backend.detect import Backend, check_launch, detect
 from refkl.backend.modules import canonical_name, evaluating, named_weights, unwrap
-from refkl.backend.zero import gathered, is_partitioned, local_shard
+from refkl.backend.zero import check_can_save, gathered, is_partitioned, local_shard
 
 __all__ = [
     "Backend",
     "canonical_name",
+    "check_can_save",
     "check_launch",
     "detect",
     "evaluating",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,15 +115,11 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return engine
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file."""
-    return json.loads(Path(path).read_text())
-
-
-def no_partition() -> Any:
-    """A context in which modules are made whole even under ZeRO-3."""
-    if not is_deepspeed_available():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.Init(enabled=False)
+def check_can_save(accelerator: Accelerator) -> None:
+    """Raise ValueError for a ZeRO-3 run that could not write its trained model: DeepSpeed only warns, at the end."""
+    config = active_zero3_config(accelerator)
+    if config is not None and not config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "Under ZeRO-3 the trained model is written only if its parts are gathered. Set zero3_save_16bit_model: "
+            "true in the accelerate configuration, or stage3_gather_16bit_weights_on_model_save in the DeepSpeed JSON."
+        )

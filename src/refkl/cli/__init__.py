@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ModuleNotFoundError) as error:
         if os.environ.get("REFKL_TRACEBACK"):
             raise
-        print(f"refkl: error: {error}", file=sys.stderr)
+        print(f"refkl: error: {error}\n(REFKL_TRACEBACK=1 in the environment shows where)", file=sys.stderr)
         return 2
 
 

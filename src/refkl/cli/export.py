@@ -27,21 +27,22 @@ def export_command(arguments: list[str]) -> int:
     output = options.output or options.run / "export"
     difference = export(options.run, output, merge=options.merge)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"exported to {output}; logits differ from the trained policy's by {difference:.1e} of the largest")
+    exact = "" if difference is None else f"; its logits are the trained policy's to {difference:.1e} of the largest"
+    console.print(f"exported to {output}{exact}")
     return 0
 
 
-def export(run: Path, output: Path, *, merge: bool = False) -> float:
+def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
     """Write a run's trained policy as a model folder that transformers loads anywhere.
 
     Args:
         run: a run folder.
         output: the folder to make; must not exist.
-        merge: merge the adapter into its base. Without it, an adapter is exported as an adapter.
+        merge: merge the adapter into its base, in fp32. Without it, an adapter is exported as an adapter.
 
     Returns:
         The largest difference between logits of the trained policy and of the exported folder as loaded again,
-        relative to the largest logit.
+        relative to the largest logit; None for an adapter that is copied as it is.
 
     Raises:
         ValueError: no trained policy there, an output that exists, or logits that differ by more than TOLERANCE.
@@ -57,7 +58,7 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float:
     if adapter and not merge:
         shutil.copytree(trained, temporary)
         os.replace(temporary, output)
-        return 0.0
+        return None
     model = _load(run, trained)
     before = _probe(model)
     plain: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
@@ -65,7 +66,7 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float:
     AutoTokenizer.from_pretrained(trained).save_pretrained(temporary)
     after = _probe(AutoModelForCausalLM.from_pretrained(temporary, dtype=plain.dtype))
     difference = ((before - after).abs().max() / before.abs().max()).item()
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:
         shutil.rmtree(temporary)
         raise ValueError(
             f"Merged, the policy's logits differ by {difference:.1e} of the largest, more than {TOLERANCE:.0e}: this "
@@ -76,11 +77,13 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float:
 
 
 def _load(run: Path, trained: Path) -> PreTrainedModel | PeftModel:
-    dtype = getattr(torch, yaml.safe_load((run / "config.yaml").read_text())["model"]["dtype"])
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    dtype = getattr(torch, config["dtype"])
     if not (trained / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(trained, dtype=dtype).eval()
     base_folder = PeftConfig.from_pretrained(str(trained)).base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+    # A sum of base and adapter rounded to 16 bits would be another model.
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, **config["init_kwargs"])
     return PeftModel.from_pretrained(base, str(trained)).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -79,10 +80,12 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
         ValueError: no such source, a missing column, no rows.
     """
     if is_import_path(config.source):
+        function = import_function(config.source, "data.source")
         try:
-            data = import_function(config.source, "data.source")(**config.kwargs)
+            inspect.signature(function).bind(**config.kwargs)
         except TypeError as error:
             raise ValueError(f"data.kwargs {config.kwargs} do not fit {config.source}: {error}") from None
+        data = function(**config.kwargs)
     else:
         data = _read(Path(config.source))
     if not isinstance(data, datasets.Dataset):
@@ -101,7 +104,10 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
 
 def _read(path: Path) -> datasets.Dataset:
     if path.is_dir():
-        return datasets.load_from_disk(str(path))
+        try:
+            return datasets.load_from_disk(str(path))
+        except FileNotFoundError as error:
+            raise ValueError(f"data.source: the folder {path} holds no data set: {error}") from None
     if path.suffix not in _FILES:
         raise ValueError(f"data.source {str(path)!r} is neither a folder nor one of {', '.join(_FILES)}.")
     if not path.is_file():
@@ -119,7 +125,10 @@ def load_reward(config: RewardConfig) -> Callable[..., list[float | None]]:
     function = import_function(config.function, "reward.function")
 
     def checked(**inputs: Any) -> list[float | None]:
-        values = list(function(**inputs))
+        returned = function(**inputs)
+        if returned is None:
+            raise ValueError(f"{config.function} returned nothing; it must return one number per completion.")
+        values = returned.tolist() if isinstance(returned, torch.Tensor) else list(returned)
         wanted = len(inputs["completions"])
         if len(values) != wanted:
             raise ValueError(f"{config.function} returned {len(values)} rewards for {wanted} completions.")

@@ -31,15 +31,19 @@ class RunFolder:
     def __init__(self, path: str | Path, *, write: bool) -> None:
         self.path = Path(path)
         self.write = write
+        self.resumed: dict[str, Any] = {}
+        """reference.json of the run that is resumed, on every rank."""
 
     def start(self, resolved: str, *, resumed: bool) -> None:
         """Begin anew with the configuration and empty metrics and samples; an earlier run there is set aside.
 
         A resumed run goes on in the folder that it finds.
         """
+        if resumed and (self.path / "reference.json").is_file():
+            self.resumed = json.loads((self.path / "reference.json").read_text())
         if not self.write:
             return
-        if resumed and (self.path / "reference.json").is_file():
+        if self.resumed:
             (self.path / "config.yaml").write_text(resolved)
             return
         if (self.path / "metrics.jsonl").is_file() and (self.path / "metrics.jsonl").stat().st_size:
@@ -51,11 +55,38 @@ class RunFolder:
         versions = {"refkl": __version__} | {package: version(package) for package in PACKAGES}
         self._json("reference.json", {"versions": versions, "status": "running"})
 
-    def begin(self, reference: dict[str, Any]) -> None:
-        """Record the reference as it is before the first step."""
+    def begin(self, reference: dict[str, Any], step: int) -> list[dict[str, Any]]:
+        """Record the reference as it is before the first step; the training steps already there, if resumed at `step`.
+
+        Raises:
+            ValueError: the run is resumed with another reference than it had.
+        """
+        recorded = self.resumed.get("before")
+        if recorded is not None and not reference["updates"] and recorded["fingerprint"] != reference["fingerprint"]:
+            raise ValueError(
+                f"{self.path} was trained against the reference {recorded['fingerprint'][:12]} from "
+                f"{recorded['source']}, and this resumed run has {reference['fingerprint'][:12]}: its model's folder "
+                "has changed. Resume from the same model, or start another run folder."
+            )
+        kept = self._trim(step) if self.resumed else []
         if self.write:
             record = json.loads((self.path / "reference.json").read_text())
             self._json("reference.json", {"before": reference, **record, "status": "running"})
+
+        return kept
+
+    def _trim(self, step: int) -> list[dict[str, Any]]:
+        """Drop what was logged after the checkpoint; the training steps that are left."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            lines = [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+            lines = [line for line in lines if line.get("reference_update", line)["step"] <= step]
+            if name == "metrics.jsonl":
+                kept = [line for line in lines if "loss" in line]
+            if self.write:
+                temporary = self.path / f"{name}.tmp"
+                temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                os.replace(temporary, self.path / name)
+        return kept
 
     def fail(self) -> None:
         """Record that training ended with an error."""
@@ -101,6 +132,7 @@ class RunRecorder(TrainerCallback):
         self.prompts = prompts
         self.console = console
         self.before: dict[str, Any] = {}
+        self.digests: dict[str, str] = {}
         self.updates: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []
         self._bar: Progress | None = None
@@ -110,10 +142,12 @@ class RunRecorder(TrainerCallback):
         self._started = time.perf_counter()
         # After the policy was prepared: the reference has followed it to its device and dtype.
         self.before = self.trainer.reference.provenance()
-        self.folder.begin(self.before)
+        self.digests = dict(self.trainer.reference.digests)
+        self.metrics = self.folder.begin(self.before, state.global_step)
         if self.trainer.sync is not None:
             self.updates = list(self.trainer.sync.updates)  # of the run that is resumed
-        self._sample(0)
+        if state.global_step == 0:
+            self._sample(0)
         if self.folder.write:
             if self.console.is_terminal:
                 columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -151,6 +185,13 @@ class RunRecorder(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
         self._sample(state.global_step)
+
+    def changed_weight(self) -> str | None:
+        """The first weight of the reference that is not as it was before training though no sync was made, or None."""
+        if self.updates:
+            return None
+        now = self.trainer.reference.digests
+        return next((name for name, digest in self.digests.items() if now.get(name) != digest), None)
 
     def closing_line(self, stopped: bool) -> str:
         """Reward and KL from the first logged steps to the last, and the time."""
@@ -228,8 +269,9 @@ class Stopper(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        for again, handler in self._before.items():
-            signal.signal(again, handler)
+        # A second of the same kind ends it at once. The other kind still asks: on Ctrl-C the terminal sends SIGINT, and
+        # the deepspeed launcher then SIGTERM.
+        signal.signal(number, self._before[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         asked = self._asked

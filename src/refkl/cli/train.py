@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
-from refkl.backend import check_launch, detect
+from refkl.backend import check_can_save, check_launch, detect
 from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path
 from refkl.cli.report import draw_report
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
@@ -30,6 +30,7 @@ def train(run: ParsedRun) -> int:
     accelerator = trainer.accelerator
     found = detect(trainer.model, accelerator)
     check_launch(found, expected=config.launch.backend, processes=config.launch.processes)
+    check_can_save(accelerator)
 
     main = accelerator.is_main_process
     if main:
@@ -54,18 +55,17 @@ def train(run: ParsedRun) -> int:
             trainer.save_model(str(folder.path / "model"))
         if not ended:
             folder.fail()
-    after = trainer.reference.provenance()
-    folder.finish(after, recorder.updates, stopped=stopper.stopped)
-    if not recorder.updates and after["fingerprint"] != recorder.before["fingerprint"]:
-        raise ValueError(
-            f"The reference changed during training though nothing was to update it: fingerprint "
-            f"{recorder.before['fingerprint'][:12]} before, {after['fingerprint'][:12]} after. The KL of this run is "
-            "not to one reference; look for code that writes to the policy's frozen weights."
-        )
+    folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
     if main:
         picture = draw_report(folder.path)
         console.print(recorder.closing_line(stopper.stopped))
         console.print(f"run folder: {folder.path}  (model/, metrics.jsonl, samples.jsonl, {picture.name})")
+    if (changed := recorder.changed_weight()) is not None:
+        folder.fail()
+        raise ValueError(
+            f"The reference changed during training though nothing was to update it: {changed} is another. The KL of "
+            "this run is not to one reference; look for code that writes to the policy's frozen weights."
+        )
     accelerator.end_training()  # a process group that is left to the interpreter's end can abort there
     return 130 if stopper.stopped else 0
 
@@ -85,6 +85,8 @@ def _trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
     }
     if config.method == "dpo":
         return KLDPOTrainer(processing_class=load_tokenizer(config.model, "right"), **shared)
+    if args.reward_weights is not None:
+        raise ValueError("trainer.reward_weights would be ignored: each entry of `reward` has its weight.")
     args.reward_weights = [r.weight for r in config.reward]
     return KLGRPOTrainer(processing_class=load_tokenizer(config.model, "left"), reward_funcs=rewards, **shared)
 

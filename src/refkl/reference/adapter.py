@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from refkl.backend import evaluating, gathered, is_partitioned, named_weights, unwrap
@@ -62,27 +63,26 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _active(self) -> Iterator[nn.Module]:
-        if why_not := _merged(self._policy):
-            raise ValueError(f"The adapter cannot be switched off: {why_not}")
-        # disable_adapter switches requires_grad off and then on for the whole adapter: what the user froze in it
-        # would train afterwards.
-        trains = [(p, p.requires_grad) for p in self._policy.parameters()]
-        try:
-            with self._policy.disable_adapter():
-                yield self._policy
-        finally:
-            for parameter, flag in trains:
-                parameter.requires_grad_(flag)
+        if why_not := _merged(self._policy) or _base_trains(self._policy):
+            raise ValueError(f"The policy with its adapter off is not the reference: {why_not}")
+        with _switched_off(self._policy):
+            yield self._policy
+
+    def _owns(self, name: str) -> bool:
+        return False
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         adapter = _adapter_tensors(self._policy)
         return ((name, tensor) for name, tensor in named_weights(self._policy) if id(tensor) not in adapter)
 
-    def _move(self, policy: nn.Module, alpha: float) -> None:
+    def check_movable(self, policy: nn.Module) -> None:
         raise ValueError(
             "strategy 'adapter' cannot move: its reference is the base that the policy shares. Use reference.strategy "
             "'clone' (which copies the adapter alone) for a run with sync."
         )
+
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        self.check_movable(policy)
 
 
 def _not_provably_off(policy: PeftModel) -> str | None:
@@ -97,10 +97,28 @@ def _not_provably_off(policy: PeftModel) -> str | None:
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     if not trained & adapter:
         return "the policy's adapter does not train (was it loaded with is_trainable=False?)."
+    return _base_trains(policy) or _not_fresh(policy)
+
+
+@contextmanager
+def _switched_off(policy: PeftModel) -> Iterator[None]:
+    """PEFT's disable_adapter, which turns requires_grad off and then on for the whole adapter, without that: what the
+    user froze in the adapter would train afterwards."""
+    trains = [(p, p.requires_grad) for p in policy.parameters()]
+    try:
+        with policy.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+
+
+def _base_trains(policy: PeftModel) -> str | None:
+    adapter = _adapter_tensors(policy)
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapter:
             return f"{name} trains and is not part of the adapter, so it would move the reference too."
-    return _not_fresh(policy)
+    return None
 
 
 def _merged(policy: PeftModel) -> str | None:
@@ -126,10 +144,12 @@ def _adapter_tensors(policy: PeftModel) -> set[int]:
 
 def _not_fresh(policy: PeftModel) -> str | None:
     """A sentence unless the policy with its adapter on is, by value, the policy with its adapter off."""
-    if all(isinstance(m, LoraLayer) for m in policy.modules() if isinstance(m, BaseTunerLayer)) and not any(
-        isinstance(m, AuxiliaryTrainingWrapper) for m in policy.modules()
-    ):
-        for name, module in policy.named_modules():
+    for name, module in policy.named_modules():
+        if found := _trained_wrapper(module):
+            return f"{name}.{found} differs from what it stands for: the adapter was trained already."
+    layers = [(n, m) for n, m in policy.named_modules() if isinstance(m, BaseTunerLayer)]
+    if all(isinstance(m, LoraLayer | TrainableTokensLayer) for _, m in layers):
+        for name, module in layers:
             if isinstance(module, LoraLayer) and (found := _trained_lora(module)):
                 return f"{name}.{found} is not zero: the adapter was trained already, or its making changed the base."
         return None
@@ -139,16 +159,32 @@ def _not_fresh(policy: PeftModel) -> str | None:
     ids = torch.arange(8, device=policy.device)[None] % policy.config.vocab_size
     with evaluating(policy), torch.no_grad():
         on = policy(input_ids=ids).logits
-        flags = [(p, p.requires_grad) for p in policy.parameters()]
-        with policy.disable_adapter():
+        with _switched_off(policy):
             off = policy(input_ids=ids).logits
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
     if not torch.allclose(on, off, rtol=1e-5, atol=1e-5):
         return (
             f"switched off the policy gives other logits (by up to {(on - off).abs().max().item():.2g}): the adapter "
             "was trained already, or its making changed the base."
         )
+    return None
+
+
+def _trained_wrapper(module: nn.Module) -> str | None:
+    """What in a module_to_save or in trained token rows is no longer the base's own, or None."""
+    if isinstance(module, ModulesToSaveWrapper):
+        base = dict(module.original_module.named_parameters())
+        for adapter in module.active_adapters:
+            for name, parameter in module.modules_to_save[adapter].named_parameters():
+                with gathered([parameter, base[name]]):
+                    if not torch.equal(parameter.detach(), base[name].detach()):
+                        return f"modules_to_save.{adapter}.{name}"
+    if isinstance(module, TrainableTokensLayer):
+        weight = module.get_base_layer().get_parameter("weight")
+        for adapter in module.active_adapters:
+            rows: Tensor = module.trainable_tokens_delta[adapter]
+            with gathered([weight, rows]):
+                if not torch.equal(rows.detach(), weight.detach()[module.token_indices[adapter]]):
+                    return f"trainable_tokens_delta.{adapter}"
     return None
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refkl.backend import Backend, evaluating, gathered, is_partitioned
+from refkl.backend.zero import full_shape
 from refkl.config import ReferenceConfig
 from refkl.scoring import ScoredLogits, completion_logits, scores_from
 from refkl.types import MemoryReport, TokenBatch, TokenScores
@@ -59,6 +60,8 @@ class Reference(ABC):
         self._accelerator = request.accelerator
         self._device = None if request.config.device is None else torch.device(request.config.device)
         self._recorded: str | None = None
+        self.digests: dict[str, str] = {}
+        """SHA-256 of each weight when the fingerprint was last taken: to name the one that changed."""
 
     @classmethod
     @abstractmethod
@@ -91,6 +94,14 @@ class Reference(ABC):
     @abstractmethod
     def _move(self, policy: nn.Module, alpha: float) -> None:
         """theta_ref <- (1 - alpha) theta_ref + alpha theta_policy, all of it or, where that raises, none."""
+
+    def _owns(self, name: str) -> bool:
+        """Whether the weight is the reference's alone, and not the policy's too."""
+        return True
+
+    def check_movable(self, policy: nn.Module) -> None:
+        """Raise ValueError for what `update` would: a sync that can never be made is to fail before the run."""
+        raise ValueError(f"strategy {self.strategy!r} cannot move.")
 
     def settle(self) -> None:  # noqa: B027 - an optional hook: a strategy without weights of its own has none to move
         """Follow the policy to the device and dtype that it has been given since. Each score does this first."""
@@ -146,12 +157,11 @@ class Reference(ABC):
         The same weights have the same fingerprint whatever strategy, device or number of ranks holds them. Where
         weights are sharded every rank must call: they are gathered one at a time.
         """
-        digest = hashlib.sha256()
+        self.digests = {}
         for name, tensor in self._weights():
             with gathered([tensor]):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(_bytes_of(tensor.detach()))
-        self._recorded = digest.hexdigest()
+                self.digests[name] = _digest(tensor.detach())
+        self._recorded = _combined(self.digests)
         return self._recorded
 
     @property
@@ -178,7 +188,7 @@ class Reference(ABC):
             with gathered([tensor]):
                 if writes:
                     weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        provenance = self.provenance()
+        provenance = {**self.provenance(), "weights": self.digests}
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / f"{WEIGHTS_FILE}.tmp", metadata={"format": "pt"})
@@ -192,22 +202,47 @@ class Reference(ABC):
         """Take over what `save` wrote; every rank calls, each for its own copy or part.
 
         Raises:
-            ValueError: no saved reference there, names or shapes that differ from this reference's (nothing is then
-                changed), or a fingerprint that is not the recorded one.
+            ValueError: no saved reference there; a weight that is not as it was saved; names, shapes or dtypes that
+                differ from this reference's; a weight that the policy shares and that is another there. Nothing is
+                changed then.
         """
         folder = Path(folder)
         if not ((folder / WEIGHTS_FILE).is_file() and (folder / PROVENANCE_FILE).is_file()):
             raise ValueError(f"{folder} holds no saved reference ({WEIGHTS_FILE} and {PROVENANCE_FILE}).")
         provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+        self.settle()
+        self.fingerprint()
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
-            shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-            self._take(shapes, saved.get_tensor)
+            digests = {name: _digest(saved.get_tensor(name)) for name in self.digests if name in saved.keys()}  # noqa: SIM118
+            shapes = {name: torch.Size(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+            self._check_saved(shapes, digests, provenance["weights"], folder)
+            for name, tensor in self._weights():
+                if digests[name] != self.digests[name]:
+                    with gathered([tensor], write=True), torch.no_grad():
+                        if not is_partitioned(tensor) or dist.get_rank() == 0:
+                            tensor.data.copy_(saved.get_tensor(name))
         self.updates = int(provenance["updates"])
-        if self.fingerprint() != provenance["fingerprint"]:
-            raise ValueError(
-                f"The reference saved in {folder} is not the one that was recorded: its fingerprint is "
-                f"{self._recorded}, recorded was {provenance['fingerprint']}. The file was altered; use another."
-            )
+        assert self.fingerprint() == provenance["fingerprint"], "every weight was compared before it was written"
+
+    def _check_saved(
+        self, shapes: dict[str, torch.Size], digests: dict[str, str], recorded: dict[str, str], folder: Path
+    ) -> None:
+        check_pairs(shapes, {name: full_shape(tensor) for name, tensor in self._weights()}, "the saved reference")
+        for name, digest in digests.items():
+            if digest != recorded[name]:
+                raise ValueError(
+                    f"The reference saved in {folder} is not the one that was recorded: {name} was altered."
+                )
+            if digest.split()[0] != self.digests[name].split()[0]:
+                raise ValueError(
+                    f"The reference saved in {folder} holds {name} as {digest.split()[0]}, this one as "
+                    f"{self.digests[name].split()[0]}. Set reference.dtype to the saved one's."
+                )
+            if digest != self.digests[name] and not self._owns(name):
+                raise ValueError(
+                    f"{name} is shared with the policy, and the reference saved in {folder} has another: it belongs to "
+                    "a policy with another base. Load that base, or set reference.source to where it is."
+                )
 
     def provenance(self) -> dict[str, Any]:
         """What to record of this reference: strategy, reason, source, updates, fingerprint (collective if sharded)."""
@@ -218,20 +253,6 @@ class Reference(ABC):
             "updates": self.updates,
             "fingerprint": self.fingerprint(),
         }
-
-    def _take(self, shapes: dict[str, list[int]], read: Any) -> None:
-        from refkl.backend.zero import full_shape
-
-        own = dict(self._weights())
-        check_pairs(
-            {name: torch.Size(shape) for name, shape in shapes.items()},
-            {name: full_shape(tensor) for name, tensor in own.items()},
-            "the saved reference",
-        )
-        for name, tensor in own.items():
-            with gathered([tensor], write=True), torch.no_grad():
-                if not is_partitioned(tensor) or dist.get_rank() == 0:
-                    tensor.data.copy_(read(name))
 
 
 def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:
@@ -245,7 +266,14 @@ def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: 
             raise ValueError(f"{what} has {name!r} with shape {list(found[name])}; the reference has {list(shape)}.")
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def _digest(tensor: Tensor) -> str:
+    """The tensor's dtype and SHA-256 of its dtype, shape and bits."""
     flat = tensor.cpu().contiguous().view(-1)
-    # numpy knows no bfloat16: hash the bits.
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)  # the bits: numpy knows no bfloat16
+    return f"{tensor.dtype} {digest.hexdigest()}"
+
+
+def _combined(digests: dict[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in digests.items()).encode()).hexdigest()

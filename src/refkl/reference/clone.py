@@ -66,8 +66,8 @@ class CloneReference(Reference):
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
-        megabytes = cls.cost(request) / 1e6
-        return f"on {request.backend} a frozen copy of what trains is exact and adds {megabytes:,.1f} MB"
+        what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
+        return f"on {request.backend}, a frozen copy {what} is the reference and adds {cls.cost(request) / 1e6:,.1f} MB"
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> CloneReference:
@@ -138,24 +138,33 @@ class CloneReference(Reference):
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return named_weights(self.model)
 
-    def _move(self, policy: nn.Module, alpha: float) -> None:
+    def _owns(self, name: str) -> bool:
+        return name not in self._shared
+
+    def check_movable(self, policy: nn.Module) -> None:
+        self._pairs(policy)
+
+    def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Own and policy's weights that are to be mixed."""
         own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
-        found, held = ({name: t.shape for name, t in w.items()} for w in (theirs, own))
-        check_pairs(found, held, "the policy")
-        if alpha < 1.0 and any(t.dtype in (torch.bfloat16, torch.float16) for t in own.values()):
+        own_shapes, their_shapes = ({name: t.shape for name, t in w.items()} for w in (own, theirs))
+        check_pairs(their_shapes, own_shapes, "the policy")
+        return [(tensor, theirs[name]) for name, tensor in own.items() if self._owns(name)]
+
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        pairs = self._pairs(policy)
+        if alpha < 1.0 and any(own.dtype in (torch.bfloat16, torch.float16) for own, _ in pairs):
             warnings.warn(
                 "The reference is held in 16 bits, where small steps of a moving average round to nothing. "
                 "Set reference.dtype to 'float32'.",
                 stacklevel=4,
             )
-        for name, tensor in own.items():
-            if name in self._shared:
-                continue
-            target = theirs[name].detach().to(device=tensor.device, dtype=tensor.dtype)
-            if alpha == 1.0 or not tensor.is_floating_point():
-                tensor.data.copy_(target)
+        for own, theirs in pairs:
+            target = theirs.detach().to(device=own.device, dtype=own.dtype)
+            if alpha == 1.0 or not own.is_floating_point():
+                own.data.copy_(target)
             else:
-                tensor.data.lerp_(target, alpha)
+                own.data.lerp_(target, alpha)
 
     def memory(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not."""

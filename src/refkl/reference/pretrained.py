@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 
 import torch
 from torch import nn
@@ -19,8 +19,6 @@ def source_folder(request: BuildRequest) -> str:
     """
     source = request.config.source
     if source not in ("policy", "pretrained"):
-        if not Path(source).exists() and source.count("/") != 1:
-            raise ValueError(f"reference.source is {source!r}, which is no folder here.")
         return source
     name = base_model(request.policy).config._name_or_path  # type: ignore[union-attr]
     if not name:
@@ -32,11 +30,25 @@ def source_folder(request: BuildRequest) -> str:
 
 
 def load_pretrained(request: BuildRequest, folder: str, dtype: torch.dtype | None) -> nn.Module:
-    """The model in `folder`, of the policy's class, in `dtype` (by default the policy's) and with its attention."""
+    """The model in `folder`, of the policy's class, in `dtype` (by default the policy's) and with its attention.
+
+    Raises:
+        ValueError: no such model there.
+    """
     base = base_model(request.policy)
-    model: nn.Module = type(base).from_pretrained(  # type: ignore[attr-defined]
-        folder,
-        dtype=dtype or next(base.parameters()).dtype,
-        attn_implementation=base.config._attn_implementation,  # type: ignore[union-attr]
-    )
+    # Rotary scaling, attention windows and the like are part of the function, and may be other ones on disk.
+    same = request.config.source in ("policy", "pretrained")
+    config = {"config": copy.deepcopy(base.config)} if same else {}
+    try:
+        model: nn.Module = type(base).from_pretrained(  # type: ignore[attr-defined]
+            folder,
+            dtype=dtype or next(base.parameters()).dtype,
+            attn_implementation=base.config._attn_implementation,  # type: ignore[union-attr]
+            **config,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"The reference cannot be loaded from {folder!r}: {str(error).splitlines()[0]} Set reference.source to a "
+            "model folder."
+        ) from None
     return model

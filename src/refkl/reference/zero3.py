@@ -45,8 +45,8 @@ class Zero3Reference(Reference):
             return f"it partitions under DeepSpeed ZeRO-3, and this is {request.backend}."
         if active_zero3_config(request.accelerator) is None:
             return "the policy is partitioned, but there is no accelerator with a ZeRO-3 configuration to follow."
-        if request.config.device is not None:
-            return "DeepSpeed places its partitions, so reference.device cannot be set."
+        if request.config.device is not None or request.config.dtype is not None:
+            return "DeepSpeed places its partitions in the run's dtype: reference.device and .dtype cannot be set."
         if request.config.source == "policy" and base_model(request.policy) is not unwrap(request.policy):
             return (
                 "the policy has a PEFT adapter that is not provably off, which weights from disk do not have. Set "
@@ -77,9 +77,8 @@ class Zero3Reference(Reference):
         assert training is not None, "supports() lets no other backend in"
         config = inference_config(training)
         folder = source_folder(request)
-        dtype = getattr(torch, request.config.dtype) if request.config.dtype else None
         with transformers_zero3(config):
-            model = load_pretrained(request, folder, dtype)
+            model = load_pretrained(request, folder, dtype=None)
         if request.config.source == "policy":
             _check_unchanged(unwrap(request.policy), model, folder)
         model.requires_grad_(False)
@@ -99,24 +98,32 @@ class Zero3Reference(Reference):
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return named_weights(self.model)
 
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        """Shard by shard on each rank: policy and reference are partitioned alike, so nothing is gathered or sent."""
+    def check_movable(self, policy: nn.Module) -> None:
+        self._pairs(policy)
+
+    def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Own and policy's weights, of which each rank holds matching parts."""
         own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
-        found, held = ({name: full_shape(t) for name, t in w.items()} for w in (theirs, own))
-        check_pairs(found, held, "the policy")
+        own_shapes, their_shapes = ({name: full_shape(t) for name, t in w.items()} for w in (own, theirs))
+        check_pairs(their_shapes, own_shapes, "the policy")
         for name, tensor in own.items():
             if is_partitioned(tensor) != is_partitioned(theirs[name]):
                 raise ValueError(f"{name} is partitioned in one of policy and reference, not in both.")
             mine, other = local_shard(tensor), local_shard(theirs[name])
-            if mine.shape != other.shape or mine.device.type == "meta" or not other.numel():
+            if mine.shape != other.shape or not other.numel():
                 raise ValueError(
                     f"This rank's part of {name} is {list(other.shape)} in the policy and {list(mine.shape)} in the "
                     "reference. Parameters offloaded to NVMe cannot be synced."
                 )
+        return [(tensor, theirs[name]) for name, tensor in own.items()]
+
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        """Shard by shard on each rank: policy and reference are partitioned alike, so nothing is gathered or sent."""
+        pairs = self._pairs(policy)
         # What a forward left gathered would hide the new shards from the next one.
-        release(own.values())
-        for name, tensor in own.items():
-            shard, target = local_shard(tensor), local_shard(theirs[name])
+        release(own for own, _ in pairs)
+        for own, theirs in pairs:
+            shard, target = local_shard(own), local_shard(theirs)
             target = target.to(device=shard.device, dtype=shard.dtype)
             if alpha == 1.0 or not shard.is_floating_point():
                 shard.copy_(target)
@@ -136,8 +143,13 @@ class Zero3Reference(Reference):
 
 def _check_unchanged(policy: nn.Module, fresh: nn.Module, folder: str) -> None:
     """Raise ValueError if the policy in memory is not what `folder` holds: its reload would be another reference."""
-    theirs = dict(named_weights(policy))
-    for name, own in named_weights(fresh):
+    theirs, fresh_weights = dict(named_weights(policy)), dict(named_weights(fresh))
+    if extra := sorted(theirs.keys() - fresh_weights.keys()):
+        raise ValueError(
+            f"{extra[0]} is in the policy and not in {folder}: the policy is another model. Save the policy and set "
+            "reference.source to that folder."
+        )
+    for name, own in fresh_weights.items():
         if name not in theirs or full_shape(theirs[name]) != full_shape(own):
             difference = "is missing" if name not in theirs else f"has shape {list(full_shape(theirs[name]))}"
             raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.freeze import trainable_parameters
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.sync import SyncReferenceCallback
@@ -68,16 +69,22 @@ class KLTrainerMixin(Trainer):
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
+        if not trainable_parameters(self.model):
+            raise ValueError(
+                "No parameter of the policy trains. Was its adapter loaded with is_trainable=False, or is it all frozen?"
+            )
         self.reference = reference
         self.penalty = KLPenalty(kl)
         self.add_callback(_PenaltySteps(self))
         if sync is not None:
-            if reference.strategy == "adapter":
+            if self.args.restore_callback_states_from_checkpoint:
                 raise ValueError(
-                    "A sync moves the reference, and the 'adapter' strategy shares its reference with the policy. "
-                    "Use reference='clone', which copies the adapter alone."
+                    "restore_callback_states_from_checkpoint makes callbacks anew, the sync's without its reference. "
+                    "Leave it False: a resumed run takes up the sync's counters without it."
                 )
+            reference.check_movable(self.model)
             self.sync = SyncReferenceCallback(reference, sync)
+            self.sync.saves = False
             self.add_callback(self.sync)
 
     def _penalise(
@@ -92,6 +99,14 @@ class KLTrainerMixin(Trainer):
             total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
             self._metrics["eval"]["kl"].append(total / max(tokens, 1.0))
         return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A reference that has moved goes into the checkpoint, before older checkpoints are rotated away."""
+        if self.reference.updates:
+            self.reference.save(
+                Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / "reference"
+            )
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """On resume, bring back a reference that had moved."""

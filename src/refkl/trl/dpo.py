@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import trl.trainer.dpo_trainer as trl_dpo
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -146,7 +146,7 @@ def _scored_mask(inputs: dict[str, Any]) -> Tensor:
 def _statistics(scored: ScoredLogits, weighting: bool) -> dict[str, Tensor]:
     """TRL's metrics of the policy's logits, each [B, T - 1]; and WPO's weights where asked for."""
     values = {
-        "mean_logits": scored.logits.float().mean(-1),
+        "mean_logits": scored.logits.mean(-1, dtype=torch.float32),
         "is_top1": (scored.logits.argmax(-1) == scored.targets).float(),
     }
     if weighting:
@@ -160,7 +160,8 @@ def _no_reference_of_trl(model: Any) -> Iterator[None]:
     """TRL's DPO __init__ without the reference that it makes there, for which it has no switch.
 
     For a full policy it loads the model's folder a second time: that call gives None. To a PeftModel it adds a copy of
-    the adapter called "ref": that is taken out again.
+    the adapter called "ref", and making one of PiSSA or OLoRA rewrites the base once more: no adapter is made, and the
+    copying that follows finds the policy's own.
     """
     create = trl_dpo.create_model_from_path
     policy_to_load = isinstance(model, str)
@@ -172,14 +173,15 @@ def _no_reference_of_trl(model: Any) -> Iterator[None]:
             return create(*args, **kwargs)
         return None
 
-    adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    shadowed = isinstance(model, PeftModel)
     trl_dpo.create_model_from_path = policy_only
+    if shadowed:
+        own = nn.Module.get_parameter
+        vars(model)["add_adapter"] = lambda name, config: None
+        vars(model)["get_parameter"] = lambda name: own(model, name.replace(".ref.", ".default."))
     try:
         yield
     finally:
         trl_dpo.create_model_from_path = create
-    if isinstance(model, PeftModel) and "ref" in set(model.peft_config) - adapters:
-        trains = [(p, p.requires_grad) for p in model.parameters()]
-        model.delete_adapter("ref")
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
+        if shadowed:
+            del vars(model)["add_adapter"], vars(model)["get_parameter"]

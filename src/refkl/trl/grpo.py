@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
@@ -19,13 +20,16 @@ from refkl.scoring import completion_logits, scores_from
 from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
 
+logger = logging.get_logger(__name__)
+
 
 class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
     """trl.GRPOTrainer with `reference=`, `kl=` and `sync=`; all else is TRL's.
 
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
-        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta`; 0 measures only.
+        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 measures only),
+            aggregated as TRL does it for `args.loss_type`.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
 
     Raises:
@@ -57,7 +61,12 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         with overridden(config, beta=0.0, sync_ref_model=False):
             super().__init__(*args, **kwargs)
         self._policy_logp: Tensor | None = None
-        self._attach(reference, kl or KLConfig(coef=beta), sync)
+        self._attach(reference, kl or _as_trl(beta, self.loss_type), sync)
+        if not self.args.disable_dropout and any(_drops(module) for module in self.model.modules()):
+            logger.warning(
+                "The policy has dropout, which is on while it trains and never in the reference: the KL will not start at "
+                "zero. Set disable_dropout=True."
+            )
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -151,7 +160,32 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
             return None
         steps = self.current_gradient_accumulation_steps
         if self.penalty.config.aggregation != "token-mean":
+            # Every row, as TRL counts, one that was masked as truncated too: the same on each rank and micro-batch.
             return torch.tensor(float(inputs["completion_ids"].shape[0] * steps))
         # TRL counts the tokens of the whole generation batch, over all ranks.
         window = inputs["num_items_in_batch"].clamp(min=1.0) * steps / self.args.steps_per_generation
         return window / self.accelerator.num_processes
+
+
+_TRL_AGGREGATION: dict[str, Any] = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "luspo": "seq-mean-token-sum",
+}
+"""How TRL's loss types aggregate the KL; the others take a mean over tokens."""
+
+
+def _as_trl(beta: float, loss_type: str) -> KLConfig:
+    """The penalty that a script which sets TRL's own beta asks for."""
+    if loss_type == "dr_grpo" and beta:
+        raise ValueError(
+            "loss_type 'dr_grpo' divides TRL's KL by max_completion_length, which no aggregation here does. Leave beta "
+            "at 0 and pass kl=KLConfig(coef=…)."
+        )
+    return KLConfig(coef=beta, aggregation=_TRL_AGGREGATION.get(loss_type, "token-mean"))
+
+
+def _drops(module: nn.Module) -> bool:
+    """True for a module with dropout, also where it is a float that the layer reads (attention_dropout)."""
+    floats = (value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float))
+    return (isinstance(module, nn.Dropout) and module.p > 0) or any(value > 0 for value in floats)
