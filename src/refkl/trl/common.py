@@ -71,7 +71,7 @@ class KLTrainerMixin(Trainer):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
         if not trainable_parameters(self.model):
             raise ValueError(
-                "No parameter of the policy trains. Was its adapter loaded with is_trainable=False, or is it all frozen?"
+                "No parameter of the policy trains. Was its adapter loaded with is_trainable=False, or all frozen?"
             )
         self.reference = reference
         self.penalty = KLPenalty(kl)

@@ -64,8 +64,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         self._attach(reference, kl or _as_trl(beta, self.loss_type), sync)
         if not self.args.disable_dropout and any(_drops(module) for module in self.model.modules()):
             logger.warning(
-                "The policy has dropout, which is on while it trains and never in the reference: the KL will not start at "
-                "zero. Set disable_dropout=True."
+                "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
+                "at zero. Set disable_dropout=True."
             )
 
     def _get_per_token_logps_and_entropies(
