@@ -10,7 +10,7 @@ from refkl import kl
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.freeze import freeze, frozen_parameters, trainable_parameters
 from refkl.penalty import KLPenalty, global_normalizer
-from refkl.reference import STRATEGIES, Reference, build_reference, register_strategy, score_pair
+from refkl.reference import STRATEGIES, BuildRequest, Reference, build_reference, register_strategy, score_pair
 from refkl.scoring import score_tokens
 from refkl.sync import SyncReferenceCallback
 from refkl.types import KLOutput, MemoryReport, PairScores, TokenBatch, TokenScores
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "STRATEGIES",
+    "BuildRequest",
     "KLConfig",
     "KLOutput",
     "KLPenalty",

@@ -67,7 +67,7 @@ class CloneReference(Reference):
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
-        return f"on {request.backend}, a frozen copy {what} is the reference and adds {cls.cost(request) / 1e6:,.1f} MB"
+        return f"a frozen copy {what} is the reference and adds {cls.cost(request) / 1e6:,.1f} MB ({request.backend})"
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> CloneReference:

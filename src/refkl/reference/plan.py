@@ -62,7 +62,8 @@ def build_reference(
             raise unknown("strategy", config.strategy, [*STRATEGIES, "auto"])
         if (why_not := STRATEGIES[config.strategy].supports(request)) is not None:
             raise ValueError(f"reference strategy {config.strategy!r} cannot work here: {why_not} {_instead(request)}")
-        return STRATEGIES[config.strategy].build(request, f"it was asked for by name, on {request.backend}")
+        chosen = STRATEGIES[config.strategy]
+        return chosen.build(request, f"asked for by name; {chosen.why(request)}")
 
     refused = {name: cls.supports(request) for name, cls in STRATEGIES.items()}
     able = [name for name, why_not in refused.items() if why_not is None]

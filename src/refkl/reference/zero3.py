@@ -67,8 +67,8 @@ class Zero3Reference(Reference):
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         return (
-            f"on {request.backend} it is reloaded in parts, so that each rank holds 1/{request.backend.processes} of "
-            f"it ({cls.cost(request) / 1e6:,.1f} MB)"
+            f"it is reloaded in parts, so that each rank holds 1/{request.backend.processes} of it, "
+            f"{cls.cost(request) / 1e6:,.1f} MB ({request.backend})"
         )
 
     @classmethod
