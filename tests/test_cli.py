@@ -207,8 +207,9 @@ def test_resume_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert [m["step"] for m in lines(run / "metrics.jsonl") if "loss" in m] == [1, 2, 3, 4]
     reference = json.loads((run / "reference.json").read_text())
-    # The resumed run started from the reference as it had been moved, not from the first one.
-    assert reference["before"]["updates"] == 1 and [u["step"] for u in reference["updates"]] == [2, 4]
+    # It went on from the reference as it had been moved; "before" stays what the run began with.
+    assert reference["before"]["updates"] == 0 and reference["after"]["updates"] == 2
+    assert [u["step"] for u in reference["updates"]] == [2, 4]
 
 
 def test_rewards_may_abstain_and_are_checked_one_by_one() -> None:
