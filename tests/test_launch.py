@@ -76,7 +76,10 @@ def test_one_process_moves(alone: tuple[Path, dict[str, Any]]) -> None:
     assert alone[1]["metrics"][0]["kl"] == 0.0 and alone[1]["metrics"][-1]["kl"] > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHES if name != "one process"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "offloaded" in n else ()) for n in LAUNCHES if n != "one process"],
+)
 def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, expected = alone
     # zero3_offload.json has an optimizer of its own: its CPU Adam, which DeepSpeed would have to compile.
@@ -110,6 +113,15 @@ def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, An
     assert kl["zero3"][2] < kl["zero3"][1]  # the reference came nearer
 
 
+@pytest.mark.parametrize("name", ["two processes", "zero2", "zero3"])
+def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
+    """Mixed precision (DDP) casts in autocast, DeepSpeed casts the policy: the reference must follow it in both."""
+    _inputs(tmp_path, max_steps=3, learning_rate=0.01)
+    found = _train(name, tmp_path, "--trainer.bf16", "true")
+    assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][-1]["kl"] > 0
+    assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
+
+
 @pytest.mark.parametrize("name", ["two processes", "zero3"])
 def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     _inputs(tmp_path, "grpo", max_steps=2)
@@ -126,6 +138,10 @@ def test_lora_under_zero3_uses_the_adapter(tmp_path: Path) -> None:
     arguments = ["train", str(tmp_path / "config.yaml"), *options, "--trainer.output_dir", str(out)]
     output = accelerate_launch("zero3", "refkl", *arguments, module=True)
     assert "reference: adapter: " in output
+    trained = (
+        2 * 4 * ((32 + 32) + (32 + 16))
+    )  # two layers, r = 4, q_proj and v_proj: counted whole, not as placeholders
+    assert f" {trained:,} parameters train" in output
     kl = [json.loads(line)["kl"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert kl[0] == 0.0 and kl[-1] > 0
     record = json.loads((out / "reference.json").read_text())

@@ -2,7 +2,7 @@
 
 from refkl.backend.detect import Backend, check_launch, detect
 from refkl.backend.modules import canonical_name, evaluating, named_weights, unwrap
-from refkl.backend.zero import check_can_save, gathered, is_partitioned, local_shard
+from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard
 
 __all__ = [
     "Backend",
@@ -11,6 +11,7 @@ __all__ = [
     "check_launch",
     "detect",
     "evaluating",
+    "full_shape",
     "gathered",
     "is_partitioned",
     "local_shard",

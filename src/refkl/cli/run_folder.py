@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from refkl import __version__
-from refkl.backend import evaluating
+from refkl.backend import evaluating, full_shape
 from refkl.config import RunConfig
 from refkl.freeze import trainable_parameters
 
@@ -154,8 +154,8 @@ class RunRecorder(TrainerCallback):
                 self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console)
                 self._bar.start()
                 self._bar.add_task("training", total=state.max_steps, status="")
-            parameters = sum(p.numel() for p in trainable_parameters(self.trainer.model))
-            self.console.print(f"{state.max_steps} steps, {parameters:,} parameters train on this rank")
+            parameters = sum(full_shape(p).numel() for p in trainable_parameters(self.trainer.model))
+            self.console.print(f"{state.max_steps} steps, {parameters:,} parameters train")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         sync = self.trainer.sync

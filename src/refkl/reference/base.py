@@ -18,8 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from refkl.backend import Backend, evaluating, gathered, is_partitioned
-from refkl.backend.zero import full_shape
+from refkl.backend import Backend, evaluating, full_shape, gathered, is_partitioned
 from refkl.config import ReferenceConfig
 from refkl.scoring import ScoredLogits, completion_logits, scores_from
 from refkl.types import MemoryReport, TokenBatch, TokenScores
