@@ -47,7 +47,7 @@ class KLPenalty:
 
         Args:
             policy_scores: with grad. Scores without grad (an evaluation) are not counted by the next `step`.
-            ref_scores: without.
+            ref_scores: no grad ever flows to these.
             mask: [B, T], True = counts; usually `batch.completion_mask`.
             old_logp: [B, T], nats: the log-probabilities under the policy that sampled, if it was another.
             divergence: [B, T], nats, with grad: exact divergence to use instead of the estimator.
@@ -55,18 +55,10 @@ class KLPenalty:
                 `global_normalizer`).
 
         Raises:
-            ValueError: shapes that differ, temperatures that differ, reference scores that carry grad, or a divergence
-                that carries none.
+            ValueError: shapes that differ, temperatures that differ, or a divergence that carries no grad.
         """
-        logp, ref_logp = policy_scores.logp, ref_scores.logp
-        require_shape("mask", mask, logp.shape, "policy_scores.logp")
-        if policy_scores.temperature != ref_scores.temperature:
-            raise ValueError(
-                f"The policy was scored at temperature {policy_scores.temperature} and the reference at "
-                f"{ref_scores.temperature}: their KL would compare two different distributions. Score both alike."
-            )
-        if ref_logp.requires_grad:
-            raise ValueError("The reference's scores carry grad. Take them from reference.score, which gives none.")
+        logp, ref_logp = policy_scores.logp, ref_scores.logp.detach()
+        _check_comparable(policy_scores, ref_scores, mask)
         if divergence is None:
             per_token = estimate(
                 logp,
@@ -150,6 +142,16 @@ def global_normalizer(
     if accelerator is None or accelerator.num_processes == 1:
         return count.clamp(min=1.0)
     return accelerator.reduce(count, reduction="sum").clamp(min=1.0) / accelerator.num_processes
+
+
+def _check_comparable(policy_scores: TokenScores, ref_scores: TokenScores, mask: Tensor) -> None:
+    """Raise ValueError for scores whose difference would not be a log-ratio of policy and reference."""
+    require_shape("mask", mask, policy_scores.logp.shape, "policy_scores.logp")
+    if policy_scores.temperature != ref_scores.temperature:
+        raise ValueError(
+            f"The policy was scored at temperature {policy_scores.temperature} and the reference at "
+            f"{ref_scores.temperature}: their KL would compare two different distributions. Score both alike."
+        )
 
 
 _STATISTICS = 5
