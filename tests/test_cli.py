@@ -173,6 +173,15 @@ def test_the_deepspeed_launchers_rank_is_accepted_before_the_command(
     assert os.environ.pop("LOCAL_RANK") == "0"
 
 
+def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(["train", "--help"])
+    assert exit_status.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--kl.coef COEF What the KL is multiplied by in the loss." in text
+    assert "--trainer.learning_rate" in text
+
+
 def test_any_key_can_be_overridden(tmp_path: Path) -> None:
     options = {
         "--kl.estimator": "k2", "--sync.every": "7", "--peft.peft_type": "LORA", "--peft.r": "3",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import DPOConfig, GRPOConfig
@@ -102,6 +102,8 @@ def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
 
 
 def _parser(method: str) -> ArgumentParser:
+    # The text under each field of a configuration is what --help says of it.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="refkl train CONFIG.yaml", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="The YAML file; also without the option's name.")
     parser.add_class_arguments(RunConfig, skip={"trainer"})
