@@ -39,7 +39,7 @@ LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
 }
 
 
-def _train(name: str, folder: Path, *options: str, method: str = "dpo", **launch: Any) -> dict[str, Any]:
+def _train(name: str, folder: Path, *options: str, **launch: Any) -> dict[str, Any]:
     """What a run left: its metrics, its reference's record, its weights."""
     backend, processes, start = LAUNCHES[name]
     out = folder / name.replace(" ", "-").replace(",", "")
@@ -125,7 +125,7 @@ def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["two processes", "zero3"])
 def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     _inputs(tmp_path, "grpo", max_steps=2)
-    found = _train(name, tmp_path, method="grpo")
+    found = _train(name, tmp_path)
     assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][1]["kl"] > 0
     assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
     assert len((tmp_path / name.replace(" ", "-") / "samples.jsonl").read_text().splitlines()) == 3 * 2

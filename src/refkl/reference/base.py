@@ -221,7 +221,8 @@ class Reference(ABC):
                         if not is_partitioned(tensor) or dist.get_rank() == 0:
                             tensor.data.copy_(saved.get_tensor(name))
         self.updates = int(provenance["updates"])
-        assert self.fingerprint() == provenance["fingerprint"], "every weight was compared before it was written"
+        loaded = self.fingerprint()
+        assert loaded == provenance["fingerprint"], "every weight was compared before it was written"
 
     def _check_saved(
         self, shapes: dict[str, torch.Size], digests: dict[str, str], recorded: dict[str, str], folder: Path

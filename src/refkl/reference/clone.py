@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from refkl.backend import named_weights, unwrap
+from refkl.backend import canonical_name, named_weights, unwrap
 from refkl.reference.base import BuildRequest, Reference, check_pairs
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.types import MemoryReport
@@ -93,11 +93,11 @@ class CloneReference(Reference):
         policy = self._policy()
         if policy is None:
             return
-        weights = dict(named_weights(policy))
-        self._check_still_frozen(weights)
-        first = next(iter(weights.values()))
+        self._check_still_frozen(policy)
+        first = next(policy.parameters())
         if self._placed == (first.device, first.dtype):
             return
+        weights = dict(named_weights(policy))
         recorded, changed = self._recorded, False
         for name, own in named_weights(self.model):
             theirs = weights.get(name)
@@ -120,9 +120,9 @@ class CloneReference(Reference):
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
-    def _check_still_frozen(self, weights: dict[str, Tensor]) -> None:
-        for name in self._shared:
-            if name in weights and weights[name].requires_grad:
+    def _check_still_frozen(self, policy: nn.Module) -> None:
+        for full_name, parameter in policy.named_parameters():
+            if parameter.requires_grad and (name := canonical_name(full_name)) in self._shared:
                 raise ValueError(
                     f"{name} trains now, but did not when the reference was built, and the reference shares its "
                     "storage: training would move the reference too. Unfreeze before build_reference."
