@@ -71,8 +71,10 @@ def test_kl_sees_tensors_alone() -> None:
         assert _imports(path) <= {
             "__future__",
             "collections",
-            "typing",
+            "dataclasses",
+            "functools",
             "math",
+            "typing",
             "torch",
             "refkl.kl",
             "refkl.types",

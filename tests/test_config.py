@@ -1,12 +1,65 @@
 """KLConfig, SyncConfig, ReferenceConfig: nonsense is refused when it is written down."""
 
+import dataclasses
 import math
 
 import pytest
-import torch
 
 from refkl import KLConfig, KLPenalty, ReferenceConfig, SyncConfig
-from refkl.kl import FixedKL
+from refkl.config import DataConfig, ModelConfig, RunConfig
+from refkl.kl import CONTROLLERS
+
+LINEAR = {"controller": "linear", "end_coef": 0.1, "steps": 10}
+ADAPTIVE = {"controller": "adaptive", "target": 6.0, "horizon": 10000}
+DUAL = {"controller": "dual", "target": 6.0}
+REWARD = {"placement": "reward"}
+USES = {
+    "fixed": set(),
+    "linear": {"end_coef", "steps"},
+    "cosine": {"end_coef", "steps"},
+    "adaptive": {"target", "horizon", "unit"},
+    "dual": {"target", "unit", "learning_rate", "min_coef", "max_coef"},
+}
+VALUES = {
+    "end_coef": 0.2, "steps": 5, "target": 2.0, "horizon": 100, "unit": "token", "learning_rate": 0.3, "min_coef": 0.01,
+    "max_coef": 0.7,
+}  # fmt: skip
+OPTIONAL = {"unit", "learning_rate", "min_coef", "max_coef"}
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_each_controller_takes_its_own_fields_and_no_other(controller):
+    own = {name: VALUES[name] for name in USES[controller]}
+    made = KLConfig(coef=0.1, controller=controller, **own).make_controller()
+    assert type(made) is CONTROLLERS[controller] and made.coef == 0.1
+    assert {name: getattr(made, name) for name in own} == own
+    for name in own.keys() - OPTIONAL:
+        missing = {k: v for k, v in own.items() if k != name}
+        with pytest.raises(ValueError, match=rf"kl.controller '{controller}' needs kl.{name}, which is not set"):
+            KLConfig(controller=controller, **missing)
+    for name in VALUES.keys() - own.keys():
+        users = " and ".join(repr(c) for c in CONTROLLERS if name in USES[c])
+        with pytest.raises(
+            ValueError, match=rf"kl.{name} has no use with controller '{controller}': it is for {users}"
+        ):
+            KLConfig(controller=controller, **own, **{name: VALUES[name]})
+
+
+def test_controllers_left_to_their_defaults():
+    for options in (ADAPTIVE, DUAL):
+        assert KLConfig(**options).make_controller().unit == "sequence"
+    dual = KLConfig(**DUAL).make_controller()
+    assert (dual.learning_rate, dual.min_coef, dual.max_coef) == (0.1, 1e-6, 100.0)
+
+
+def test_what_is_left_open_is_settled_by_where_the_penalty_goes():
+    loss, reward = KLConfig(), KLConfig(placement="reward")
+    assert (loss.estimator, loss.reward) == ("k3", None) and (reward.estimator, reward.reward) == ("k1", "return_to_go")
+    assert KLConfig(placement="reward", estimator="k3", gradient="none").estimator == "k3"  # when it is asked for
+    for config in (loss, reward, KLConfig(**DUAL, unit="token")):
+        assert KLConfig(**dataclasses.asdict(config)) == config
+    run = RunConfig(method="dpo", model=ModelConfig(path="model"), data=DataConfig(source="data.jsonl"))
+    assert run.kl == KLConfig()
 
 
 @pytest.mark.parametrize(
@@ -16,6 +69,29 @@ from refkl.kl import FixedKL
         *((KLConfig, {"coef": c}, r"coefficient must be finite") for c in (math.inf, math.nan)),
         *((KLConfig, {"max_log_ratio": m}, r"kl.max_log_ratio must be positive") for m in (0.0, -5.0, math.nan)),
         (KLConfig, {"estimator": "k1", "gradient": "autograd"}, r"penalises nothing.*mean zero.*'reverse_kl'"),
+        (KLConfig, {"estimator": "k1", "gradient": "autograd", "coef": 0.0, **LINEAR}, r"penalises nothing.*mean zero"),
+        (KLConfig, {"gradient": "none"}, r"'none' penalises nothing in the loss.*placement 'reward'"),
+        # the controllers' own fields
+        (KLConfig, {"coef": 0.0, **ADAPTIVE}, r"adaptive controller multiplies its coefficient, .* never leave 0\.0"),
+        (KLConfig, {**ADAPTIVE, "target": -1.0}, r"target must be positive"),
+        (KLConfig, {**ADAPTIVE, "horizon": 0}, r"horizon must be positive"),
+        (KLConfig, {**LINEAR, "steps": 0}, r"steps count optimizer steps"),
+        (KLConfig, {**LINEAR, "end_coef": -0.1}, r"end_coef must be finite and not negative"),
+        (KLConfig, {**DUAL, "min_coef": 0.1}, r"coefficient 0\.05 is not within its bounds"),
+        # a length, and what has no use
+        (KLConfig, {"aggregation": "seq-mean-token-sum-norm"}, r"was given none. Set length"),
+        (KLConfig, {"length": 512}, r"length 512 has no use with aggregation 'token-mean'"),
+        (KLConfig, {"reward": "token"}, r"kl.reward has no use with placement 'loss'. Set kl.placement 'reward'"),
+        (KLConfig, {"gamma": 1.0}, r"kl.gamma has no use with placement 'loss'"),
+        (KLConfig, {**REWARD, "gamma": 1.5}, r"gamma must be in \(0, 1\]"),
+        (KLConfig, {**REWARD, "reward": "token", "gamma": 1.0}, r"kl.gamma has no use with reward 'token'"),
+        (KLConfig, {**REWARD, "gradient": "autograd"}, r"'autograd' has no use with placement 'reward'"),
+        (KLConfig, {**REWARD, "aggregation": "token-sum"}, r"kl.aggregation and kl.length have no use.*stay per token"),
+        (KLConfig, {**REWARD, "length": 9}, r"kl.aggregation and kl.length have no use"),
+        (KLConfig, {**REWARD, "estimator": "exact"}, r"'exact' does not go into the reward.*Use 'k1'"),
+        (KLConfig, {"estimator": "exact", "max_log_ratio": 5.0}, r"kl.max_log_ratio has no use with estimator 'exact'"),
+        (KLConfig, {"estimator": "exact", "gradient": "autograd"}, r"'autograd' has no use with estimator 'exact'"),
+        (KLConfig, {"estimator": "exact", "gradient": "none", "coef": 0}, r"'none' has no use with estimator 'exact'"),
         *((SyncConfig, {"every": n}, r"sync.every counts optimizer steps.*at least 1") for n in (0, -1)),
         *((SyncConfig, {"alpha": a}, r"sync.alpha must be in \(0, 1\]") for a in (0.0, -0.1, 1.01, math.nan)),
         (ReferenceConfig, {"strategy": ""}, r"reference.strategy is empty"),
@@ -30,8 +106,10 @@ def test_refusals(config, options, message):
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (KLConfig, {"placement": "reward"}),
-        (KLConfig, {"gradient": "none"}),
+        (KLConfig, {"placement": "advantage"}),
+        (KLConfig, {"controller": "adaptative"}),
+        (KLConfig, {"placement": "reward", "reward": "return-to-go"}),
+        (KLConfig, {"controller": "dual", "target": 1.0, "unit": "nats"}),
         (KLConfig, {"gradient": "reverse-kl"}),
         (KLConfig, {"estimator": "k4"}),
         (KLConfig, {"aggregation": "mean"}),
@@ -45,6 +123,8 @@ def test_a_value_that_is_not_offered_is_refused(config, options):
 
 def test_at_the_edge_of_what_is_allowed():
     assert KLConfig(coef=0.0, estimator="k1", gradient="autograd").coef == 0.0  # measured, not penalised
+    assert KLConfig(coef=0.0, gradient="none").coef == 0.0
+    assert KLConfig(placement="reward", gamma=1.0).gamma == 1.0
     assert SyncConfig(every=1, alpha=1.0).alpha == 1.0
 
 
@@ -54,10 +134,40 @@ def test_defaults_penalise_with_the_true_gradient():
     assert KLPenalty().coef == config.coef
 
 
-def test_fixed_coefficient_takes_no_notice_of_the_kl():
-    controller = FixedKL(0.2)
-    controller.update(100.0, 64)
-    assert controller.coef == 0.2
-    other = FixedKL(torch.tensor(0.5).item())
-    other.load_state_dict(controller.state_dict())
-    assert other.coef == 0.2
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"controller": "adaptive", "target": 6.0, "horizon": 10000.0, "unit": "token"},
+        {"controller": "cosine", "end_coef": 0.01, "steps": 40},
+        {"placement": "reward", "gradient": "none", "reward": "sequence"},
+        {"aggregation": "seq-mean-token-sum-norm", "length": 16},
+        {"reference_weights": [0.25, 0.75]},
+    ],
+)
+def test_every_field_can_be_given_on_the_command_line_and_survives_being_written(options, tmp_path):
+    from launching import ROOT
+
+    from refkl.cli.settings import parse_run
+
+    arguments = [x for name, value in options.items() for x in (f"--kl.{name}", str(value))]
+    run = parse_run([str(ROOT / "configs/quickstart.yaml"), *arguments])
+    assert {name: getattr(run.config.kl, name) for name in options} == options
+    (tmp_path / "again.yaml").write_text(run.resolved)
+    assert parse_run([str(tmp_path / "again.yaml")]).config.kl == run.config.kl
+
+
+def test_the_estimator_is_settled_by_the_placement_from_a_file_too(tmp_path):
+    """The default of a whole run must not look like an estimator that was asked for."""
+    import yaml
+    from launching import ROOT
+
+    from refkl.cli.settings import parse_run
+
+    values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    del values["kl"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    for arguments, estimator in (([], "k3"), (["--kl.placement", "reward"], "k1")):
+        run = parse_run([str(tmp_path / "run.yaml"), *arguments])
+        assert run.config.kl.estimator == estimator
+        (tmp_path / "again.yaml").write_text(run.resolved)
+        assert parse_run([str(tmp_path / "again.yaml")]).config.kl == run.config.kl

@@ -1,7 +1,6 @@
 """kl.estimate: values against formulas, and expectations by enumeration of small categorical policies in fp64."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ FORMULAS = {
     "k3": lambda d: math.expm1(-d) + d,
     "abs": abs,
 }
-TAILS = [-100.0, -12.0, -3.0, -1e-4, 0.0, 0.5, 12.0, 100.0]
+TAILS = [-100.0, -12.0, -3.0, -0.015625, 0.0, 0.5, 12.0, 100.0]  # all of them numbers of fp16 and bf16 too
 
 
 def policies(*shape, n=3):
@@ -122,7 +121,7 @@ def test_autograd_gradients_are_what_the_formulas_have():
 def test_autograd_is_the_derivative_of_the_value(estimator, off_policy):
     logp, ref_logp, old = (-3 * torch.rand(2, 4, dtype=torch.float64) for _ in range(3))
     old_logp = old if off_policy else None
-    for ratio in kl.estimators.RATIOS:
+    for ratio in kl.estimators.RATIOS if off_policy else ["token"]:
         assert torch.autograd.gradcheck(
             lambda x, ratio=ratio: kl.estimate(
                 x, ref_logp, estimator, gradient="autograd", old_logp=old_logp, ratio=ratio
@@ -132,11 +131,26 @@ def test_autograd_is_the_derivative_of_the_value(estimator, off_policy):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_reverse_kl_gradient_grows_with_the_log_ratio_and_is_never_clamped(estimator):
-    d = torch.tensor(TAILS, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_reverse_kl_gradient_grows_with_the_log_ratio_and_is_never_clamped(estimator, dtype):
+    d = torch.tensor(TAILS, dtype=dtype, requires_grad=True)
     value = kl.estimate(d, torch.zeros_like(d), estimator)
-    assert value.isfinite().all()
+    assert value.isfinite().all() and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(grad(value, d), d.detach())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("ratio", kl.estimators.RATIOS)
+def test_off_policy_reverse_kl_gradient_is_the_weight_times_the_log_ratio(estimator, ratio):
+    """Above the cap of the weight too, where it is exp(60) times the log-ratio."""
+    logp = torch.tensor([-3.0, -1.0, -12.0, -100.0], requires_grad=True)
+    old_logp = torch.tensor([-2.0, -3.0, -12.5, -200.0])
+    value = kl.estimate(logp, torch.zeros(4), estimator, old_logp=old_logp, ratio=ratio)
+    drifts = [-1.0, 2.0, 0.5, 60.0] if ratio == "token" else [-1.0, 1.0, 1.5, 60.0]
+    assert value.isfinite().all()
+    assert grad(value, logp).tolist() == pytest.approx(
+        [math.exp(w) * d for w, d in zip(drifts, logp.tolist(), strict=True)], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
@@ -145,6 +159,36 @@ def test_autograd_pulls_back_in_the_tail(estimator):
     slope = grad(kl.estimate(d, torch.zeros_like(d), estimator, gradient="autograd"), d)
     assert slope.isfinite().all()
     assert torch.equal(slope.sign(), d.detach().sign())
+
+
+@pytest.mark.parametrize("ratio", kl.estimators.RATIOS)
+def test_weighted_k3_under_autograd_keeps_its_digits_in_the_tail(ratio):
+    """Its derivative by a token's own logp is w·d: 60 or 25, between terms of exp(60) and exp(25) that cancel."""
+    logp = torch.tensor([-60.0, -3.0, -25.0], requires_grad=True)
+    value = kl.estimate(
+        logp, torch.zeros(3), "k3", gradient="autograd", old_logp=torch.tensor([-60.5, -3.0, -25.0]), ratio=ratio
+    )
+    own = [torch.autograd.grad(value[i], logp, retain_graph=True)[0][i].item() for i in range(3)]
+    before = math.exp(0.5) if ratio == "prefix" else 1.0
+    assert own == pytest.approx([-60 * math.exp(0.5), -3 * before, -25 * before], rel=1e-6)
+
+
+@pytest.mark.parametrize("ratio", kl.estimators.RATIOS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("max_log_ratio", [None, 0.8])
+def test_weighted_autograd_is_the_derivative_of_the_plain_formula(estimator, ratio, max_log_ratio):
+    """∇ of exp(Σ log-ratios to the old policy) · f(d), written out, with a mask and with clipping."""
+    logp, ref_logp, old_logp = (-3 * torch.rand(4, 6, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(4, 6) > 0.3
+    logp.requires_grad_()
+    limit = math.inf if max_log_ratio is None else max_log_ratio
+    d, drift = (logp - ref_logp).clamp(-limit, limit), (logp - old_logp) * mask
+    f = {"k1": d, "k2": d * d / 2, "k3": torch.expm1(-d) + d, "abs": d.abs()}[estimator]
+    plain = (drift.cumsum(-1) if ratio == "prefix" else drift).exp() * f * mask
+    options = {"old_logp": old_logp, "mask": mask, "ratio": ratio, "max_log_ratio": max_log_ratio}
+    value = kl.estimate(logp, ref_logp, estimator, gradient="autograd", **options)
+    torch.testing.assert_close(value, plain, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(grad(value, logp), grad(plain, logp), rtol=1e-10, atol=1e-12)
 
 
 def test_none_is_detached():
@@ -178,21 +222,64 @@ def test_saturation_holds_at_any_magnitude():
     assert (value >= 0).all() and value.isfinite().all()
 
 
-def test_weight_times_estimator_saturates_too():
-    value = kl.estimate(torch.tensor([-70.0]), torch.zeros(1), "k3", old_logp=torch.tensor([-140.0]))
-    assert value.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("estimator", "gradient"), [*((e, "reverse_kl") for e in ESTIMATORS), ("k3", "none"), ("k3", "autograd")]
-)
-def test_a_token_that_the_reference_excludes_is_huge_and_not_nan(estimator, gradient):
-    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
-    value = kl.estimate(logp, torch.tensor([-math.inf, -2.5]), estimator, gradient=gradient)
-    assert value[0] > 1e20 and value[1].item() == pytest.approx(FORMULAS[estimator](0.5))
-    if gradient == "reverse_kl":
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("gradient", kl.GRADIENTS)
+@pytest.mark.parametrize("ratio", kl.estimators.RATIOS)
+def test_weight_times_estimator_saturates_too(estimator, gradient, ratio):
+    """A sampler that gave exp(-140) to what it sampled, and a policy that gives exp(-500): value and slope stay finite
+    and the slope is not lost."""
+    logp = torch.tensor([-70.0, -2.0, -1.0, -500.0], requires_grad=True)
+    old_logp = torch.tensor([-140.0, -2.0, -200.0, -1.0])
+    value = kl.estimate(logp, torch.zeros(4), estimator, gradient=gradient, old_logp=old_logp, ratio=ratio)
+    assert value.isfinite().all() and value.abs().max() <= math.exp(60) * (1 + 1e-5)
+    if gradient != "none":
         slope = grad(value, logp)
-        assert not slope[0].isnan() and slope[1].item() == 0.5
+        assert slope.isfinite().all() and slope[0] != 0
+
+
+@pytest.mark.parametrize("ratio", kl.estimators.RATIOS)
+def test_weights_do_not_overflow_over_a_long_drift(ratio):
+    """1,000 tokens that drifted by ±0.5 nats each: a prefix ratio of exp(±500) is out of the range of fp32."""
+    old_logp = torch.full((2, 1000), -2.0)
+    drift = torch.tensor([[0.5], [-0.5]])
+    logp = (old_logp + drift).requires_grad_()
+    value = kl.estimate(logp, old_logp - 0.25, "k3", old_logp=old_logp, ratio=ratio)
+    slope = grad(value, logp)
+    assert value.isfinite().all() and slope.isfinite().all()
+    last = {"token": [0.5, -0.5], "prefix": [60.0, -500.0]}[ratio]
+    assert slope[:, -1].tolist() == pytest.approx([math.exp(last[0]) * 0.75, math.exp(last[1]) * -0.25], rel=1e-5)
+
+
+def test_fp64_of_any_input_is_kept():
+    single, double = torch.full((2,), -1.0), torch.full((2,), -1.1, dtype=torch.float64)
+    for inputs in [(double, single, single), (single, double, single), (single, single, double)]:
+        value = kl.estimate(inputs[0], inputs[1], "k1", old_logp=inputs[2])
+        d, drift = (inputs[0].double() - x.double() for x in inputs[1:])
+        assert value.dtype == torch.float64 and torch.equal(value.detach(), drift.exp() * d)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("gradient", kl.GRADIENTS)
+@pytest.mark.parametrize("excluded_by", ["reference", "policy"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_an_excluded_token_has_a_finite_value_and_no_nan(estimator, gradient, excluded_by, off_policy):
+    logp, ref_logp = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.5])
+    (ref_logp if excluded_by == "reference" else logp)[0] = -math.inf
+    logp.requires_grad_()
+    old_logp = torch.tensor([-1.2, -2.0]) if off_policy else None
+    value = kl.estimate(logp, ref_logp, estimator, gradient=gradient, old_logp=old_logp)
+    assert value.isfinite().all() and value[1].item() == pytest.approx(FORMULAS[estimator](0.5))
+    if excluded_by == "policy" and off_policy:
+        assert value[0] == 0.0  # its weight is 0
+    else:
+        assert value[0].abs() > 1e12
+        assert (value[0] < 0) == (estimator == "k1" and excluded_by == "policy")
+    if gradient != "none":
+        slope = grad(value, logp)
+        assert slope.isfinite().all() or gradient == "autograd"
+        assert not slope.isnan().any()
+        if gradient == "reverse_kl":
+            assert slope.tolist() == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -203,6 +290,7 @@ def test_max_log_ratio_clamps_the_value_and_leaves_the_gradient_whole(estimator)
     assert torch.equal(grad(value, d), d.detach())
     clipped = grad(kl.estimate(d, torch.zeros_like(d), "k2", gradient="autograd", max_log_ratio=5.0), d)
     assert clipped.tolist() == [0.0, 0.0, -3.0, 4.0, 0.0]
+    assert not kl.estimate(d, torch.zeros_like(d), estimator, gradient="none", max_log_ratio=5.0).requires_grad
 
 
 # off-policy
@@ -228,41 +316,36 @@ def test_old_logp_of_the_present_policy_changes_nothing(estimator):
     logp, ref_logp = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
     plain = kl.estimate(logp, ref_logp, estimator)
     slope = grad(plain, logp)
+    # Off-policy correction of samples that need none: value and gradient are the same to the bit.
     for ratio in kl.estimators.RATIOS:
         weighted = kl.estimate(logp, ref_logp, estimator, old_logp=logp.detach(), ratio=ratio)
         assert torch.equal(weighted, plain) and torch.equal(grad(weighted, logp), slope)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_prefix_ratio_corrects_for_how_the_tokens_before_were_sampled(estimator):
-    """Sequences of two tokens over three symbols, all nine of them: [first], [first, second] logits."""
-    first, second = policies(3), policies(3, 3)
-    pairs = list(product(range(3), repeat=2))
-
-    def sequence_logp(i):
-        head, tail = first[i].log_softmax(-1), second[i].log_softmax(-1)
-        return torch.stack([torch.stack([head[a], tail[a, b]]) for a, b in pairs])
-
-    logp, ref_logp, old_logp = sequence_logp(0), sequence_logp(1), sequence_logp(2)
-    share = old_logp.sum(-1, keepdim=True).exp()
-    estimates = {
-        ratio: (share * kl.estimate(logp, ref_logp, estimator, old_logp=old_logp, ratio=ratio)).sum(0)
-        for ratio in kl.estimators.RATIOS
-    }
-    head_kl, tail_kl = exact_kl(first[0], first[1]), exact_kl(second[0], second[1])
-    on_policy = (first[0].softmax(-1) * tail_kl).sum()
-    half_corrected = (first[2].softmax(-1) * tail_kl).sum()
-    assert estimates["prefix"].tolist() == pytest.approx([head_kl.item(), on_policy.item()], rel=1e-12)
-    assert estimates["token"].tolist() == pytest.approx([head_kl.item(), half_corrected.item()], rel=1e-12)
-    assert on_policy.item() != pytest.approx(half_corrected.item(), rel=0.02)
+@pytest.mark.parametrize("gradient", ["reverse_kl", "autograd"])
+def test_prefix_ratio_passes_over_masked_tokens(gradient):
+    """A prompt, padding on either side and a gap: as if those tokens were not there, in value and in gradient."""
+    inputs = [torch.randn(2, 7) for _ in range(3)]
+    mask = torch.tensor([[0, 0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    kept = [x[mask].view(2, 3) for x in inputs]
+    results = []
+    for (logp, ref_logp, old_logp), where in [(inputs, mask), (kept, None)]:
+        leaf = logp.clone().requires_grad_()
+        options = {"gradient": gradient, "old_logp": old_logp, "mask": where, "ratio": "prefix"}
+        value = kl.estimate(leaf, ref_logp, "k3", **options)
+        results.append((value.detach(), grad(value, leaf)))
+    for whole, part in zip(*results, strict=True):
+        torch.testing.assert_close(whole[mask].view(2, 3), part)
 
 
-def test_prefix_ratio_passes_over_masked_tokens():
-    logp, ref_logp, old_logp = torch.randn(1, 4), torch.randn(1, 4), torch.randn(1, 4)
-    mask = torch.tensor([[True, False, True, True]])
-    value = kl.estimate(logp, ref_logp, "k1", old_logp=old_logp, mask=mask, ratio="prefix")
-    kept = [x[mask][None] for x in (logp, ref_logp, old_logp)]
-    torch.testing.assert_close(value[mask][None], kl.estimate(kept[0], kept[1], "k1", old_logp=kept[2], ratio="prefix"))
+def test_prefix_ratio_is_the_product_up_to_and_with_the_token():
+    logp, ref_logp, old_logp = fixed = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, -1.0, -2.0], [-1.2, -2.5, -0.3]])[
+        :, None
+    ]
+    assert len(fixed) == 3
+    value = kl.estimate(logp, ref_logp, "k1", old_logp=old_logp, ratio="prefix")
+    expected_value = [math.exp(0.2) * 0.5, math.exp(0.2 + 0.5) * -1.0, math.exp(0.2 + 0.5 - 0.2) * 1.5]
+    assert value[0].tolist() == pytest.approx(expected_value, rel=1e-6)
 
 
 # masks
@@ -296,6 +379,7 @@ def test_what_is_masked_reaches_neither_value_nor_gradient(estimator, gradient, 
         ({"estimator": "k4"}, r"Unknown estimator 'k4'.*Did you mean 'k[123]'.*Known: abs, k1, k2, k3"),
         ({"gradient": "reverse-kl"}, r"Unknown gradient.*Did you mean 'reverse_kl'"),
         ({"ratio": "sequence", "old_logp": torch.zeros(2, 3)}, r"Unknown ratio.*prefix, token"),
+        ({"ratio": "prefix"}, r"ratio='prefix' weighs tokens by policy / old policy, and old_logp is None"),
         ({"max_log_ratio": 0.0}, r"max_log_ratio must be positive, got 0"),
         ({"max_log_ratio": math.nan}, r"max_log_ratio must be positive, got nan"),
         ({"mask": torch.ones(3)}, r"mask has shape \[3\] but logp has shape \[2, 3\]"),

@@ -1,5 +1,6 @@
 """KLPenalty and global_normalizer: against plain loops, by the sign of their effect, and over two real processes."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -23,12 +24,19 @@ def pair(d=D, ref_logp=-2.0, **fields):
     return TokenScores((ref + d).requires_grad_(), **fields), TokenScores(ref, **fields)
 
 
+def config(aggregation, **options):
+    """A KLConfig with a constant length of 5 where the aggregation takes one."""
+    length = 5 if aggregation == "seq-mean-token-sum-norm" else None
+    return KLConfig(aggregation=aggregation, length=length, **options)
+
+
 def plain_aggregate(values, mask, mode):
     rows = [[v for v, m in zip(*row, strict=True) if m] for row in zip(values.tolist(), mask.tolist(), strict=True)]
     rows = [row for row in rows if row]
-    if mode == "token-mean":
-        return sum(map(sum, rows)) / sum(map(len, rows))
-    return sum(sum(row) / (len(row) if mode == "seq-mean-token-mean" else 1) for row in rows) / len(rows)
+    if mode in ("token-mean", "token-sum"):
+        return sum(map(sum, rows)) / (sum(map(len, rows)) if mode == "token-mean" else 1)
+    length = {"seq-mean-token-sum": lambda row: 1, "seq-mean-token-mean": len, "seq-mean-token-sum-norm": lambda row: 5}
+    return sum(sum(row) / length[mode](row) for row in rows) / len(rows)
 
 
 # the loss
@@ -38,7 +46,7 @@ def plain_aggregate(values, mask, mode):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_loss_is_coef_times_the_aggregated_estimate(estimator, aggregation):
     policy, ref = pair()
-    output = KLPenalty(KLConfig(coef=0.3, estimator=estimator, aggregation=aggregation))(policy, ref, MASK)
+    output = KLPenalty(config(aggregation, coef=0.3, estimator=estimator))(policy, ref, MASK)
     values = D.clone().apply_(FORMULAS[estimator])
     assert output.loss.item() == pytest.approx(0.3 * plain_aggregate(values, MASK, aggregation), rel=1e-6)
     torch.testing.assert_close(output.per_token, values * MASK)
@@ -74,7 +82,7 @@ def test_normalizer_makes_micro_batches_add_up():
     logp, ref_logp, mask = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5) < 0.6
     mask[2] = False
     for aggregation in AGGREGATIONS:
-        penalty = KLPenalty(KLConfig(coef=0.2, aggregation=aggregation))
+        penalty = KLPenalty(config(aggregation, coef=0.2))
         whole = logp.clone().requires_grad_()
         penalty(TokenScores(whole), TokenScores(ref_logp), mask).loss.backward()
         parts = logp.clone().requires_grad_()
@@ -173,18 +181,28 @@ def test_metrics_by_hand():
     d = torch.tensor([[1.0, -2.0, 0.0], [-90.0, 5.0, 5.0]])
     policy, ref = pair(d)
     output = KLPenalty(KLConfig(coef=0.3, estimator="abs"))(policy, ref, MASK)
-    assert output.metrics == pytest.approx(
-        {"kl": 93 / 4, "kl/sequence": 93 / 2, "kl/max": 90.0, "kl/saturated": 1 / 4, "kl/coef": 0.3}, rel=1e-6
-    )
+    expected = {"kl": 93 / 4, "kl/sequence": 93 / 2, "kl/max": 90.0, "kl/saturated": 1 / 4, "kl/clipped": 0.0}
+    assert output.metrics == pytest.approx({**expected, "kl/coef": 0.3}, rel=1e-6)
     assert all(type(value) is float for value in output.metrics.values())
+
+
+def test_the_share_of_clipped_tokens_is_a_metric():
+    d = torch.tensor([[1.5, -2.0, 0.0], [-90.0, 5.0, 5.0]])
+    penalty = KLPenalty(KLConfig(estimator="abs", max_log_ratio=1.5))
+    metrics = penalty(*pair(d), MASK).metrics  # at the bound is not beyond it, and masked tokens do not count
+    assert metrics["kl/clipped"] == 2 / 4 and metrics["kl"] == pytest.approx((1.5 + 1.5 + 1.5) / 4)
+    penalty(*pair(torch.tensor([[0.1, 0.2, 0.3, 9.0]])), torch.ones(1, 4))
+    assert penalty.step()["kl/clipped"] == pytest.approx(3 / 8)
+    # An exact divergence is not of the sampled log-ratio, and nothing of it is clamped.
+    assert penalty(*pair(d), MASK, divergence=d.abs().requires_grad_()).metrics["kl/clipped"] == 0.0
 
 
 def test_step_weighs_micro_batches_by_their_tokens_and_starts_anew():
     penalty = KLPenalty(KLConfig(coef=0.3, estimator="k1"))
     penalty(*pair(torch.tensor([[1.0, 2.0, 3.0]])), torch.ones(1, 3))
     penalty(*pair(torch.tensor([[-80.0, 50.0]])), torch.tensor([[True, False]]))
-    expected = {"kl": -74 / 4, "kl/sequence": -74 / 2, "kl/max": 80.0, "kl/saturated": 1 / 4, "kl/coef": 0.3}
-    assert penalty.step() == pytest.approx(expected)
+    expected = {"kl": -74 / 4, "kl/sequence": -74 / 2, "kl/max": 80.0, "kl/saturated": 1 / 4, "kl/clipped": 0.0}
+    assert penalty.step() == pytest.approx({**expected, "kl/coef": 0.3})
     assert penalty.step() == {}
     penalty(*pair(torch.tensor([[4.0]])), torch.ones(1, 1))
     assert penalty.step()["kl"] == pytest.approx(4.0)
@@ -196,6 +214,15 @@ def test_an_evaluation_is_not_counted_by_the_step():
     policy, ref = pair(torch.tensor([[100.0]]))
     assert penalty(TokenScores(policy.logp.detach()), ref, torch.ones(1, 1)).metrics["kl"] == pytest.approx(100.0)
     assert penalty.step()["kl"] == pytest.approx(1.0)
+
+
+def test_what_is_counted_can_be_said():
+    penalty = KLPenalty(KLConfig(estimator="k1"))
+    for value, grad, count in ((1.0, True, False), (2.0, False, True), (4.0, True, None), (8.0, False, None)):
+        policy, ref = pair(torch.tensor([[value]]))
+        scores = policy if grad else TokenScores(policy.logp.detach())
+        penalty(scores, ref, torch.ones(1, 1), count=count)
+    assert penalty.step()["kl"] == pytest.approx((2.0 + 4.0) / 2)
 
 
 def test_metrics_hold_no_graph():
@@ -212,6 +239,75 @@ def test_state_goes_on():
     assert other(policy, ref, MASK).loss.item() == penalty(policy, ref, MASK).loss.item()
 
 
+# the controller
+
+
+@pytest.mark.parametrize(
+    ("unit", "kl_value", "n"), [("token", (0.5 - 1.0 + 2.0 + 3.0 + 4.0) / 5, 5), ("sequence", 8.5 / 3, 3)]
+)
+def test_step_updates_the_controller_once_in_its_unit(unit, kl_value, n):
+    """The mean over all tokens or sequences of all micro-batches, not a mean of their means."""
+    penalty = KLPenalty(KLConfig(coef=0.3, estimator="k1", controller="adaptive", target=2.0, horizon=40, unit=unit))
+    penalty(*pair(), MASK)
+    penalty(*pair(torch.tensor([[7.0, 4.0], [9.0, 9.0]])), torch.tensor([[False, True], [False, False]]))
+    assert penalty.coef == 0.3  # within a step it stays
+    assert penalty.step()["kl/coef"] == 0.3
+    assert penalty.coef == pytest.approx(0.3 * (1 + min(max(kl_value / 2 - 1, -0.2), 0.2) * n / 40), rel=1e-6)
+    policy, ref = pair()
+    loss = penalty(policy, ref, MASK).loss.item()
+    assert loss == pytest.approx(penalty.coef * 4.5 / 4, rel=1e-6)
+
+
+def test_a_schedule_counts_steps_in_which_nothing_was_scored():
+    penalty = KLPenalty(KLConfig(coef=0.0, controller="linear", end_coef=1.0, steps=4))
+    coefs = []
+    for scored in (True, False, True, False):
+        if scored:
+            penalty(*pair(), MASK)
+        assert (penalty.step() == {}) == (not scored)
+        coefs.append(penalty.coef)
+    assert coefs == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_controller_that_follows_the_kl_takes_no_notice_of_a_step_without_one():
+    for controller in ({"controller": "adaptive", "horizon": 10}, {"controller": "dual"}):
+        penalty = KLPenalty(KLConfig(coef=0.3, target=2.0, **controller))
+        assert penalty.step() == {} and penalty.coef == 0.3
+
+
+def test_a_kl_that_is_not_finite_stops_a_controller_that_follows_it():
+    penalty = KLPenalty(KLConfig(controller="dual", target=1.0, estimator="exact"))
+    penalty(*pair(), MASK, divergence=torch.full_like(D, math.inf).requires_grad_())
+    with pytest.raises(ValueError, match="dual controller was given a KL of inf"):
+        penalty.step()
+
+
+def test_the_state_of_the_controller_goes_on_through_json():
+    options = {"controller": "dual", "target": 0.5, "learning_rate": 0.37}
+    penalty, other = KLPenalty(KLConfig(**options)), KLPenalty(KLConfig(**options))
+    for _ in range(3):
+        penalty(*pair(), MASK)
+        penalty.step()
+    other.load_state_dict(json.loads(json.dumps(penalty.state_dict())))
+    assert other.coef == penalty.coef != 0.05
+    with pytest.raises(ValueError, match="state is of the KL controller 'dual'"):
+        KLPenalty().load_state_dict(penalty.state_dict())
+    with pytest.raises(ValueError, match=r"no state of a KLPenalty: it holds \['coef'\]"):
+        other.load_state_dict({"coef": 0.1})
+
+
+# exact
+
+
+def test_exact_takes_the_divergence_that_is_passed():
+    policy, ref = pair()
+    divergence = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, math.inf]], requires_grad=True)
+    output = KLPenalty(KLConfig(coef=0.5, estimator="exact"))(policy, ref, MASK, divergence=divergence)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(0.5 * 10 / 4)
+    assert torch.equal(divergence.grad, 0.5 * MASK / 4) and policy.logp.grad is None
+
+
 # refusals
 
 
@@ -225,6 +321,9 @@ def test_state_goes_on():
         ({"old_logp": D[:1]}, r"old_logp has shape \[1, 3\]"),
         ({"divergence": D[:, :1]}, r"divergence has shape \[2, 1\] but mask has shape \[2, 3\]"),
         ({"normalizer": 0.0}, r"normalizer must be positive"),
+        ({"divergence": D}, r"divergence carries no grad.*Take it from score_pair"),
+        ({"divergence": [D, D]}, r"one divergence per reference: got 2 for 1"),
+        ({"ref_scores": []}, r"empty list for its references"),
     ],
 )
 def test_call_refuses(changes, message):
@@ -246,11 +345,30 @@ def test_no_gradient_reaches_the_reference():
 # who counts
 
 
-@pytest.mark.parametrize(("mode", "count"), [("token-mean", 7), ("seq-mean-token-sum", 3), ("seq-mean-token-mean", 3)])
-def test_global_normalizer_counts_over_micro_batches(mode, count):
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_global_normalizer_counts_over_micro_batches(mode):
     masks = [MASK, torch.zeros(1, 4, dtype=torch.bool), torch.tensor([[0, 1, 1, 1]])]
-    assert global_normalizer(iter(masks), mode).item() == count
-    assert global_normalizer(MASK, mode).item() == {"token-mean": 4}.get(mode, 2)
+    assert global_normalizer(iter(masks), mode).item() == {"token-mean": 7, "token-sum": 1}.get(mode, 3)
+    assert global_normalizer(MASK, mode).item() == {"token-mean": 4, "token-sum": 1}.get(mode, 2)
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_accelerate_accumulation_with_a_short_last_window_is_the_whole_batch(mode):
+    """accelerator.backward divides by its setting, 3, in a window of 2 as well."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    logp, ref_logp = torch.randn(2, 9, 5, dtype=torch.float64)
+    mask = torch.rand(9, 5) < 0.6
+    penalty = KLPenalty(config(mode, coef=0.2))
+    for rows in ([1, 3, 2], [1, 2]):
+        n = sum(rows)
+        whole, parts = (logp[:n].clone().requires_grad_() for _ in range(2))
+        penalty(TokenScores(whole), TokenScores(ref_logp[:n]), mask[:n]).loss.backward()
+        normalizer = global_normalizer(mask[:n].split(rows), mode, accelerator) / 3
+        for p, r, m in zip(parts.split(rows), ref_logp[:n].split(rows), mask[:n].split(rows), strict=True):
+            accelerator.backward(penalty(TokenScores(p), TokenScores(r), m, normalizer=normalizer).loss)
+        torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=0)  # the normalizer is fp32
 
 
 def test_global_normalizer_of_nothing_can_be_divided_by():
@@ -304,7 +422,7 @@ def test_ranks_add_up_to_one_process(tmp_path):
     def work(rank, accelerator):
         results = {}
         for mode in AGGREGATIONS:
-            penalty = KLPenalty(KLConfig(coef=0.2, aggregation=mode))
+            penalty = KLPenalty(config(mode, coef=0.2))
             normalizer = global_normalizer([mask[s] for s in shares[rank]], mode, accelerator)
             losses = [
                 penalty(
@@ -320,7 +438,7 @@ def test_ranks_add_up_to_one_process(tmp_path):
 
     ranks = on_two_ranks(work, tmp_path)
     for mode in AGGREGATIONS:
-        penalty = KLPenalty(KLConfig(coef=0.2, aggregation=mode))
+        penalty = KLPenalty(config(mode, coef=0.2))
         whole = penalty(TokenScores(logp.clone().requires_grad_()), TokenScores(ref_logp), mask).loss
         mean = sum(results[mode][0] for results in ranks) / 2  # as gradients are averaged
         assert mean.item() == pytest.approx(whole.item(), rel=1e-6)
@@ -338,6 +456,30 @@ def test_a_rank_that_scored_nothing_steps_with_the_others(tmp_path):
 
     for metrics in on_two_ranks(work, tmp_path):
         assert metrics["kl"] == pytest.approx(2.5) and metrics["kl/max"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_the_controller_sees_the_kl_of_all_ranks(unit, tmp_path):
+    """Uneven shares: a mean of the ranks' means would be another KL, and another n."""
+    d = torch.tensor([[1.0, 4.0], [0.5, 0.0], [3.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+
+    def adaptive():
+        return KLPenalty(KLConfig(estimator="k1", controller="adaptive", target=2.5, horizon=30, unit=unit))
+
+    def work(rank, accelerator):
+        penalty, rows = adaptive(), slice(0, 1) if rank == 0 else slice(1, 3)
+        penalty(*pair(d[rows]), mask[rows])
+        penalty.step(accelerator)
+        return penalty.coef
+
+    whole = adaptive()
+    whole(*pair(d), mask)
+    whole.step()
+    kl_value, n = (8.5 / 4, 4) if unit == "token" else (8.5 / 3, 3)
+    assert whole.coef == pytest.approx(0.05 * (1 + (kl_value / 2.5 - 1) * n / 30), rel=1e-6)
+    coefs = on_two_ranks(work, tmp_path)
+    assert coefs[0] == coefs[1] == pytest.approx(whole.coef, rel=1e-6)
 
 
 def test_fewer_tokens_than_ranks(tmp_path):

@@ -1,15 +1,15 @@
-"""Where the KL goes: joins an estimator, an aggregation and a coefficient into one penalty."""
+"""Where the KL goes: joins an estimator, an aggregation or a form of reward, and a controller into one penalty."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from refkl.config import KLConfig
-from refkl.kl import FixedKL, aggregate, aggregation_count, estimate, saturated
+from refkl.kl import aggregate, aggregation_count, estimate, place_rewards, saturated
 from refkl.kl.estimators import masked_log_ratio
 from refkl.types import KLOutput, TokenScores, require_shape
 
@@ -18,14 +18,25 @@ if TYPE_CHECKING:
 
 
 class KLPenalty:
-    """coef · KL(policy ‖ reference), for the loss.
+    """coef · KL(policy ‖ reference), for the loss or for the reward.
 
     Call it once per micro-batch and `step` once per optimizer step.
+
+    In the loss, coef · aggregate(KL) with the gradient of the KL per token, which leaves out what a token does to those
+    after it. In the reward, -coef · KL of each token, for a trainer that multiplies it with ∇logp of the tokens: with
+    k1, return-to-go and gamma 1 that is the whole gradient of the sequence's KL, in expectation over sequences that the
+    policy sampled. k2, k3 and abs are biased there: k3's gradient is that of KL(p ‖ q) - KL(q ‖ p).
+
+    Several references q_i with weights w_i are one, their geometric mixture log q = Σ w_i log q_i per token. It is not
+    normalised, and need not be: KL(p ‖ q / Z) = Σ w_i KL(p ‖ q_i) + log Z with Z = Σ_x Π q_i^w_i <= 1, which the policy
+    does not change, so the gradient of this penalty is that of the KL to the normalised mixture: in the loss of each
+    token's mixture, in the reward of the mixture of whole sequences. Values differ by that constant: k1 and exact
+    divergences report Σ w_i KL(p ‖ q_i), and k3 reports Z - 1 more, which is nearer to the KL to the mixture.
     """
 
     def __init__(self, config: KLConfig | None = None) -> None:
         self.config = config or KLConfig()
-        self.controller = FixedKL(self.config.coef)
+        self.controller = self.config.make_controller()
         self._window: list[Tensor] = []
 
     @property
@@ -36,67 +47,84 @@ class KLPenalty:
     def __call__(
         self,
         policy_scores: TokenScores,
-        ref_scores: TokenScores,
+        ref_scores: TokenScores | Sequence[TokenScores],
         mask: Tensor,
         *,
         old_logp: Tensor | None = None,
-        divergence: Tensor | None = None,
+        divergence: Tensor | Sequence[Tensor] | None = None,
         normalizer: float | Tensor | None = None,
+        count: bool | None = None,
     ) -> KLOutput:
         """The penalty of one micro-batch.
 
         Args:
-            policy_scores: with grad. Scores without grad (an evaluation) are not counted by the next `step`.
-            ref_scores: no grad ever flows to these.
+            policy_scores: in the loss, of the policy that is trained, with grad. In the reward, of the policy that
+                sampled, with grad or without: a reward is of what was done, and never differentiated.
+            ref_scores: no grad ever flows to these. A list for several references, weighed by
+                `config.reference_weights`.
             mask: [B, T], True = counts; usually `batch.completion_mask`.
-            old_logp: [B, T], nats: the log-probabilities under the policy that sampled, if it was another.
-            divergence: [B, T], nats, with grad: exact divergence to use instead of the estimator.
-            normalizer: what the aggregation divides by, where the batch is a part of a greater one (see
+            old_logp: [B, T], nats, in the loss: the log-probabilities under the policy that sampled, if it was another.
+            divergence: [B, T], nats, with grad, in the loss: exact divergence to use instead of the estimator; one for
+                each reference, if there are several. Estimator "exact" takes nothing else.
+            normalizer: in the loss: what the aggregation divides by, where the batch is a part of a greater one (see
                 `global_normalizer`).
+            count: whether the next `step` counts this call. By default what carries grad is counted in the loss, so
+                that an evaluation is not, and every call in the reward.
+
+        Returns:
+            `loss`, a scalar with grad to the policy, or `reward`, [B, T], detached, to be *added* to the rewards: it is
+            -coef · KL, credited as `config.reward` says. `per_token` is the KL in nats, and `metrics` are as from
+            `step`, over this call alone.
 
         Raises:
-            ValueError: shapes that differ, temperatures that differ, or a divergence that carries no grad.
+            ValueError: shapes or temperatures that differ, weights that are not one per reference, a divergence that is
+                missing or carries no grad, or an argument that has no use where the penalty goes.
         """
-        logp, ref_logp = policy_scores.logp, ref_scores.logp.detach()
-        _check_comparable(policy_scores, ref_scores, mask)
+        mask = mask.bool()
+        references = [ref_scores] if isinstance(ref_scores, TokenScores) else list(ref_scores)
+        for reference in references:
+            _check_comparable(policy_scores, reference, mask)
+        ref_logp = self._mixture([reference.logp.detach() for reference in references], "reference")
+        logp = policy_scores.logp
         if divergence is None:
-            per_token = estimate(
-                logp,
-                ref_logp,
-                self.config.estimator,
-                gradient=self.config.gradient,
-                old_logp=old_logp,
-                mask=mask,
-                max_log_ratio=self.config.max_log_ratio,
-            )
+            per_token = self._estimate(logp, ref_logp, mask, old_logp)
         elif old_logp is not None:
             raise ValueError("old_logp corrects an estimate from samples; an exact divergence takes none.")
         else:
-            require_shape("divergence", divergence, mask.shape, "mask")
-            if self.coef and logp.requires_grad and not divergence.requires_grad:
-                raise ValueError(
-                    "divergence carries no grad, so this penalty would train nothing. Take it from score_pair."
-                )
-            per_token = divergence.masked_fill(~mask.bool(), 0.0)
+            divergences = [divergence] if isinstance(divergence, Tensor) else list(divergence)
+            per_token = self._exact(divergences, logp, mask, len(references))
+        loss = reward = None
+        if self.config.placement == "loss":
+            loss = self._loss(per_token, mask, normalizer)
+        elif normalizer is not None:
+            raise ValueError("normalizer has no use with placement 'reward': rewards per token are not aggregated.")
+        else:
+            reward = self._reward(per_token, mask)
 
-        # With coef 0 an infinite divergence must not make the loss NaN: only the graph is kept.
-        penalised = mask.bool() if self.coef else torch.zeros_like(mask, dtype=torch.bool)
-        loss = self.coef * aggregate(per_token, penalised, self.config.aggregation, normalizer=normalizer)
-        stats = _statistics(per_token.detach(), masked_log_ratio(logp.detach(), ref_logp, mask), mask.bool())
-        if logp.requires_grad:
+        clamp = self.config.max_log_ratio if divergence is None else None
+        stats = _statistics(per_token.detach(), masked_log_ratio(logp.detach(), ref_logp, mask), mask, clamp)
+        if count is None:
+            count = logp.requires_grad or self.config.placement == "reward"
+        if count:
             self._window.append(stats)
-        return KLOutput(loss, None, per_token, _metrics(stats, self.coef))
+        return KLOutput(loss, reward, per_token, _metrics(stats, self.coef))
 
     def step(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """Close an optimizer step: the KL since the last one, over all ranks, updates the coefficient.
+
+        The controller gets the mean over all tokens or all sequences of the step, whichever its unit is. Where nothing
+        was scored a schedule still counts the step.
 
         Args:
             accelerator: reduces over its processes; every rank must call. None for a single process.
 
         Returns:
             Metrics over the step: "kl" nats per token, "kl/sequence" nats per sequence, "kl/max" the largest
-            |log-ratio| of a token, "kl/saturated" the share of tokens whose exp is capped, "kl/coef" the coefficient
-            that applied. Empty if nothing was scored.
+            |log-ratio| of a token, "kl/saturated" the share of tokens whose exp is capped, "kl/clipped" the share whose
+            log-ratio `max_log_ratio` clamps, "kl/coef" the coefficient that applied. Empty if nothing was scored.
+
+        Raises:
+            ValueError: from a controller that follows the KL: it is not finite, or the step too large for its horizon.
         """
         stats = _merge(self._window) if self._window else torch.zeros(_STATISTICS, dtype=torch.float64)
         self._window = []
@@ -106,18 +134,96 @@ class KLPenalty:
             peak = accelerator.reduce(on_device[-1:], reduction="max")
             stats = torch.cat([sums, peak]).to(stats)
         metrics = _metrics(stats, self.coef)
-        tokens = int(stats[1])
-        if tokens:
+        tokens, sequences = int(stats[1]), int(stats[2])
+        if self.controller.unit == "sequence":
+            self.controller.update(metrics["kl/sequence"], sequences)
+        else:
             self.controller.update(metrics["kl"], tokens)
         return metrics if tokens else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """What a checkpoint must hold, between two optimizer steps; plain numbers and strings, exact in JSON."""
         return {"controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: it is no state of a KLPenalty, or of one with another controller.
+        """
+        if "controller" not in state:
+            raise ValueError(f"This is no state of a KLPenalty: it holds {sorted(state)} and no 'controller'.")
         self.controller.load_state_dict(state["controller"])
+
+    def _estimate(self, logp: Tensor, ref_logp: Tensor, mask: Tensor, old_logp: Tensor | None) -> Tensor:
+        """[B, T], nats: the KL from samples."""
+        config = self.config
+        in_reward = config.placement == "reward"
+        if config.estimator == "exact":
+            raise ValueError(
+                "kl.estimator 'exact' takes the divergence over the vocabulary, and none was passed. Pass divergence=, "
+                "from score_pair(…, divergence='reverse_kl'), or use another estimator."
+            )
+        if in_reward and old_logp is not None:
+            raise ValueError(
+                "old_logp has no use with placement 'reward': the trainer's own ratio weighs a reward. Leave it out, "
+                "and pass the scores of the policy that sampled as policy_scores."
+            )
+        assert config.estimator is not None, "settled when the config was made"
+        return estimate(
+            logp,
+            ref_logp,
+            config.estimator,
+            gradient="none" if in_reward else config.gradient,
+            old_logp=old_logp,
+            mask=mask,
+            max_log_ratio=config.max_log_ratio,
+        )
+
+    def _exact(self, divergences: list[Tensor], logp: Tensor, mask: Tensor, references: int) -> Tensor:
+        """[B, T], nats: the KL that the caller computed."""
+        if self.config.placement == "reward":
+            raise ValueError(
+                "An exact divergence does not go into the reward: it is the same whichever token is sampled, and "
+                "teaches that token nothing. Pass none, or use placement 'loss'."
+            )
+        if len(divergences) != references:
+            raise ValueError(f"Pass one divergence per reference: got {len(divergences)} for {references} references.")
+        for one in divergences:
+            require_shape("divergence", one, mask.shape, "mask")
+        exact = self._mixture(divergences, "divergence")
+        if self.coef and logp.requires_grad and not exact.requires_grad:
+            raise ValueError(
+                "divergence carries no grad, so this penalty would train nothing. Take it from score_pair."
+            )
+        return exact.masked_fill(~mask, 0.0)
+
+    def _mixture(self, parts: list[Tensor], what: str) -> Tensor:
+        """Σ w_i part_i; a part of weight 0 is left out, so that its inf or NaN is too."""
+        weights = self.config.reference_weights
+        if not parts:
+            raise ValueError(f"KLPenalty was passed an empty list for its {what}s; it needs one at least.")
+        if weights is None:
+            weights = [1.0 / len(parts)] * len(parts)
+        if len(weights) != len(parts):
+            raise ValueError(
+                f"kl.reference_weights {weights} are for {len(weights)} references, and {len(parts)} were passed. Give "
+                "one weight per reference, or none."
+            )
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack([w * part for w, part in zip(weights, parts, strict=True) if w > 0]).sum(0)
+
+    def _loss(self, per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None) -> Tensor:
+        # With coef 0 an infinite divergence must not make the loss NaN: only the graph is kept.
+        penalised = mask if self.coef else torch.zeros_like(mask)
+        mode, length = self.config.aggregation, self.config.length
+        return self.coef * aggregate(per_token, penalised, mode, normalizer=normalizer, length=length)
+
+    def _reward(self, per_token: Tensor, mask: Tensor) -> Tensor:
+        assert self.config.reward is not None, "settled when the config was made"
+        gamma = 1.0 if self.config.gamma is None else self.config.gamma
+        return place_rewards(-self.coef * per_token, mask, self.config.reward, gamma=gamma)
 
 
 def global_normalizer(
@@ -126,27 +232,34 @@ def global_normalizer(
     """What each micro-batch's aggregation divides by, so that micro-batches and ranks add up to the whole batch.
 
     Args:
-        mask: [B, T], True = counts: this rank's mask; or one mask per micro-batch of the optimizer step.
+        mask: [B, T], True = counts: this rank's mask; or one mask per micro-batch of the optimizer step, as many as it
+            has: the last window of an epoch may have fewer.
         mode: as in `kl.aggregate`.
         accelerator: counts over its processes (every rank must call), and undoes their averaging of gradients.
 
     Returns:
         Scalar fp32: the count over all micro-batches and ranks, divided by the number of ranks (gradients are averaged
-        over ranks). Sum the losses of the micro-batches: a loop whose backward divides by the number of
-        accumulation steps, as `accelerator.backward` does, must divide this by that number too.
+        over ranks). For "token-sum" the count is 1, however many there are. Sum the losses of the micro-batches: a loop
+        whose backward divides by the number of accumulation steps must divide this by that number too, which for
+        `accelerator.backward` is `accelerator.gradient_accumulation_steps`, in a short last window as well.
     """
     masks = [mask] if isinstance(mask, Tensor) else list(mask)
     if not masks:
         raise ValueError("global_normalizer got no mask: pass this rank's mask, or one per micro-batch.")
     count = torch.stack([aggregation_count(m, mode) for m in masks]).sum().to(torch.float32)
+    if mode == "token-sum":
+        count = torch.ones_like(count)
     if accelerator is None or accelerator.num_processes == 1:
         return count.clamp(min=1.0)
-    return accelerator.reduce(count, reduction="sum").clamp(min=1.0) / accelerator.num_processes
+    if mode != "token-sum":
+        count = accelerator.reduce(count, reduction="sum")
+    return count.clamp(min=1.0) / accelerator.num_processes
 
 
 def _check_comparable(policy_scores: TokenScores, ref_scores: TokenScores, mask: Tensor) -> None:
     """Raise ValueError for scores whose difference would not be a log-ratio of policy and reference."""
     require_shape("mask", mask, policy_scores.logp.shape, "policy_scores.logp")
+    require_shape("ref_logp", ref_scores.logp, policy_scores.logp.shape, "logp")
     if policy_scores.temperature != ref_scores.temperature:
         raise ValueError(
             f"The policy was scored at temperature {policy_scores.temperature} and the reference at "
@@ -154,12 +267,13 @@ def _check_comparable(policy_scores: TokenScores, ref_scores: TokenScores, mask:
         )
 
 
-_STATISTICS = 5
-"""Sum of the KL, tokens, sequences, saturated tokens, largest |log-ratio|."""
+_STATISTICS = 6
+"""Sum of the KL, tokens, sequences, saturated tokens, clipped tokens, largest |log-ratio|."""
 
 
-def _statistics(per_token: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
-    counts = mask.sum(), mask.any(-1).sum(), (saturated(log_ratio) & mask).sum()
+def _statistics(per_token: Tensor, log_ratio: Tensor, mask: Tensor, max_log_ratio: float | None) -> Tensor:
+    clipped = log_ratio.abs() > (torch.inf if max_log_ratio is None else max_log_ratio)
+    counts = mask.sum(), mask.any(-1).sum(), (saturated(log_ratio) & mask).sum(), (clipped & mask).sum()
     peak = log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(())
     return torch.stack([x.to(per_token.dtype) for x in (per_token.sum(), *counts, peak)]).to("cpu", torch.float64)
 
@@ -170,11 +284,12 @@ def _merge(window: list[Tensor]) -> Tensor:
 
 
 def _metrics(stats: Tensor, coef: float) -> dict[str, float]:
-    total, tokens, sequences, saturated_tokens, peak = stats.tolist()
+    total, tokens, sequences, saturated_tokens, clipped_tokens, peak = stats.tolist()
     return {
         "kl": total / max(tokens, 1.0),
         "kl/sequence": total / max(sequences, 1.0),
         "kl/max": peak,
         "kl/saturated": saturated_tokens / max(tokens, 1.0),
+        "kl/clipped": clipped_tokens / max(tokens, 1.0),
         "kl/coef": coef,
     }

@@ -5,21 +5,39 @@ Directions, written once. d = log p_policy - log p_reference. `reverse_kl` is KL
 """
 
 from refkl.kl.aggregation import AGGREGATIONS, aggregate, aggregation_count
-from refkl.kl.controllers import FixedKL
+from refkl.kl.controllers import CONTROLLERS, AdaptiveKL, Controller, CosineKL, DualKL, FixedKL, LinearKL
 from refkl.kl.divergences import DIVERGENCES, divergence
 from refkl.kl.estimators import ESTIMATORS, GRADIENTS, estimate, saturated
+from refkl.kl.linear import LinearPair, LinearScores, linear_divergence, linear_logp, linear_pair
 from refkl.kl.logprobs import token_logp
+from refkl.kl.rewards import REWARDS, place_rewards
+from refkl.kl.tiles import TileScores, TokenLoss
 
 __all__ = [
     "AGGREGATIONS",
+    "CONTROLLERS",
     "DIVERGENCES",
     "ESTIMATORS",
     "GRADIENTS",
+    "REWARDS",
+    "AdaptiveKL",
+    "Controller",
+    "CosineKL",
+    "DualKL",
     "FixedKL",
+    "LinearKL",
+    "LinearPair",
+    "LinearScores",
+    "TileScores",
+    "TokenLoss",
     "aggregate",
     "aggregation_count",
     "divergence",
     "estimate",
+    "linear_divergence",
+    "linear_logp",
+    "linear_pair",
+    "place_rewards",
     "saturated",
     "token_logp",
 ]

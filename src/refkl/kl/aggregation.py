@@ -1,8 +1,11 @@
 """From [B, T] per-token values to one scalar.
 
-    token-mean            Σ x / number of scored tokens
-    seq-mean-token-sum    Σ_b (Σ_t x) / number of sequences
-    seq-mean-token-mean   Σ_b (Σ_t x / tokens of b) / number of sequences
+    token-mean               Σ x / number of scored tokens
+    token-sum                Σ x
+    seq-mean-token-sum       Σ_b (Σ_t x) / number of sequences
+    seq-mean-token-mean      Σ_b (Σ_t x / tokens of b) / number of sequences
+    seq-mean-token-sum-norm  Σ_b (Σ_t x / length) / number of sequences, with one constant length for all
+                             ("Dr. GRPO", Liu et al., arXiv:2503.20783)
 
 Each is a sum over the batch divided by a count. A micro-batch, or one rank of several, gives the right share of the
 whole batch's value when the count is that of the whole: pass it as `normalizer`.
@@ -18,30 +21,40 @@ from torch import Tensor
 from refkl.messages import unknown
 from refkl.types import require_shape
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+CONSTANT_LENGTH = "seq-mean-token-sum-norm"
+"""The one mode that takes a `length`."""
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", CONSTANT_LENGTH)
 
 
 def aggregate(
-    per_token: Tensor, mask: Tensor, mode: str = "token-mean", *, normalizer: float | Tensor | None = None
+    per_token: Tensor,
+    mask: Tensor,
+    mode: str = "token-mean",
+    *,
+    normalizer: float | Tensor | None = None,
+    length: float | None = None,
 ) -> Tensor:
     """One scalar from per-token values.
 
     Args:
         per_token: [B, T].
         mask: [B, T], True = counts. What is elsewhere does not matter, NaN and inf included.
-        mode: "token-mean", "seq-mean-token-sum" or "seq-mean-token-mean".
-        normalizer: what to divide by instead of this batch's own count (see `aggregation_count`), in tokens for
-            "token-mean" and in sequences otherwise; positive.
+        mode: one of AGGREGATIONS, see above.
+        normalizer: what to divide by instead of this batch's own count (see `aggregation_count`): in tokens for
+            "token-mean", a plain number for "token-sum", in sequences otherwise; positive.
+        length: for "seq-mean-token-sum-norm", in tokens: the constant that every sequence's sum is divided by, such as
+            the longest completion that is allowed. It has no default: the width T depends on how a batch was padded,
+            and so differs from one micro-batch or rank to the next.
 
     Returns:
         Scalar in the units of `per_token`. 0.0, connected to the graph, if nothing is scored. A sequence without a
         scored token does not count as one.
 
     Raises:
-        ValueError: an unknown mode, shapes that differ, or a normalizer that is not positive and finite.
+        ValueError: an unknown mode, shapes that differ, a normalizer or length that is not positive and finite, a
+            length that is missing, or given to a mode that has no use for one.
     """
-    if mode not in AGGREGATIONS:
-        raise unknown("aggregation", mode, AGGREGATIONS)
+    check_aggregation(mode, length)
     if per_token.dim() != 2:
         raise ValueError(f"per_token must be [B, T], got shape {list(per_token.shape)}.")
     require_shape("mask", mask, per_token.shape, "per_token")
@@ -51,12 +64,17 @@ def aggregate(
     values = per_token.to(torch.promote_types(per_token.dtype, torch.float32)).masked_fill(~mask, 0.0)
     if mode == "seq-mean-token-mean":
         values = values / mask.sum(-1, keepdim=True).clamp(min=1)
+    elif length is not None:
+        values = values / length
     count = aggregation_count(mask, mode).clamp(min=1) if normalizer is None else normalizer
     return values.sum() / count
 
 
 def aggregation_count(mask: Tensor, mode: str = "token-mean") -> Tensor:
-    """Scalar integer: what `mode` divides by: scored tokens for "token-mean", sequences that have some otherwise.
+    """Scalar integer: what `mode` divides by.
+
+    Scored tokens for "token-mean"; 1 for "token-sum", whatever the mask; sequences that have a scored token otherwise.
+    The counts of parts add up to the count of the whole, but for "token-sum" (`refkl.global_normalizer` knows).
 
     Args:
         mask: [..., T], True = counts.
@@ -68,4 +86,26 @@ def aggregation_count(mask: Tensor, mode: str = "token-mean") -> Tensor:
     if mode not in AGGREGATIONS:
         raise unknown("aggregation", mode, AGGREGATIONS)
     mask = mask.bool()
-    return mask.sum() if mode == "token-mean" else mask.any(-1).sum()
+    if mode == "token-mean":
+        return mask.sum()
+    if mode == "token-sum":
+        return torch.ones((), dtype=torch.int64, device=mask.device)
+    return mask.any(-1).sum()
+
+
+def check_aggregation(mode: str, length: float | None) -> None:
+    """Raise ValueError for a mode that does not exist, or a `length` that is missing, has no use, or makes no sense."""
+    if mode not in AGGREGATIONS:
+        raise unknown("aggregation", mode, AGGREGATIONS)
+    if mode != CONSTANT_LENGTH:
+        if length is not None:
+            raise ValueError(
+                f"length {length} has no use with aggregation {mode!r}: {CONSTANT_LENGTH!r} alone takes one."
+            )
+    elif length is None:
+        raise ValueError(
+            f"Aggregation {CONSTANT_LENGTH!r} divides by a constant length and was given none. Set length, such as to "
+            "the longest completion that is allowed: the width of a batch would change with its padding."
+        )
+    elif not 0.0 < length < math.inf:
+        raise ValueError(f"length must be positive and finite, got {length}.")

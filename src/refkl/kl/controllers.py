@@ -1,31 +1,266 @@
-"""What the KL is multiplied by, and how that changes over a run."""
+"""What the KL is multiplied by, and how that changes over a run.
+
+    fixed      stays as it is
+    linear     from one coefficient to another over a number of steps, in a straight line
+    cosine     the same along half a cosine: slow, fast, slow
+    adaptive   steers the KL to a target, in proportion to the error (Ziegler et al., arXiv:1909.08593)
+    dual       a Lagrange multiplier: the coefficient at which the KL stays within a budget
+
+Each is updated once per optimizer step, with the KL over all micro-batches and ranks, in the controller's own `unit`:
+nats per "token" or per "sequence". The two differ by the length of a completion, and so do their targets.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
+
+from refkl.messages import unknown
+
+UNITS = ("token", "sequence")
 
 
-class FixedKL:
-    """A coefficient that stays as it is. 0.0 measures the KL and penalises nothing.
+class Controller:
+    """The contract, and what all of them share.
 
     Raises:
         ValueError: a coefficient that is negative or not finite.
     """
 
+    name: ClassVar[str]
+    """Its key in CONTROLLERS; a state can only be loaded by the controller that it is of."""
+    unit: str = "token"
+    """What `update` expects: "token", nats per token; "sequence", nats per sequence, summed over its tokens."""
+
     def __init__(self, coef: float) -> None:
-        if not (math.isfinite(coef) and coef >= 0.0):
-            raise ValueError(
-                f"The KL coefficient must be finite and not negative, got {coef}: below zero it rewards drift."
-            )
-        self.coef = float(coef)
+        self.coef = _coefficient("The KL coefficient", coef)
+        """What the KL is multiplied by now."""
 
     def update(self, kl: float, n: int) -> None:
-        """Called once per optimizer step with the KL in nats over `n` samples; a fixed coefficient takes no notice."""
+        """Called once per optimizer step.
 
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must hold."""
+        Args:
+            kl: nats per `unit`, the mean over the step, over all ranks.
+            n: how many tokens or sequences (the `unit`) it is a mean of. 0 where nothing was scored: schedules count
+                the step, and what follows the KL takes no notice.
+
+        Raises:
+            ValueError: the controller follows the KL, and it is not finite.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: plain numbers and strings, exact in JSON."""
+        return {"controller": self.name, **self._state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`. Settings (targets, bounds, lengths) stay this controller's own.
+
+        Raises:
+            ValueError: the state of another controller, or none at all.
+        """
+        if state.get("controller") != self.name:
+            raise ValueError(
+                f"This state is of the KL controller {state.get('controller')!r} and cannot be loaded by "
+                f"{self.name!r}. Go on with the controller that it was saved from, or load no state to begin anew."
+            )
+        self._restore(state)
+
+    def _state(self) -> dict[str, Any]:
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from `state_dict`."""
-        self.coef = float(state["coef"])
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.coef = _coefficient("The KL coefficient of this state", state["coef"])
+
+
+class FixedKL(Controller):
+    """A coefficient that stays as it is. 0.0 measures the KL and penalises nothing."""
+
+    name = "fixed"
+
+    def update(self, kl: float, n: int) -> None:
+        """A fixed coefficient takes no notice."""
+
+
+class LinearKL(Controller):
+    """From `coef` to `end_coef` in a straight line over `steps` optimizer steps, and `end_coef` from then on.
+
+    The first step is taken at `coef`; whether anything was scored in a step does not matter.
+
+    Raises:
+        ValueError: a coefficient that is negative or not finite, or less than one step.
+    """
+
+    name = "linear"
+
+    def __init__(self, coef: float, end_coef: float, steps: int) -> None:
+        super().__init__(coef)
+        if not 1 <= steps < math.inf or steps != int(steps):
+            raise ValueError(
+                f"A schedule's steps count optimizer steps and must be a whole number from 1, got {steps}."
+            )
+        self.start_coef = self.coef
+        self.end_coef = _coefficient("end_coef", end_coef)
+        self.steps = int(steps)
+        self.step = 0
+
+    def update(self, kl: float, n: int) -> None:
+        """One step on, whatever the KL."""
+        self._go_to(self.step + 1)
+
+    def _go_to(self, step: int) -> None:
+        self.step = step
+        share = self._share(step / self.steps) if step < self.steps else 1.0
+        self.coef = self.start_coef + (self.end_coef - self.start_coef) * share if share < 1.0 else self.end_coef
+
+    def _share(self, progress: float) -> float:
+        return progress
+
+    def _state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._go_to(int(state["step"]))
+
+
+class CosineKL(LinearKL):
+    """As LinearKL, along half a cosine: coef = end + (start - end) · (1 + cos(π · step / steps)) / 2."""
+
+    name = "cosine"
+
+    def _share(self, progress: float) -> float:
+        return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+class _FollowsKL(Controller):
+    """A coefficient that is multiplied each step, and so can never leave 0."""
+
+    def __init__(self, coef: float, target: float, unit: str) -> None:
+        super().__init__(coef)
+        if self.coef == 0.0:
+            raise ValueError(
+                f"The {self.name} controller multiplies its coefficient, which can never leave 0.0. Start from a small "
+                "one, or use the fixed controller to measure the KL alone."
+            )
+        if unit not in UNITS:
+            raise unknown("unit", str(unit), UNITS)
+        self.target = _positive("target", target)
+        self.unit = unit
+
+    def _error(self, kl: float, n: int) -> float:
+        """How far the KL is from the target, as a share of the target."""
+        if not math.isfinite(kl):
+            raise ValueError(
+                f"The {self.name} controller was given a KL of {kl}. Look for log-probabilities that are not finite in "
+                "the policy's or the reference's scores."
+            )
+        if n < 0:
+            raise ValueError(f"n counts {self.unit}s and cannot be negative, got {n}.")
+        return kl / self.target - 1.0
+
+
+class AdaptiveKL(_FollowsKL):
+    """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) · n / horizon (Ziegler et al. 2019, arXiv:1909.08593).
+
+    Args:
+        coef: to start from.
+        target: KL to steer to, in nats per `unit`.
+        horizon: over how many samples the coefficient changes by its greatest factor: in sequences (the paper's
+            episodes), or in tokens where the unit is "token".
+        unit: "sequence", as in the paper: the mean over sequences of the sum over tokens. A target that was found
+            with one unit does not carry over to the other.
+
+    Raises:
+        ValueError: a coefficient of 0 (multiplied, it stays there), a target or horizon that is not positive and
+            finite, an unknown unit. From `update`: a KL that is not finite, or so many samples in one step
+            (5 · horizon) that the factor 1 - 0.2 · n / horizon would not be positive.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, coef: float, target: float, horizon: float, unit: str = "sequence") -> None:
+        super().__init__(coef, target, unit)
+        self.horizon = _positive("horizon", horizon)
+
+    def update(self, kl: float, n: int) -> None:
+        """`n` sequences, or tokens where the unit is "token"."""
+        error = min(max(self._error(kl, n), -0.2), 0.2)
+        if n >= 5 * self.horizon:
+            raise ValueError(
+                f"A step of n = {n} {self.unit}s is too much for a horizon of {self.horizon:g}: the factor "
+                f"1 - 0.2 · n / horizon would make the coefficient {1.0 - 0.2 * n / self.horizon:g} times what it is. "
+                f"Set a horizon of many steps: {20 * n} would be 20 of these."
+            )
+        self.coef *= 1.0 + error * n / self.horizon
+
+
+class DualKL(_FollowsKL):
+    """A Lagrange multiplier for "maximise the reward subject to KL <= target": dual ascent on log coef.
+
+    log coef += learning_rate · clip(kl / target - 1, -1, 1), then kept within [min_coef, max_coef].
+
+    The coefficient grows while the KL is over its budget and shrinks while it is under, so it comes to rest only where
+    the KL is the budget, or at a bound: at `min_coef` where the reward alone keeps the policy within the budget, at
+    `max_coef` where no coefficient can. In log space a step is a factor, of exp(learning_rate) at most, so the same
+    learning rate serves coefficients of .001 and of 10 (as SAC does for its temperature, Haarnoja et al.,
+    arXiv:1812.05905). Unlike AdaptiveKL it does not depend on the batch size. The policy must follow the coefficient
+    faster than the coefficient moves: where the KL swings around the target, lower the learning rate.
+
+    Args:
+        coef: to start from, within the bounds.
+        target: the budget, in nats per `unit`.
+        learning_rate: of log coef, per optimizer step.
+        unit: "sequence" or "token".
+        min_coef, max_coef: bounds of the coefficient; positive.
+
+    Raises:
+        ValueError: a coefficient that is 0 or outside its bounds, bounds that are not positive, a target or learning
+            rate that is not positive and finite, an unknown unit. From `update`: a KL that is not finite.
+    """
+
+    name = "dual"
+
+    def __init__(
+        self,
+        coef: float,
+        target: float,
+        learning_rate: float = 0.1,
+        unit: str = "sequence",
+        min_coef: float = 1e-6,
+        max_coef: float = 100.0,
+    ) -> None:
+        super().__init__(coef, target, unit)
+        self.learning_rate = _positive("learning_rate", learning_rate)
+        self.min_coef, self.max_coef = _positive("min_coef", min_coef), _positive("max_coef", max_coef)
+        if not self.min_coef <= self.coef <= self.max_coef:
+            raise ValueError(
+                f"The coefficient {self.coef:g} is not within its bounds, min_coef {self.min_coef:g} and max_coef "
+                f"{self.max_coef:g}. Start from one that is, or widen them."
+            )
+
+    def update(self, kl: float, n: int) -> None:
+        """`n` is not used, but for 0."""
+        error = min(max(self._error(kl, n), -1.0), 1.0)
+        if n:
+            self.coef = min(max(self.coef * math.exp(self.learning_rate * error), self.min_coef), self.max_coef)
+
+
+CONTROLLERS: dict[str, type[Controller]] = {
+    "fixed": FixedKL,
+    "linear": LinearKL,
+    "cosine": CosineKL,
+    "adaptive": AdaptiveKL,
+    "dual": DualKL,
+}
+
+
+def _coefficient(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}: below zero it rewards drift.")
+    return float(value)
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    return float(value)

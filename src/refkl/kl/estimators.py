@@ -5,12 +5,14 @@ Notation: p the policy, q the reference, d = log p(x) - log q(x) for a token x t
     k1 = d                     unbiased for KL(p ‖ q) when x ~ p; can be negative
     k2 = d² / 2                biased, never negative
     k3 = exp(-d) - 1 + d       unbiased when x ~ p, never negative
-    abs = |d|
+    abs = |d|                  biased, never negative
 
 (J. Schulman, "Approximating KL divergence", 2020.) The *value* of an estimator and its *gradient* are chosen apart:
 differentiating k1 gives a gradient of mean zero and k3 that of the forward KL, while the gradient of KL(p ‖ q) with
 x ~ p is E[d · ∇log p(x)], which is what differentiating k2 gives ("Rethinking KL Regularization in RLHF", Liu et al.,
-arXiv:2510.01555). These are per-token statements: the effect of a token on later ones is left out.
+arXiv:2510.01555). Per-token losses leave out the effect of a token on later ones (Tang and Munos, arXiv:2506.09477).
+
+docs/estimators.md says which combination is exact for what, and by how much the others are off.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from refkl.messages import unknown
 from refkl.types import require_shape
@@ -28,7 +31,8 @@ GRADIENTS = ("reverse_kl", "autograd", "none")
 RATIOS = ("token", "prefix")
 
 _MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
-"""Past this exp saturates: well inside the range, so that a sum over a batch is finite too."""
+"""Past this exp saturates: well inside the range, so that a sum over a batch is finite too. Values saturate at its exp.
+A log-ratio, infinite or not, enters them as at most the exp of half of it, so that its square is finite too."""
 
 
 def estimate(
@@ -51,45 +55,78 @@ def estimate(
         gradient: "reverse_kl" (default): the gradient of KL(policy ‖ reference), d·∇logp, whatever the estimator,
             and never clamped. "autograd": of the estimator's formula as it stands. "none": detached, for rewards.
         old_logp: log-probabilities under the policy that sampled the tokens, same shape, when it is not the present
-            one. The value is then weighted by w = exp(logp - old_logp), with which k1 and k3 are unbiased. The
-            gradient of w is kept under "autograd" and left out under "reverse_kl" (w·d·∇logp is the whole gradient).
-        mask: same shape, True = counts. Elsewhere the result and its gradient are 0.0, whatever the inputs hold.
-        ratio: with `old_logp`: "token" weighs each token by its own ratio, "prefix" by the product of the ratios up
-            to it along the last dimension, which alone corrects for how the tokens before it were sampled.
-        max_log_ratio: if given, d is clamped to ±this in the *value*; the "reverse_kl" gradient stays whole.
+            one. Always detached. The value is weighted by w = exp(logp - old_logp). "reverse_kl" has the gradient
+            w·d·∇logp; "autograd" keeps the gradient of w too.
+        mask: same shape, True = counts: the tokens that the policy sampled. Elsewhere (prompt, padding, a tool's
+            output) the result and its gradient are 0.0 and the ratio is 1, whatever the inputs hold.
+        ratio: with `old_logp`. "token": each token's own ratio. k1 and k3 are then unbiased for the KL at the prefixes
+            that the *old* policy wrote. "prefix": the product of the ratios up to and with this token, along the
+            last dimension. Unbiased at the prefixes that the *present* policy writes, so that the sum over tokens is
+            unbiased for KL(policy ‖ reference) of the sequence; its spread grows with the length.
+        max_log_ratio: nats. If given, d is clamped to ±this in the *value*; the "reverse_kl" gradient stays whole.
+            Under "autograd" it is part of the formula: no gradient beyond it.
+
+    Per token, "reverse_kl" is the exact gradient of KL(policy ‖ reference) with the prefixes held fixed. The whole
+    gradient of the sequence's KL, with the effect of a token on later ones, is either of (docs/estimators.md):
+
+        estimate(logp.sum(-1), ref_logp.sum(-1))            # masked log-probabilities: one sample a sequence
+        estimate(logp, ref_logp, "k3", gradient="autograd", old_logp=logp.detach(), ratio="prefix").sum(-1)
 
     Returns:
-        Same shape; fp32, or fp64 if an input is. exp, and the weighted value, saturate at exp(60) in fp32 (exp(600) in
-        fp64). Where a log-probability is -inf the value saturates and the reverse-KL gradient is 0.
+        Same shape; fp32, or fp64 if an input is. exp saturates at exp(60) in fp32 and exp(600) in fp64, and so does the
+        value, weighted or not. Where one log-probability is -inf the value is finite and the reverse-KL gradient is 0.
 
     Raises:
-        ValueError: unknown estimator, gradient or ratio; shapes that differ; a `max_log_ratio` that is not positive.
+        ValueError: unknown estimator, gradient or ratio; ratio="prefix" without `old_logp`; shapes that differ; a
+            `max_log_ratio` that is not positive.
     """
+    _check_options(estimator, gradient, ratio, old_logp, max_log_ratio)
+    # Both log-ratios are 0 where the mask is False: every value is 0 there, and a product over a prefix passes over it.
+    log_ratio = masked_log_ratio(logp, ref_logp, mask)
+    drift = torch.zeros_like(log_ratio)
+    if old_logp is not None:
+        drift = masked_log_ratio(logp, old_logp, mask, name="old_logp")
+        dtype = torch.promote_types(log_ratio.dtype, drift.dtype)
+        log_ratio, drift = log_ratio.to(dtype), drift.to(dtype)
+    cap = _MAX_EXPONENT[log_ratio.dtype]
+    largest = math.exp(cap / 2)
+    bounded = log_ratio.clamp(-largest, largest)
+    if max_log_ratio is not None:
+        bounded = bounded.clamp(-max_log_ratio, max_log_ratio)
+    value = ESTIMATORS[estimator](bounded)
+    drift = drift.clamp(-largest, largest)  # a sum over infinities of both signs would be NaN
+    if gradient == "autograd":
+        result = value
+        if old_logp is not None:
+            result = _weighted_k3(bounded, log_ratio, drift) if estimator == "k3" else _times_exp(drift, value)
+        if ratio == "prefix":
+            result = _times_exp(pad(drift.cumsum(-1)[..., :-1], (1, 0)), result)
+    else:
+        weight = _saturating(drift.cumsum(-1) if ratio == "prefix" else drift, cap).exp()
+        result = (weight * value).detach().clamp(-math.exp(cap), math.exp(cap))
+        if gradient == "reverse_kl":
+            whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)  # inf - inf is NaN
+            result = result + _straight_through(weight * whole, whole)
+    return result
+
+
+def _check_options(
+    estimator: str, gradient: str, ratio: str, old_logp: Tensor | None, max_log_ratio: float | None
+) -> None:
+    """Raise ValueError for a name that is not known, or an option that is of no use or makes no sense."""
     if estimator not in ESTIMATORS:
         raise unknown("estimator", estimator, ESTIMATORS)
     if gradient not in GRADIENTS:
         raise unknown("gradient", gradient, GRADIENTS)
     if ratio not in RATIOS:
         raise unknown("ratio", ratio, RATIOS)
+    if ratio == "prefix" and old_logp is None:
+        raise ValueError(
+            "ratio='prefix' weighs tokens by policy / old policy, and old_logp is None: pass the log-probabilities of "
+            "the policy that sampled. For the whole gradient on-policy pass logp.detach()."
+        )
     if max_log_ratio is not None and not max_log_ratio > 0:
         raise ValueError(f"max_log_ratio must be positive, got {max_log_ratio}.")
-    log_ratio = masked_log_ratio(logp, ref_logp, mask)
-    bounded = log_ratio if max_log_ratio is None else log_ratio.clamp(-max_log_ratio, max_log_ratio)
-    value = ESTIMATORS[estimator](bounded)
-
-    weight = torch.ones_like(value)
-    if old_logp is not None:
-        drift = masked_log_ratio(logp, old_logp, mask, name="old_logp")
-        weight = _saturating(drift.cumsum(-1) if ratio == "prefix" else drift).exp()
-    if gradient == "autograd":
-        result = weight * value
-    else:
-        result = (weight * value).detach().clamp(max=math.exp(_MAX_EXPONENT[value.dtype]))
-        if gradient == "reverse_kl":
-            # Straight-through: adds exactly zero to the value, and w·d·∇logp to the gradient.
-            whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)  # inf - inf is NaN
-            result = result + (weight * whole).detach() * (whole - whole.detach())
-    return result if mask is None else result.masked_fill(~mask.bool(), 0.0)
 
 
 def masked_log_ratio(logp: Tensor, ref_logp: Tensor, mask: Tensor | None, name: str = "ref_logp") -> Tensor:
@@ -108,14 +145,33 @@ def saturated(log_ratio: Tensor) -> Tensor:
     return -log_ratio > _MAX_EXPONENT[log_ratio.dtype]
 
 
-def _saturating(exponent: Tensor) -> Tensor:
-    """`exponent` capped in value alone: its gradient stays 1, so that what is built on it still pulls back."""
-    cap = _MAX_EXPONENT[exponent.dtype]
+def _saturating(exponent: Tensor, cap: float | Tensor) -> Tensor:
+    """`exponent` (finite) capped in value alone: its gradient stays 1, so that what is built on it still pulls back."""
     return torch.where(exponent > cap, cap + (exponent - exponent.detach()), exponent)
 
 
+def _straight_through(slope: Tensor, variable: Tensor) -> Tensor:
+    """Exactly zero in value, with the gradient slope · ∇variable."""
+    return slope.detach() * (variable - variable.detach())
+
+
+def _times_exp(exponent: Tensor, factor: Tensor) -> Tensor:
+    """exp(exponent) · factor, in value and slope at most exp of the cap: a large factor leaves the weight less room."""
+    room = _MAX_EXPONENT[factor.dtype] - factor.detach().abs().clamp(min=1.0).log()
+    return _saturating(exponent, room).exp() * factor
+
+
 def _k3(log_ratio: Tensor) -> Tensor:
-    return torch.expm1(_saturating(-log_ratio)) + log_ratio
+    return torch.expm1(_saturating(-log_ratio, _MAX_EXPONENT[log_ratio.dtype])) + log_ratio
+
+
+def _weighted_k3(bounded: Tensor, log_ratio: Tensor, drift: Tensor) -> Tensor:
+    """w · k3 with its derivative in closed form, w·d. Autograd takes the difference of two terms of w·exp(-d), which in
+    fp32 leaves nothing but rounding from d = -17 on. Where d is clamped k3 is a constant, and the derivative w · k3."""
+    value = _times_exp(drift, _k3(bounded)).detach()
+    weight = _saturating(drift, _MAX_EXPONENT[drift.dtype]).exp()
+    slope = torch.where(bounded == log_ratio, weight * bounded, value)
+    return value + _straight_through(slope, drift)
 
 
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {

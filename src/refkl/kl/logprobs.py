@@ -6,15 +6,16 @@ rows are taken a few at a time in fp32, and the backward pass makes the gradient
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from refkl.kl.rows import blocks
+from refkl.kl.tokens import entropy as row_entropies
+from refkl.kl.tokens import entropy_slope, logp_in_place, logp_slope, token_rows
 from refkl.types import require_shape
-
-_CHUNK_ELEMENTS = 1 << 24
-"""A chunk of rows holds about this many numbers: 64 MiB in fp32."""
 
 
 class LogpEntropy(NamedTuple):
@@ -63,42 +64,47 @@ def check_temperature(temperature: float) -> None:
 
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, rows: Tensor, temperature: float, entropy: bool) -> Any:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, rows: Tensor, temperature: float, with_entropy: bool) -> Any:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logp = torch.zeros(logits.shape[0], dtype=dtype, device=logits.device)
-        log_z = torch.zeros_like(logp)
-        row_entropy = torch.zeros_like(logp) if entropy else None
-        for chunk in _chunks(rows, logits.shape[1]):
+        row_entropy = torch.zeros_like(logp) if with_entropy else None
+        for chunk in _chunks(rows, logits):
             scaled = logits[chunk].to(dtype) / temperature
-            log_z[chunk] = torch.logsumexp(scaled, dim=-1)
-            logp[chunk] = scaled.gather(-1, targets[chunk, None])[:, 0] - log_z[chunk]
-            if row_entropy is not None:
-                log_p = scaled - log_z[chunk, None]
-                p = log_p.exp()
-                row_entropy[chunk] = -torch.where(p > 0, p * log_p, p).sum(-1)
-        ctx.save_for_backward(logits, targets, rows, log_z, row_entropy)
-        ctx.temperature = temperature
+            if row_entropy is None:
+                logp[chunk], _ = logp_in_place(scaled, targets[chunk, None])
+            else:
+                parts = token_rows(scaled, targets[chunk, None])
+                assert parts.logp is not None
+                logp[chunk] = parts.logp[:, 0]
+                row_entropy[chunk] = row_entropies(parts, finite=False)[:, 0]
+        ctx.save_for_backward(logits, targets, rows)
+        ctx.dtype, ctx.temperature = dtype, temperature
+        ctx.set_materialize_grads(False)
         return logp, row_entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        logits, targets, rows, log_z, row_entropy = ctx.saved_tensors
-        grad_logp, grad_entropy = grads
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        logits, targets, rows = ctx.saved_tensors
+        if grad_logp is None and grad_entropy is None:
+            return None, None, None, None, None
         grad_logits = torch.zeros_like(logits)
-        for chunk in _chunks(rows, logits.shape[1]):
-            log_p = logits[chunk].to(log_z.dtype) / ctx.temperature - log_z[chunk, None]
-            p = log_p.exp()
-            grad = torch.zeros_like(p)
-            if grad_logp is not None:
-                grad = p * -grad_logp[chunk, None]
-                grad.scatter_add_(-1, targets[chunk, None], grad_logp[chunk, None])
-            if row_entropy is not None and grad_entropy is not None:
-                # dH/dz = -p (log p + H); where p is 0, log p may be -inf.
-                grad -= grad_entropy[chunk, None] * p * torch.where(p > 0, log_p + row_entropy[chunk, None], 0.0)
-            grad_logits[chunk] = (grad / ctx.temperature).to(logits.dtype)
+        for chunk in _chunks(rows, logits):
+            scaled, target = logits[chunk].to(ctx.dtype) / ctx.temperature, targets[chunk, None]
+            if grad_entropy is None:
+                assert grad_logp is not None
+                _, factor = logp_in_place(scaled, target)
+                slope = scaled.mul_(factor * grad_logp[chunk, None])
+            else:
+                parts = token_rows(scaled, target)
+                slope = entropy_slope(parts, row_entropies(parts, finite=False), finite=False).mul_(
+                    grad_entropy[chunk, None]
+                )
+                if grad_logp is not None:
+                    slope += logp_slope(parts, target).mul_(grad_logp[chunk, None])
+            grad_logits[chunk] = (slope / ctx.temperature).to(logits.dtype)
         return grad_logits, None, None, None, None
 
 
-def _chunks(rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _CHUNK_ELEMENTS // max(1, vocabulary)))
+def _chunks(rows: Tensor, logits: Tensor) -> Iterator[Tensor]:
+    return (rows[block] for block in blocks(rows.numel(), logits.shape[1], logits.device))

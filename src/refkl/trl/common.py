@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.freeze import trainable_parameters
@@ -19,6 +22,11 @@ from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.sync import SyncReferenceCallback
 from refkl.types import KLOutput, TokenScores
+
+logger = logging.get_logger(__name__)
+
+PENALTY_STATE = "kl_penalty.json"
+"""In a checkpoint: the state of the coefficient's controller."""
 
 
 def trainer_args(trainer: type, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -64,9 +72,12 @@ class KLTrainerMixin(Trainer):
     sync: SyncReferenceCallback | None = None
     model: nn.Module  # Trainer's type allows None; TRL's trainers always have one
     _metrics: dict[str, defaultdict[str, list[float]]]
+    placements: ClassVar[tuple[str, ...]] = ("loss",)
+    """Where this trainer can put the penalty."""
 
     def _attach(self, reference: str | ReferenceConfig | Reference, kl: KLConfig, sync: SyncConfig | None) -> None:
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
+        self._check_kl(kl)
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
         if not trainable_parameters(self.model):
@@ -87,11 +98,37 @@ class KLTrainerMixin(Trainer):
             self.sync.saves = False
             self.add_callback(self.sync)
 
+    def _check_kl(self, kl: KLConfig) -> None:
+        """Raise ValueError for a penalty that this trainer cannot apply as it is asked for."""
+        name = type(self).__name__
+        if kl.placement not in self.placements:
+            raise ValueError(
+                f"{name} has no rewards of tokens for kl.placement {kl.placement!r} to add to. Use placement 'loss'."
+            )
+        if kl.estimator == "exact":
+            raise ValueError(
+                f"{name} has the log-probabilities of given tokens alone, and kl.estimator 'exact' needs a divergence "
+                "over the whole vocabulary. Use 'k1', 'k2' or 'k3'; in a loop of your own, score_pair gives it."
+            )
+        if kl.reference_weights is not None and len(kl.reference_weights) != 1:
+            raise ValueError(
+                f"{name} holds one reference, and kl.reference_weights {kl.reference_weights} are for "
+                f"{len(kl.reference_weights)}. Leave them out; in a loop of your own, KLPenalty takes several."
+            )
+
     def _penalise(
-        self, logp: Tensor, ref_logp: Tensor, mask: Tensor, temperature: float, **options: Tensor | None
+        self,
+        logp: Tensor,
+        ref_logp: Tensor,
+        mask: Tensor,
+        temperature: float,
+        *,
+        old_logp: Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> KLOutput:
+        policy, reference = (TokenScores(x, temperature=temperature) for x in (logp, ref_logp))
         output = self.penalty(
-            TokenScores(logp, temperature=temperature), TokenScores(ref_logp, temperature=temperature), mask, **options
+            policy, reference, mask, old_logp=old_logp, normalizer=normalizer, count=self.model.training
         )
         if not self.model.training:
             counted = mask.bool().sum().float()
@@ -101,18 +138,41 @@ class KLTrainerMixin(Trainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A reference that has moved goes into the checkpoint, before older checkpoints are rotated away."""
+        """The controller, and a reference that has moved, go into the checkpoint before older ones are rotated away."""
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.reference.updates:
-            self.reference.save(
-                Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / "reference"
-            )
+            self.reference.save(checkpoint / "reference")
+        if self.args.should_save:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            temporary = checkpoint / f"{PENALTY_STATE}.tmp"
+            temporary.write_text(json.dumps(self.penalty.state_dict(), indent=2) + "\n")
+            os.replace(temporary, checkpoint / PENALTY_STATE)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """On resume, bring back a reference that had moved."""
+        """On resume, bring back the controller, and a reference that had moved."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / "reference").is_dir():
+        if checkpoint is None:
+            return
+        if (Path(checkpoint) / "reference").is_dir():
             self.reference.load(Path(checkpoint) / "reference")
+        self._load_controller(Path(checkpoint) / PENALTY_STATE)
+
+    def _load_controller(self, path: Path) -> None:
+        kind = self.penalty.config.controller
+        if not path.is_file():
+            if kind != "fixed":
+                logger.warning(
+                    f"{path} is not there: the {kind!r} KL controller begins at coefficient {self.penalty.coef}."
+                )
+            return
+        coef = self.penalty.coef
+        try:
+            self.penalty.load_state_dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{error} The state is {path}.") from None
+        if kind == "fixed":
+            self.penalty.controller.coef = coef  # a setting, not a state: what this run asks for holds
 
 
 class _PenaltySteps(TrainerCallback):

@@ -1,0 +1,501 @@
+"""The engine of the fused heads: what is asked for, computed tile by tile, with its gradient.
+
+Notation: N tokens, of which R are scored, H hidden width, V columns (vocabulary), n rows of a tile, z a row's logits,
+p its softmax. A *slope* is ∂value/∂z [n, V]; one more product with the head's weight makes it ∂value/∂h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refkl.kl.projection import Projection, Scaling, rows_per_tile
+from refkl.kl.rows import Divergence, blocks, compare
+from refkl.kl.tokens import entropy, entropy_slope, logp_in_place, logp_slope, token_rows
+
+
+class TileScores(NamedTuple):
+    """What a `token_loss` is given of the n tokens in hand, with grad; None for what was not asked for."""
+
+    logp: Tensor | None
+    """[n] nats."""
+    entropy: Tensor | None
+    """[n] nats."""
+    ref_logp: Tensor | None
+    """[n] nats, without grad."""
+    divergence: Tensor | None
+    """[n]."""
+    rows: Tensor
+    """[n] which of the N tokens these are, to look up what the loss needs of them (advantages, …)."""
+
+
+TokenLoss = Callable[[TileScores], Tensor]
+Observer = Callable[[Tensor, Tensor], None]
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a call; shapes as in linear.py."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
+        return tuple(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, of which rows."""
+
+    names: tuple[str, ...]
+    """Of "logp", "entropy", "ref_logp", "divergence"."""
+    graded: tuple[str, ...]
+    """Those of `names` that carry grad."""
+    scaling: Scaling
+    columns: int
+    """V of the tile: the vocabulary, or what it is padded to."""
+    rows: Tensor | None
+    """[R] of the N; None for all."""
+    how: Divergence | None = None
+    chunk: int | None = None
+    token_loss: TokenLoss | None = None
+    observe: Observer | None = None
+
+
+def score(inputs: Inputs, job: Job) -> Values:
+    """Each of `job.names` as [N], 0.0 in rows left out; with a `token_loss`, "loss" alone."""
+    trained = inputs.hidden, inputs.weight, inputs.bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        return dict(zip(_outputs(job), _Fused.apply(*trained, inputs, job), strict=True))
+    with _full_precision(inputs):
+        walk = _Walk(inputs, job)
+        return walk.spread(walk.values())
+
+
+class _Fused(torch.autograd.Function):
+    """Frozen head: keeps ∂value/∂h. Trained: projects again, or with a `token_loss` keeps the finished gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, job: Job) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.job, ctx.shape, ctx.dtype = job, hidden.shape, hidden.dtype
+        ctx.trained = any(ctx.needs_input_grad[1:3])
+        kept: list[Tensor | None] = []
+        with _full_precision(inputs):
+            walk = _Walk(inputs, job)
+            if job.token_loss is not None:
+                values, grads, coefs = walk.gradients(ctx.needs_input_grad[:3], None)
+                kept = [*grads, *(coefs[name] for name in job.graded)]
+            elif not ctx.trained:
+                values, directions = walk.directions()
+                kept = [directions[name] for name in job.graded]
+            else:
+                values = walk.values()
+        ctx.save_for_backward(*kept, *(inputs.tensors() if ctx.trained else ()))
+        ctx.kept = len(kept)
+        spread = walk.spread(values)
+        ctx.mark_non_differentiable(*(spread[name] for name in job.names if name in spread and name not in job.graded))
+        return tuple(spread[name] for name in _outputs(job))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        job: Job = ctx.job
+        saved = ctx.saved_tensors
+        kept, inputs = saved[: ctx.kept], Inputs(*saved[ctx.kept :]) if ctx.trained else None
+        upstream = {
+            name: g if job.rows is None else g[job.rows]
+            for name, g in zip(_outputs(job), grads, strict=True)
+            if g is not None
+        }
+        if not upstream:
+            return (None,) * 5
+        results: tuple[Tensor | None, ...]
+        if job.token_loss is not None:
+            loss = upstream["loss"]
+            if inputs is None:
+                results = kept[0] * loss[:, None], None, None
+            elif bool((loss == loss[:1]).all()):
+                results = tuple(_scaled(g, loss) for g in kept[:3])
+            else:  # the tokens' gradients were summed into the weight's with other weights
+                coefs = {name: c * loss for name, c in zip(job.graded, kept[3:], strict=True)}
+                results = _again(inputs, job, coefs, ctx.needs_input_grad[:3])
+        elif inputs is None:
+            named = dict(zip(job.graded, kept, strict=True))
+            d_hidden = sum(named[name] * g[:, None] for name, g in upstream.items())
+            assert isinstance(d_hidden, Tensor)
+            results = d_hidden, None, None
+        else:
+            results = _again(inputs, job, upstream, ctx.needs_input_grad[:3])
+        return _whole(results[0], job, ctx.shape, ctx.dtype), *results[1:], None, None
+
+
+def _again(inputs: Inputs, job: Job, coefs: Values, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients by projecting once more, of no more than what has any."""
+    if "divergence" not in coefs:
+        inputs = replace(inputs, ref_hidden=None, ref_weight=None, ref_bias=None)
+    job = replace(job, names=tuple(coefs), graded=tuple(coefs), token_loss=None, observe=None)
+    with torch.no_grad(), _full_precision(inputs):
+        return _Walk(inputs, job).gradients(needs, coefs)[1]
+
+
+class _Walk:
+    """One pass over the tiles."""
+
+    def __init__(self, inputs: Inputs, job: Job) -> None:
+        self.inputs, self.job = inputs, job
+        self.dtype = result_dtype(inputs)
+        self.head = Projection(inputs.weight, inputs.bias, job.scaling, self.dtype)
+        self.ref: Projection | None = None
+        self.shared = inputs.ref_weight is not None and _one_head(inputs)
+        if self.shared:
+            self.ref = self.head
+        elif inputs.ref_weight is not None:
+            self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype)
+        self.finite = all(p is None or p.finite(job.columns) for p in (self.head, self.ref))
+        # Alone, a log-probability needs no second tile and the fewest passes over the first.
+        self.lean = job.names == ("logp",)
+        self.count = inputs.hidden.shape[0] if job.rows is None else job.rows.numel()
+        limit = job.chunk or rows_per_tile(job.columns, self.dtype, inputs.hidden.device)
+        self.size = -(-self.count // max(1, -(-self.count // limit)))
+        self.buffers: list[Tensor] = []
+
+    # the three passes
+
+    def values(self) -> Values:
+        """Values alone, each [R]."""
+        found = []
+        for _, index, hidden in self._parts():
+            self._project(hidden, index)
+            stats, _ = self._read(index, len(hidden))
+            if self.job.token_loss is not None:
+                stats = {"loss": self._close(stats, index, grad=False)[0]}
+            found.append(stats)
+        return self._joined(found)
+
+    def directions(self) -> tuple[Values, Values]:
+        """Values [R], and ∂value/∂h [R, H] for each that carries grad."""
+        hidden = self.inputs.hidden
+        shape, dtype = (self.count, hidden.shape[1]), _kept_dtype(hidden)
+        kept = {name: hidden.new_empty(shape, dtype=dtype) for name in self.job.graded}
+        found = []
+        for part, index, hidden in self._parts():
+            self._project(hidden, index)
+            stats, factor = self._read(index, len(hidden), each=True)
+            for name, tile in zip(self.job.graded, self._tiles(len(hidden)), strict=False):
+                self._pull(tile, factor, kept[name][part])
+            found.append(stats)
+        return self._joined(found), kept
+
+    def gradients(
+        self, needs: tuple[bool, ...], coefs: Values | None
+    ) -> tuple[Values, tuple[Tensor | None, ...], Values]:
+        """Values [R]; gradients of Σ coef · value for hidden [R, H], weight and bias; and the coefficients [R].
+
+        Args:
+            needs: which of the three gradients are wanted.
+            coefs: [R] by name; None takes them from the `token_loss`.
+        """
+        hidden, weight, bias = self.inputs.hidden, self.inputs.weight, self.inputs.bias
+        types = [t if t is None else t.dtype if coefs else _kept_dtype(t) for t in (hidden, weight, bias)]
+        d_hidden = hidden.new_empty(self.count, hidden.shape[1], dtype=types[0]) if needs[0] else None
+        d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if needs[1] else None
+        d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if needs[2] else None
+        found, given = [], []
+        for part, index, rows in self._parts():
+            self._project(rows, index)
+            if coefs is None:
+                stats, factor = self._read(index, len(rows), lean_slope=True)
+                loss, weights = self._close(stats, index, grad=True)
+                stats = {"loss": loss}
+                if not self.lean:
+                    self._read(index, len(rows), coefs=weights)
+            else:
+                weights = {name: c[part].to(self.dtype) for name, c in coefs.items()}
+                stats, factor = self._read(index, len(rows), coefs=weights, lean_slope=True)
+            found.append(stats)
+            given.append(weights)
+            tile = self._tiles(len(rows))[0][:, : self.head.size]
+            if factor is not None:
+                factor = factor * weights["logp"][:, None]
+            if d_hidden is not None:
+                self._pull(tile, factor, d_hidden[part])
+            if d_weight is not None:
+                scaled = rows if factor is None else rows * factor
+                self.head.accumulate(tile, scaled, d_weight, first=part.start == 0)
+            if d_bias is not None:
+                d_bias += (tile.sum(0) if factor is None else (factor.t() @ tile)[0]) * self.head.unit
+        if d_weight is not None and not found:
+            d_weight.zero_()
+        grads = (
+            d_hidden,
+            None if d_weight is None else d_weight.to(types[1]),
+            None if d_bias is None else d_bias.to(types[2]),
+        )
+        return self._joined(found), grads, self._joined(given, self.job.graded)
+
+    def spread(self, values: Values) -> Values:
+        """[R] to [N], 0.0 in rows left out."""
+        rows, count = self.job.rows, self.inputs.hidden.shape[0]
+        if rows is None:
+            return values
+        return {name: v.new_zeros(count).index_copy_(0, rows, v) for name, v in values.items()}
+
+    # tiles
+
+    def _parts(self) -> Iterator[tuple[slice, Any, Tensor]]:
+        """Which of the R rows, which of the N, and their hidden states [n, H]."""
+        for start in range(0, self.count, max(1, self.size)):
+            part = slice(start, min(start + self.size, self.count))
+            index = part if self.job.rows is None else self.job.rows[part]
+            yield part, index, self.inputs.hidden.detach()[index].to(self.dtype)
+
+    def _tiles(self, rows: int) -> list[Tensor]:
+        return [buffer[:rows] for buffer in self.buffers]
+
+    def _buffer(self, index: int) -> Tensor:
+        while len(self.buffers) <= index:
+            self.buffers.append(self.inputs.hidden.new_empty(self.size, self.job.columns, dtype=self.dtype))
+        return self.buffers[index]
+
+    def _project(self, hidden: Tensor, index: Any) -> None:
+        """Products into the buffers: z, or with a shared head z - z_ref and z_ref, before the soft cap."""
+        tile = self._buffer(0)[: len(hidden)]
+        if self.ref is None:
+            self.head.product(hidden, tile)
+            return
+        assert self.inputs.ref_hidden is not None
+        ref_hidden = self.inputs.ref_hidden.detach()[index].to(self.dtype)
+        self.ref.product(ref_hidden, self._buffer(1)[: len(hidden)])
+        if self.shared:
+            self.head.product(hidden - ref_hidden, tile, bias=False)
+        else:
+            self.head.product(hidden, tile)
+
+    def _pull(self, tile: Tensor, factor: Tensor | None, out: Tensor) -> None:
+        """out [n, H] <- the tile's slopes back through the head."""
+        direct = out if out.dtype == self.dtype else out.new_empty(out.shape, dtype=self.dtype)
+        self.head.pull(tile[:, : self.head.size], direct)
+        if factor is not None:
+            direct *= factor
+        if direct is not out:
+            out.copy_(direct)
+
+    def _read(
+        self,
+        index: Any,
+        rows: int,
+        *,
+        each: bool = False,
+        coefs: Values | None = None,
+        lean_slope: bool = False,
+    ) -> tuple[Values, Tensor | None]:
+        """Values of the tile. Slopes are left in the buffers: one each, or (in the first) their sum weighed by `coefs`;
+        of a lean tile, which is overwritten, without a factor [n, 1], given back."""
+        targets = None if self.inputs.targets is None else self.inputs.targets[index][:, None]
+        found, factors = [], []
+        watched = None
+        if self.job.observe is not None and (coefs is None or self.job.token_loss is None):  # once a tile
+            watched = _numbers(index, self.inputs.hidden.device)
+        for block in blocks(rows, self.job.columns, self.inputs.hidden.device):
+            seen = None if watched is None else watched[block]
+            target = None if targets is None else targets[block]
+            if self.lean:
+                assert target is not None
+                logp, factor = self._lean(self.buffers[0][:rows][block], target, seen, slope=each or lean_slope)
+                found.append({"logp": logp})
+                factors.append(factor)
+                continue
+            stats, slopes = self._full(block, rows, target, seen, self.job.graded if each else tuple(coefs or ()))
+            found.append(stats)
+            if each:
+                for i, name in enumerate(self.job.graded):
+                    self._buffer(i)[:rows][block] = slopes[name]
+            elif coefs is not None:
+                total = sum(slope.mul_(coefs[name][block, None]) for name, slope in slopes.items())
+                self.buffers[0][:rows][block] = total
+        return self._joined(found), torch.cat(factors) if factors else None
+
+    def _lean(self, z: Tensor, target: Tensor, seen: Tensor | None, *, slope: bool) -> tuple[Tensor, Tensor]:
+        bend = self.head.cap_(z, slope=slope)
+        self.head.exclude_(z)
+        self._observe(z, seen)
+        logp, factor = logp_in_place(z, target)
+        if bend is not None:
+            z *= bend
+        return logp, factor
+
+    def _observe(self, z: Tensor, seen: Tensor | None) -> None:
+        if seen is not None and self.job.observe is not None:
+            self.job.observe(z, seen)
+
+    def _full(
+        self, block: slice, rows: int, target: Tensor | None, seen: Tensor | None, graded: tuple[str, ...]
+    ) -> tuple[Values, Values]:
+        """Values and slopes of a block of rows, whose products are left as they are."""
+        job, finite = self.job, self.finite
+        z, ref_z, difference, bend = self._logits(block, rows, slope=bool(graded))
+        self._observe(z, seen)
+        policy = token_rows(z, target if "logp" in job.names else None)
+        stats: Values = {}
+        slopes: Values = {}
+        if policy.logp is not None:
+            stats["logp"] = policy.logp[:, 0]
+        if "entropy" in job.names:
+            value = entropy(policy, finite=finite)
+            stats["entropy"] = value[:, 0]
+            if "entropy" in graded:
+                slopes["entropy"] = entropy_slope(policy, value, finite=finite)
+        if "logp" in graded:
+            assert target is not None
+            slopes["logp"] = logp_slope(policy, target)
+        if ref_z is not None:
+            reference = token_rows(ref_z, target if "ref_logp" in job.names else None)
+            if reference.logp is not None:
+                stats["ref_logp"] = reference.logp[:, 0]
+            if "divergence" in job.names:
+                assert job.how is not None
+                stats["divergence"], slope = compare(
+                    job.how,
+                    z,
+                    ref_z,
+                    policy=policy.softmax,
+                    reference=reference.softmax,
+                    difference=difference,
+                    finite=finite,
+                    slope="divergence" in graded,
+                )
+                if slope is not None:
+                    slopes["divergence"] = slope
+        if bend is not None:
+            for slope in slopes.values():
+                slope *= bend
+        return {name: stats[name] for name in job.names}, slopes
+
+    def _logits(
+        self, block: slice, rows: int, *, slope: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """z, z_ref, z - z_ref where it is known better than from these, and what the soft cap multiplies slopes by."""
+        raw = [buffer[:rows][block] for buffer in self.buffers]
+        if self.ref is None:
+            z = raw[0].clone()
+            bend = self.head.cap_(z, slope=slope)
+            self.head.exclude_(z)
+            return z, None, None, bend
+        ref_z = raw[1].clone()
+        z = raw[0] + raw[1] if self.shared else raw[0].clone()
+        bend = self.head.cap_(z, slope=slope)
+        self.ref.cap_(ref_z, slope=False)
+        difference: Tensor | None = None
+        if self.shared:
+            difference = raw[0] if self.head.size == self.job.columns else self.head.exclude_(raw[0].clone(), 0.0)
+        if difference is not None and self.head.capped:
+            # tanh x - tanh y = tanh(x - y) (1 - tanh x tanh y)
+            outer = self.head.outer
+            difference = difference.tanh().mul_(outer - z * ref_z / outer)
+        self.head.exclude_(z)
+        self.ref.exclude_(ref_z)
+        return z, ref_z, difference, bend
+
+    def _close(self, stats: Values, index: Any, *, grad: bool) -> tuple[Tensor, Values]:
+        """The `token_loss` [n] of a tile, and its derivative by each graded value [n]."""
+        assert self.job.token_loss is not None
+        rows = _numbers(index, self.inputs.hidden.device)
+        with torch.set_grad_enabled(grad):
+            leaves = {n: v.detach().requires_grad_(grad and n in self.job.graded) for n, v in stats.items()}
+            scores = TileScores(
+                leaves.get("logp"), leaves.get("entropy"), leaves.get("ref_logp"), leaves.get("divergence"), rows
+            )
+            loss = self.job.token_loss(scores)
+            if not isinstance(loss, Tensor) or loss.shape != rows.shape:
+                found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"token_loss must return one loss per token, [{rows.numel()}], and returned {found}. "
+                    "Sum or average above the fused call."
+                )
+            if not grad:
+                return loss.detach(), {}
+            if not loss.requires_grad:
+                raise ValueError(
+                    "token_loss returned a loss without grad: it does not depend on the scores it was given."
+                )
+            wanted = [leaves[name] for name in self.job.graded]
+            slopes = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
+        coefs = [torch.zeros_like(v) if g is None else g for v, g in zip(wanted, slopes, strict=True)]
+        return loss.detach().to(self.dtype), dict(zip(self.job.graded, coefs, strict=True))
+
+    def _joined(self, found: list[Values], names: tuple[str, ...] | None = None) -> Values:
+        """Pieces of a batch as one; empty if nothing is scored."""
+        if not found:
+            empty = self.inputs.hidden.new_empty(0, dtype=self.dtype)
+            return dict.fromkeys(names or _outputs(self.job), empty)
+        return {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
+
+
+def result_dtype(inputs: Inputs) -> torch.dtype:
+    """Of the maths and the results: fp64 if any input is, else fp32."""
+    dtype = torch.float32
+    for t in inputs.tensors():
+        if t is not None and t.is_floating_point():
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _numbers(index: slice | Tensor, device: torch.device) -> Tensor:
+    return torch.arange(index.start, index.stop, device=device) if isinstance(index, slice) else index
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    """Of a gradient that waits for the backward pass: fp16 would lose the small ones, which a loss scale is to save."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def _outputs(job: Job) -> tuple[str, ...]:
+    return job.names if job.token_loss is None else ("loss",)
+
+
+def _one_head(inputs: Inputs) -> bool:
+    return _same(inputs.weight, inputs.ref_weight) and (
+        (inputs.bias is None and inputs.ref_bias is None) or _same(inputs.bias, inputs.ref_bias)
+    )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are one piece of memory read alike."""
+    if a is None or b is None or a.device != b.device or a.dtype != b.dtype:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _scaled(grad: Tensor | None, factors: Tensor) -> Tensor | None:
+    """grad times the one factor that all tokens have; in place, since a weight's gradient is large."""
+    if grad is None or not factors.numel() or bool(factors[0] == 1.0):
+        return grad
+    return grad.mul_(float(factors[0]))  # a number: rounded to bf16 it would lean all gradients one way
+
+
+def _whole(d_hidden: Tensor | None, job: Job, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """[R, H] to [N, H], 0.0 in rows left out."""
+    if d_hidden is None:
+        return None
+    d_hidden = d_hidden.to(dtype)
+    if job.rows is None:
+        return d_hidden
+    return d_hidden.new_zeros(shape).index_copy_(0, job.rows, d_hidden)
+
+
+def _full_precision(inputs: Inputs) -> torch.autocast:
+    """Autocast would round every product to 16 bits."""
+    return torch.autocast(inputs.hidden.device.type, enabled=False)
