@@ -360,8 +360,8 @@ def test_beta_alone_is_the_coefficient(tmp_path: Path) -> None:
     assert trainer.penalty.config.aggregation == "token-mean"
     sequences = grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3, "loss_type": "grpo"})
     assert sequences.penalty.config.aggregation == "seq-mean-token-mean"
-    with pytest.raises(ValueError, match="dr_grpo"):
-        grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3, "loss_type": "dr_grpo"})
+    constant = grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.3, "loss_type": "dr_grpo"}).penalty.config
+    assert (constant.aggregation, constant.length) == ("seq-mean-token-sum-norm", 8)
 
 
 def test_evaluation_logs_kl_and_leaves_the_penalty_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from refkl.backend import evaluating, gathered, is_partitioned, named_weights, unwrap
 from refkl.reference.base import BuildRequest, Reference
+from refkl.scoring import Head, find_head
 
 
 class AdapterReference(Reference):
@@ -67,6 +68,10 @@ class AdapterReference(Reference):
             raise ValueError(f"The policy with its adapter off is not the reference: {why_not}")
         with _switched_off(self._policy):
             yield self._policy
+
+    def head(self) -> Head | None:
+        """The policy's own: one that an adapter changes is not found."""
+        return find_head(self._policy)
 
     def _owns(self, name: str) -> bool:
         return False

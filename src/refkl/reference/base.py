@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from refkl.backend import Backend, evaluating, full_shape, gathered, is_partitioned
 from refkl.config import ReferenceConfig
-from refkl.scoring import ScoredLogits, completion_logits, scores_from
+from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
 from refkl.types import MemoryReport, TokenBatch, TokenScores
 
 if TYPE_CHECKING:
@@ -119,17 +119,32 @@ class Reference(ABC):
         Raises:
             ValueError: as `score_tokens`; or the reference can no longer be told from the policy.
         """
-        with self.logits(batch, hidden=hidden) as scored:
-            scores = scores_from(scored, temperature=temperature, entropy=entropy).to(batch.input_ids.device)
+        with self._scoring(batch) as (model, moved):
+            scored = score_model(model, moved, temperature=temperature, entropy=entropy, hidden=hidden)
+            scores = scored.scores.to(batch.input_ids.device)
         return replace(scores, fingerprint=self.stamp)
 
     @contextmanager
-    def logits(self, batch: TokenBatch, *, hidden: bool = False) -> Iterator[ScoredLogits]:
-        """The reference's logits for the scored tokens, with the reference active for as long as this is open."""
+    def logits(self, batch: TokenBatch) -> Iterator[ScoredLogits]:
+        """The reference's logits for the scored tokens, in full, with the reference active for as long as this is
+        open."""
+        with self._scoring(batch) as (model, moved):
+            yield completion_logits(model, moved)
+
+    def head(self) -> Head | None:
+        """The reference's output head, where its weights can be read at any time, on the policy's device; else None.
+
+        An exact divergence is then computed inside the policy's forward, from the reference's hidden states.
+        """
+        return None
+
+    @contextmanager
+    def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
+        """The module to run and the batch where it is: no grad, dropout off, nothing left changed."""
         self.settle()
         autocast = nullcontext() if self._accelerator is None else self._accelerator.autocast()
         with self._active() as model, torch.no_grad(), evaluating(model), autocast:
-            yield completion_logits(model, batch if self._device is None else batch.to(self._device), hidden=hidden)
+            yield model, batch if self._device is None else batch.to(self._device)
 
     def update(self, policy: nn.Module, alpha: float = 1.0) -> None:
         """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.

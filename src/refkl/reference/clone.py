@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from refkl.backend import canonical_name, named_weights, unwrap
 from refkl.reference.base import BuildRequest, Reference, check_pairs
 from refkl.reference.pretrained import load_pretrained, source_folder
+from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
 
 
@@ -134,6 +135,10 @@ class CloneReference(Reference):
         for module in self.model.modules():
             module.training = False
         yield self.model
+
+    def head(self) -> Head | None:
+        """The copy's, unless it is held on a device of its own."""
+        return find_head(self.model) if self._device is None else None
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return named_weights(self.model)

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from refkl.kl import divergence as dense_divergence
+from refkl.kl.rows import Divergence
 from refkl.reference.base import Reference
-from refkl.scoring import ScoredLogits, completion_logits, scores_from
+from refkl.scoring import (
+    Against,
+    Head,
+    HeadError,
+    ScoredLogits,
+    completion_logits,
+    find_head,
+    score_model,
+    score_tokens,
+    scores_from,
+)
 from refkl.types import PairScores, TokenBatch
 
 
@@ -30,24 +41,53 @@ def score_pair(
         batch: what to score.
         temperature: divides the logits of both.
         entropy: also the policy's and the reference's entropies.
-        divergence: "reverse_kl", "forward_kl" or "jsd": also the exact divergence per scored token.
+        divergence: "reverse_kl", "forward_kl", "jsd", "chi2", "hellinger" or "tv": also the exact divergence per scored
+            token.
 
     Raises:
         ValueError: an unknown divergence; vocabularies of different size; as `score_tokens`.
     """
+    if divergence is None:
+        ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
+        return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
+    Divergence(divergence)
+    head = _common_head(policy, reference)
+    if head is None:
+        return _through_logits(policy, reference, batch, temperature, entropy, divergence)
+    ref_scores = reference.score(batch, temperature=temperature, entropy=entropy, hidden=True)
+    against = Against(ref_scores, head, divergence)
+    scored = score_model(policy, batch, temperature=temperature, entropy=entropy, against=against)
+    assert scored.against is not None
+    ref_logp, exact = scored.against
+    return PairScores(scored.scores, replace(ref_scores, logp=ref_logp, hidden=None), exact)
+
+
+def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
+    """The reference's head, if the two heads' logits can be compared inside the policy's forward."""
+    try:
+        own, other = find_head(policy), reference.head()
+    except HeadError:
+        return None
+    if other is None or (own.logit_scale, own.softcap) != (other.logit_scale, other.softcap):
+        return None
+    return other
+
+
+def _through_logits(
+    policy: nn.Module, reference: Reference, batch: TokenBatch, temperature: float, entropy: bool, kind: str
+) -> PairScores:
+    """Both sides' logits in full: for a head that is adapted, sharded, or on another device."""
     scored = completion_logits(policy, batch)
     policy_scores = scores_from(scored, temperature=temperature, entropy=entropy)
-    exact = None
     with reference.logits(batch) as ref_scored:
         ref_scores = scores_from(ref_scored, temperature=temperature, entropy=entropy).to(batch.input_ids.device)
-        ref_scores = replace(ref_scores, fingerprint=reference.stamp)
-    if divergence is not None:
-        exact = scored.spread(_exact(scored, ref_scored.logits.to(scored.logits.device), divergence, temperature))
-    return PairScores(policy_scores, ref_scores, exact)
+        ref_logits = ref_scored.logits.to(scored.logits.device)
+    exact = scored.call.spread(_exact(scored, ref_logits, kind, temperature))
+    return PairScores(policy_scores, replace(ref_scores, fingerprint=reference.stamp), exact)
 
 
 def _exact(scored: ScoredLogits, ref_logits: Tensor, kind: str, temperature: float) -> Tensor:
-    mask = scored.mask
+    mask = scored.call.mask
     rows = dense_divergence(
         scored.logits[mask].to(torch.promote_types(scored.logits.dtype, torch.float32)) / temperature,
         ref_logits[mask].to(torch.promote_types(ref_logits.dtype, torch.float32)) / temperature,

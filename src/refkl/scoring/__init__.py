@@ -1,6 +1,19 @@
 """Model + TokenBatch -> TokenScores. The only place where tokens are shifted."""
 
-from refkl.scoring.forward import ScoredLogits, completion_logits
-from refkl.scoring.score import score_tokens, scores_from
+from refkl.scoring.forward import Call, ScoredLogits, completion_logits
+from refkl.scoring.head import Head, HeadError, find_head
+from refkl.scoring.score import Against, Scored, score_model, score_tokens, scores_from
 
-__all__ = ["ScoredLogits", "completion_logits", "score_tokens", "scores_from"]
+__all__ = [
+    "Against",
+    "Call",
+    "Head",
+    "HeadError",
+    "Scored",
+    "ScoredLogits",
+    "completion_logits",
+    "find_head",
+    "score_model",
+    "score_tokens",
+    "scores_from",
+]

@@ -16,47 +16,72 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from refkl.backend import unwrap
+from refkl.scoring.head import base_model
 from refkl.types import TokenBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """How to call a model so that it predicts the scored tokens of a batch."""
+
+    batch: TokenBatch
+    columns: Tensor
+    """[K] where in [0, T) the predicted tokens are."""
+    inputs: dict[str, Any]
+    """Keyword arguments for the model's forward."""
+
+    @property
+    def targets(self) -> Tensor:
+        """[B, K] the tokens to predict."""
+        return self.batch.input_ids[:, self.columns]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, K] bool, True = scored."""
+        return self.batch.completion_mask[:, self.columns]
+
+    def predicting(self, values: Tensor) -> Tensor:
+        """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all."""
+        if values.shape[1] == self.columns.numel():
+            return values
+        if values.shape[1] != self.batch.input_ids.shape[1]:
+            raise ValueError(
+                f"The model gave {values.shape[1]} positions for {self.batch.input_ids.shape[1]} tokens. Adapters that "
+                "add tokens of their own (prompt learning: prefix, prompt and p-tuning) cannot be scored yet."
+            )
+        return values[:, self.columns - 1]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B, K, …] back to [B, T, …], 0.0 where nothing is scored."""
+        mask = self.mask.reshape(*self.mask.shape, *(1,) * (values.dim() - 2))
+        kept = values.masked_fill(~mask, 0.0)
+        shape = kept.shape[0], self.batch.input_ids.shape[1], *kept.shape[2:]
+        return kept.new_zeros(shape).index_copy(1, self.columns, kept)
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredLogits:
     """The logits that predict the columns of a batch that hold scored tokens."""
 
+    call: Call
     logits: Tensor
     """[B, K, V], in the model's dtype, with grad if the forward had it."""
-    targets: Tensor
-    """[B, K] the tokens that they predict."""
-    mask: Tensor
-    """[B, K] bool, True = scored."""
-    columns: Tensor
-    """[K] where in [0, T) the predicted tokens are."""
-    length: int
-    """T."""
     hidden: Tensor | None
     """[B, K, H] what entered the output head, if asked for."""
     outputs: Any
     """The model's own output object."""
 
-    def spread(self, values: Tensor) -> Tensor:
-        """[B, K, …] back to [B, T, …], 0.0 where nothing is scored."""
-        mask = self.mask.reshape(*self.mask.shape, *(1,) * (values.dim() - 2))
-        kept = values.masked_fill(~mask, 0.0)
-        return kept.new_zeros(kept.shape[0], self.length, *kept.shape[2:]).index_copy(1, self.columns, kept)
 
-
-def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
-    """Run the model, as it is wrapped, and keep what predicts the scored tokens.
+def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
+    """The arguments that a model is to be called with.
 
     Args:
-        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed. Its wrapper is called, once, so that
-            the wrapper's hooks and gathers happen.
+        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed.
         batch: the tokens.
-        hidden: also keep the states that enter the output head.
         forward: further arguments for the model's forward.
 
     Raises:
-        ValueError: the batch has position ids and the model takes none; the output is not one row per token.
+        ValueError: the batch has position ids and the model takes none; a prompt-learning adapter.
     """
     inner = unwrap(model)
     if isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning:
@@ -78,42 +103,36 @@ def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = Fal
         inputs["logits_to_keep"] = columns - 1
     if (position_ids := _positions(batch, accepted, base)) is not None:
         inputs["position_ids"] = position_ids
+    return Call(batch, columns, {**inputs, **batch.model_inputs, **forward})
 
+
+def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
+    """Run the model, as it is wrapped, and keep what predicts the scored tokens: the logits in full.
+
+    Args:
+        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed. Its wrapper is called, once, so that
+            the wrapper's hooks and gathers happen.
+        batch: the tokens.
+        hidden: also keep the states that enter the output head.
+        forward: further arguments for the model's forward.
+
+    Raises:
+        ValueError: as `prepare`; the output is not one row per token.
+    """
+    call = prepare(model, batch, **forward)
     captured: list[Tensor] = []
-    hook = _capture_head_input(base, captured) if hidden else None
+    hook = _capture_head_input(base_model(model), captured) if hidden else None
     try:
-        outputs = model(**inputs, **batch.model_inputs, **forward)
+        outputs = model(**call.inputs)
     finally:
         if hook is not None:
             hook.remove()
-    logits = _columns(outputs.logits, columns, batch)
     return ScoredLogits(
-        logits=logits,
-        targets=batch.input_ids[:, columns],
-        mask=batch.completion_mask[:, columns],
-        columns=columns,
-        length=batch.input_ids.shape[1],
-        hidden=_columns(captured[0], columns, batch) if captured else None,
+        call=call,
+        logits=call.predicting(outputs.logits),
+        hidden=call.predicting(captured[0]) if captured else None,
         outputs=outputs,
     )
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrappers and PEFT."""
-    inner = unwrap(model)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
-
-
-def _columns(values: Tensor, columns: Tensor, batch: TokenBatch) -> Tensor:
-    """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`."""
-    if values.shape[1] == columns.numel():
-        return values
-    if values.shape[1] != batch.input_ids.shape[1]:
-        raise ValueError(
-            f"The model gave {values.shape[1]} positions for {batch.input_ids.shape[1]} tokens. Prompt-learning "
-            "adapters (prefix, prompt and p-tuning), which add tokens of their own, cannot be scored yet."
-        )
-    return values[:, columns - 1]
 
 
 def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> Tensor | None:

@@ -1,12 +1,48 @@
-"""Log-probabilities of the tokens of a batch, under a policy or a reference: one function for both."""
+"""Log-probabilities of the tokens of a batch, under a policy or a reference: one function for both.
+
+The output head is redirected to a fused op inside the model's own forward, so that the logits [B, K, V] are never made.
+A head that this cannot be done to (adapted by PEFT, quantised, patched) is scored through its logits, by the same
+maths.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from refkl.kl import token_logp
-from refkl.scoring.forward import ScoredLogits, completion_logits
+import torch
+from torch import Tensor, nn
+
+from refkl.kl import linear_logp, linear_pair, token_logp
+from refkl.scoring.forward import Call, ScoredLogits, completion_logits, prepare
+from refkl.scoring.head import Head, HeadError, find_head, redirected
 from refkl.types import TokenBatch, TokenScores
+
+Entropies = bool | Literal["detached"]
+Observer = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores of one forward pass."""
+
+    scores: TokenScores
+    outputs: Any
+    """The model's own output object; its logits mean nothing where the head was redirected."""
+    call: Call
+    against: tuple[Tensor, Tensor] | None = None
+    """[B, T] the other side's log-probabilities and the divergence from it, if it was given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """The reference, as the policy's forward is to be compared with it, token by token."""
+
+    scores: TokenScores
+    """With `hidden`."""
+    head: Head
+    kind: str
 
 
 def score_tokens(
@@ -21,24 +57,109 @@ def score_tokens(
         entropy: also give the entropy of each predicting distribution.
 
     Raises:
-        ValueError: as `completion_logits`; a temperature that is not positive.
+        ValueError: as `prepare`; a temperature that is not positive; the output head does something else than before.
     """
-    return scores_from(completion_logits(model, batch), temperature=temperature, entropy=entropy)
+    return score_model(model, batch, temperature=temperature, entropy=entropy).scores
 
 
-def scores_from(scored: ScoredLogits, *, temperature: float = 1.0, entropy: bool = False) -> TokenScores:
+def score_model(
+    model: nn.Module,
+    batch: TokenBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: Entropies = False,
+    hidden: bool = False,
+    against: Against | None = None,
+    observe: Observer | None = None,
+    **forward: Any,
+) -> Scored:
+    """One forward of the model as it is wrapped, and the scores of its tokens.
+
+    Args:
+        model, batch, temperature: as in `score_tokens`.
+        entropy: True with grad, "detached" without.
+        hidden: also the states that enter the output head.
+        against: also the exact divergence from this; the policy's head must be one that `find_head` finds.
+        observe: called as observe(logits [n, V], rows [n]) without grad, rows counting the [B, K] positions: for
+            statistics of the logits. Must not change them.
+        forward: further arguments for the model's forward.
+
+    Raises:
+        ValueError: as `score_tokens`; HeadError if there is an `against` and no head.
+    """
+    try:
+        head = find_head(model)
+    except HeadError:
+        if against is not None:
+            raise
+        scored = completion_logits(model, batch, hidden=hidden, **forward)
+        if observe is not None:
+            with torch.no_grad():
+                flat = scored.logits.flatten(0, 1)
+                observe(flat, torch.arange(flat.shape[0], device=flat.device))
+        return Scored(scores_from(scored, temperature=temperature, entropy=entropy), scored.outputs, scored.call)
+
+    call = prepare(model, batch, **forward)
+    states: list[Tensor] = []
+
+    def fused(entering: Tensor) -> Tensor:
+        rows = call.predicting(entering)
+        if hidden:
+            states.append(rows)
+        options: dict[str, Any] = {
+            "bias": head.bias,
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+            "temperature": temperature,
+            "entropy": entropy,
+            "mask": call.mask.flatten(),
+            "observe": observe,
+        }
+        flat, targets = rows.flatten(0, 1), call.targets.flatten()
+        if against is None:
+            found = linear_logp(flat, head.weight, targets, **options)
+        else:
+            assert against.scores.hidden is not None
+            other = against.scores.hidden[:, call.columns].flatten(0, 1)
+            found = linear_pair(
+                flat,
+                head.weight,
+                targets,
+                other,
+                against.head.weight,
+                against.kind,
+                ref_bias=against.head.bias,
+                **options,
+            )
+        return torch.stack([x for x in found if x is not None], -1)
+
+    with redirected(head, fused) as redirect:
+        outputs = model(**call.inputs)
+    stats = [call.spread(x.view(call.targets.shape)) for x in redirect.stats(outputs).unbind(-1)]
+    scores = TokenScores(
+        logp=stats[0],
+        entropy=(stats[1].detach() if entropy == "detached" else stats[1]) if entropy else None,
+        hidden=call.spread(states[0]) if hidden else None,
+        temperature=temperature,
+    )
+    return Scored(scores, outputs, call, None if against is None else (stats[-2].detach(), stats[-1]))
+
+
+def scores_from(scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False) -> TokenScores:
     """TokenScores from logits that are at hand."""
+    call = scored.call
     result = token_logp(
         scored.logits.flatten(0, 1),
-        scored.targets.flatten(),
+        call.targets.flatten(),
         temperature=temperature,
-        entropy=entropy,
-        mask=scored.mask.flatten(),
+        entropy=bool(entropy),
+        mask=call.mask.flatten(),
     )
-    shape = scored.targets.shape
+    shape = call.targets.shape
+    entropies = None if result.entropy is None else call.spread(result.entropy.view(shape))
     return TokenScores(
-        logp=scored.spread(result.logp.view(shape)),
-        entropy=None if result.entropy is None else scored.spread(result.entropy.view(shape)),
-        hidden=None if scored.hidden is None else scored.spread(scored.hidden),
+        logp=call.spread(result.logp.view(shape)),
+        entropy=entropies.detach() if entropies is not None and entropy == "detached" else entropies,
+        hidden=None if scored.hidden is None else call.spread(scored.hidden),
         temperature=temperature,
     )

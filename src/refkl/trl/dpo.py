@@ -21,7 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
-from refkl.scoring import ScoredLogits, completion_logits, scores_from
+from refkl.scoring import Call, score_model
 from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
 
@@ -109,15 +109,17 @@ class _PolicyView:
         if not fused_lm_head:
             return self.model(**inputs)
         router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
-        scored = completion_logits(self.model, _batch(inputs, labels), **router)
-        self.scores = scores_from(scored, entropy=True)
-        with torch.no_grad():
-            extra = _statistics(scored, self.weighting)
+        statistics = _Statistics(self.weighting)
+        scored = score_model(
+            self.model, _batch(inputs, labels), entropy="detached", observe=statistics.observe, **router
+        )
+        self.scores = scored.scores
+        assert self.scores.entropy is not None
         return FusedCausalLMOutput(
             log_probs=self.scores.logp[:, 1:],
-            entropy=None if self.scores.entropy is None else self.scores.entropy[:, 1:],
+            entropy=self.scores.entropy[:, 1:],
             aux_loss=scored.outputs.aux_loss if router else None,
-            **extra,
+            **statistics.result(scored.call),
         )
 
 
@@ -143,16 +145,32 @@ def _scored_mask(inputs: dict[str, Any]) -> Tensor:
     return TokenBatch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]).completion_mask
 
 
-def _statistics(scored: ScoredLogits, weighting: bool) -> dict[str, Tensor]:
+class _Statistics:
     """TRL's metrics of the policy's logits, each [B, T - 1]; and WPO's weights where asked for."""
-    values = {
-        "mean_logits": scored.logits.mean(-1, dtype=torch.float32),
-        "is_top1": (scored.logits.argmax(-1) == scored.targets).float(),
-    }
-    if weighting:
-        values["log_sum_sq_probs"] = torch.logsumexp(2 * torch.log_softmax(scored.logits.float(), -1), -1)
-    values = {name: scored.spread(value)[:, 1:] for name, value in values.items()}
-    return values | {"is_top1": values["is_top1"].bool()}
+
+    def __init__(self, weighting: bool) -> None:
+        self.weighting = weighting
+        self.seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def observe(self, logits: Tensor, rows: Tensor) -> None:
+        """Take them from some rows of logits [n, V]."""
+        values = {"mean_logits": logits.mean(-1, dtype=torch.float32), "top1": logits.argmax(-1)}
+        if self.weighting:
+            values["log_sum_sq_probs"] = torch.logsumexp(2 * torch.log_softmax(logits.float(), -1), -1)
+        self.seen.append((rows, values))
+
+    def result(self, call: Call) -> dict[str, Tensor]:
+        """Put together, by TRL's names."""
+        rows = torch.cat([rows for rows, _ in self.seen]) if self.seen else None
+        found = {}
+        for name in ("mean_logits", "top1", *(["log_sum_sq_probs"] if self.weighting else [])):
+            flat = torch.zeros(call.targets.numel(), device=call.targets.device)
+            if rows is not None:
+                flat = flat.to(self.seen[0][1][name].dtype)
+                flat[rows] = torch.cat([values[name] for _, values in self.seen])
+            found[name] = flat.view(call.targets.shape)
+        is_top1 = call.spread((found.pop("top1") == call.targets).float())[:, 1:].bool()
+        return {name: call.spread(value)[:, 1:] for name, value in found.items()} | {"is_top1": is_top1}
 
 
 @contextmanager

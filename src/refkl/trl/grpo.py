@@ -7,7 +7,7 @@ same function, with positions counted from the attention mask.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.reference import Reference
-from refkl.scoring import completion_logits, scores_from
+from refkl.scoring import score_model
 from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
 
@@ -29,14 +29,18 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 measures only),
-            aggregated as TRL does it for `args.loss_type`.
+            aggregated as TRL does it for `args.loss_type`. Placed in the reward, it is added to the advantages, after
+            TRL has scaled them: per token, or ("sequence") the same for all tokens of a completion. It then is the
+            KL of the policy that sampled, and takes part in all that `loss_type` does to advantages.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
 
     Raises:
-        ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl's scorer cannot honour.
+        ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl's scorer cannot honour; with the KL
+            in the reward, one that drops tokens from the loss (top_entropy_quantile, off_policy_mask_threshold).
     """
 
     args: GRPOConfig
+    placements = ("loss", "reward")
 
     def __init__(
         self,
@@ -61,7 +65,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         with overridden(config, beta=0.0, sync_ref_model=False):
             super().__init__(*args, **kwargs)
         self._policy_logp: Tensor | None = None
-        self._attach(reference, kl or _as_trl(beta, self.loss_type), sync)
+        self._rewarded: dict[str, Any] | None = None
+        self._attach(reference, kl or _as_trl(beta, self.loss_type, self.max_completion_length), sync)
         if not self.args.disable_dropout and any(_drops(module) for module in self.model.modules()):
             logger.warning(
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
@@ -83,17 +88,23 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         if given := sorted(name for name, value in inputs.items() if value is not None):
             raise ValueError(f"KLGRPOTrainer does not score images and other model inputs yet; it was given {given}.")
         logps, entropies, aux_losses = [], [], []
-        forward = {"output_router_logits": True} if compute_aux_loss else {}
+        # A gradient of the entropy takes one more product with the head's weight.
+        entropy: Literal["detached", True] = True if self._entropy_bonus_enabled else "detached"
+        forward: dict[str, Any] = {"output_router_logits": True} if compute_aux_loss else {}
         for batch in self._batches(input_ids, attention_mask, logits_to_keep, batch_size):
             with self.accelerator.autocast():
-                scored = completion_logits(model, batch, **forward)
-            scores = scores_from(scored, temperature=self.temperature, entropy=compute_entropy)
+                scored = score_model(
+                    model, batch, temperature=self.temperature, entropy=entropy if compute_entropy else False, **forward
+                )
+            scores = scored.scores
             logps.append(scores.logp[:, -logits_to_keep:])
             if scores.entropy is not None:
                 entropies.append(scores.entropy[:, -logits_to_keep:])
             if compute_aux_loss:
                 aux_losses.append(scored.outputs.aux_loss)
         self._policy_logp = torch.cat(logps)
+        if self._rewarded is not None:
+            self._add_reward(self._rewarded, self._policy_logp)
         aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
         return self._policy_logp, torch.cat(entropies) if compute_entropy else None, aux_loss
 
@@ -125,21 +136,57 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         return [TokenBatch(*tensors) for tensors in rows]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.penalty.config.placement == "reward":
+            # TRL scores the policy first and reads the advantages then, by which time they hold the KL. Not in `inputs`
+            # itself: TRL keeps that for the next iteration over the same rollouts.
+            self._rewarded = dict(inputs)
+            try:
+                return super()._compute_loss(model, self._rewarded)
+            finally:
+                self._rewarded = self._policy_logp = None
         loss = super()._compute_loss(model, inputs)
         policy_logp, self._policy_logp = self._policy_logp, None
         assert policy_logp is not None, "TRL scores the policy in its loss"
-        ref_logp = inputs["ref_per_token_logps"]
-        if bool((inputs["reference_updates"] != self.reference.updates).any()):
-            # TRL keeps rollouts over several steps; the reference has moved since these were scored.
-            ref_logp = self._reference_logp(inputs)
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        normalizer = self._normalizer(inputs)
-        old_logp = self._old_logp(inputs, policy_logp)
-        output = self._penalise(policy_logp, ref_logp, mask, self.temperature, old_logp=old_logp, normalizer=normalizer)
+        output = self._penalise(
+            policy_logp,
+            self._present_reference_logp(inputs),
+            _scored(inputs),
+            self.temperature,
+            old_logp=self._old_logp(inputs, policy_logp),
+            normalizer=self._normalizer(inputs),
+        )
         assert output.loss is not None
         return loss + output.loss
+
+    def _check_kl(self, kl: KLConfig) -> None:
+        super()._check_kl(kl)
+        drops = {
+            "top_entropy_quantile": self.top_entropy_quantile < 1.0,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+        }
+        for name, given in drops.items():
+            if given and kl.placement == "reward":
+                raise ValueError(
+                    f"{name} drops tokens from TRL's loss, and the KL of these with them if it is in their reward. Use "
+                    f"kl.placement 'loss', or leave {name} out."
+                )
+
+    def _add_reward(self, inputs: dict[str, Any], policy_logp: Tensor) -> None:
+        """Add the penalty of the policy that sampled to the advantages, which become [B, C]."""
+        sampled = inputs.get("old_per_token_logps")  # None where it would be the present policy's
+        sampled = policy_logp.detach() if sampled is None else sampled
+        reward = self._penalise(sampled, self._present_reference_logp(inputs), _scored(inputs), self.temperature).reward
+        assert reward is not None
+        if self.penalty.config.reward == "sequence":
+            reward = reward.sum(-1, keepdim=True).expand_as(reward)
+        advantages = inputs["advantages"]
+        inputs["advantages"] = (advantages[:, None] if advantages.dim() == 1 else advantages) + reward
+
+    def _present_reference_logp(self, inputs: dict[str, Any]) -> Tensor:
+        """[B, C] the reference's scores of a rollout, anew where it has moved since: TRL keeps rollouts over steps."""
+        if bool((inputs["reference_updates"] != self.reference.updates).any()):
+            return self._reference_logp(inputs)
+        return inputs["ref_per_token_logps"]
 
     def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
         """What the KL estimate's ratio is to, or None where the estimate takes none.
@@ -158,8 +205,10 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         """What this micro-batch's KL is divided by: its share of the whole step's tokens or sequences, over ranks."""
         if not self.model.training:
             return None
-        steps = self.current_gradient_accumulation_steps
-        if self.penalty.config.aggregation != "token-mean":
+        steps, aggregation = self.current_gradient_accumulation_steps, self.penalty.config.aggregation
+        if aggregation == "token-sum":
+            return torch.tensor(1.0 / self.accelerator.num_processes)  # gradients are averaged over ranks
+        if aggregation != "token-mean":
             # Every row, as TRL counts, one that was masked as truncated too: the same on each rank and micro-batch.
             return torch.tensor(float(inputs["completion_ids"].shape[0] * steps))
         # TRL counts the tokens of the whole generation batch, over all ranks.
@@ -171,18 +220,21 @@ _TRL_AGGREGATION: dict[str, Any] = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
     "luspo": "seq-mean-token-sum",
+    "dr_grpo": "seq-mean-token-sum-norm",
 }
 """How TRL's loss types aggregate the KL; the others take a mean over tokens."""
 
 
-def _as_trl(beta: float, loss_type: str) -> KLConfig:
+def _as_trl(beta: float, loss_type: str, max_completion_length: int | None) -> KLConfig:
     """The penalty that a script which sets TRL's own beta asks for."""
-    if loss_type == "dr_grpo" and beta:
-        raise ValueError(
-            "loss_type 'dr_grpo' divides TRL's KL by max_completion_length, which no aggregation here does. Leave beta "
-            "at 0 and pass kl=KLConfig(coef=…)."
-        )
-    return KLConfig(coef=beta, aggregation=_TRL_AGGREGATION.get(loss_type, "token-mean"))
+    length = max_completion_length if loss_type == "dr_grpo" else None
+    return KLConfig(coef=beta, aggregation=_TRL_AGGREGATION.get(loss_type, "token-mean"), length=length)
+
+
+def _scored(inputs: dict[str, Any]) -> Tensor:
+    """[B, C], 1 = a token that the policy sampled; what a tool put in is not."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _drops(module: nn.Module) -> bool:
