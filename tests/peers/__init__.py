@@ -1,0 +1,1 @@
+"""The published tests of other RLHF libraries, run against refkl's maths (docs/peers.md)."""

@@ -1,0 +1,1 @@
+"""OpenRLHF's tests load this file; nothing in it is refkl's."""
