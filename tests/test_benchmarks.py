@@ -1,0 +1,132 @@
+"""The benchmark runs, measures everybody it can, and would notice a wrong kernel and a large temporary."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, run
+
+SCRIPT = ROOT / "benchmarks" / "kernels.py"
+SHAPE = "64x32x500"
+# Everything but Liger comes with an install of refkl: a row that goes missing is a failure, not an absence.
+ALWAYS = {
+    "logp": {"refkl", "refkl token_loss", "full logits", "torch", "torch chunked", "torch chunked, sum", "TRL"},
+    "logp_entropy": {"refkl", "refkl token_loss", "full logits", "TRL"},
+    "logp_entropy_detached": {"refkl", "refkl token_loss", "full logits", "TRL"},
+    "reverse_kl": {"refkl", "refkl token_loss", "full logits", "TRL"},
+}
+LIGER = {"logp": {"Liger GRPO"}, "reverse_kl": {"Liger JSD"}}
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The benchmark's own modules, importable as they are for the script beside them."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import kernel_cases
+    import kernel_measure
+    import kernel_peers
+
+    yield kernel_cases, kernel_measure, kernel_peers
+    for name in [name for name in sys.modules if name.startswith("kernel_")]:
+        del sys.modules[name]
+
+
+def benchmark(folder: Path, *arguments: str) -> dict:
+    out = folder / "out.json"
+    # Compiling takes longer than all else here, and is not what is tested.
+    command = [sys.executable, str(SCRIPT), "--rounds", "1", "--json", str(out), *arguments]
+    run(command, TORCHDYNAMO_DISABLE="1")
+    return json.loads(out.read_text())
+
+
+def test_every_installed_kernel_is_measured_and_right(tmp_path):
+    saved = benchmark(tmp_path, "--shapes", SHAPE, "--no-memory", "--masked", "0", "50", "--ops", *ALWAYS)
+    assert len(saved["cases"]) == len(ALWAYS) * 2 * 2
+    for result in saved["cases"]:
+        case, rows = result["case"], {row["peer"]: row for row in result["rows"]}
+        expected = ALWAYS[case["op"]] | (LIGER.get(case["op"], set()) if find_spec("liger_kernel") else set())
+        assert set(rows) == expected | ({"full logits, scored only"} if case["masked"] else set())
+        assert len(result["matmul_seconds"]) == 1
+        for name, row in rows.items():
+            assert row["failure"] is None, (name, case, row["failure"])
+            assert row["median"] > 0
+            assert row["errors"]["hidden"] < 2e-5, (name, case)
+            assert (row["errors"]["weight"] is None) == (case["head"] == "frozen")
+            assert (row["errors"]["weight"] or 0.0) < 2e-5, (name, case)
+            # Liger's GRPO loss does not hold log-probabilities in its value.
+            assert name == "Liger GRPO" or row["errors"]["value"] < 1e-5, (name, case)
+
+
+def test_scaling_goes_over_all_token_counts(tmp_path):
+    arguments = ("--scaling", "--shapes", "1x8x64", "--ops", "logp", "--heads", "frozen", "--no-memory")
+    saved = benchmark(tmp_path, *arguments)
+    assert [result["case"]["shape"] for result in saved["cases"]] == [[2**k, 8, 64] for k in range(8, 14)]
+    assert {row["peer"] for row in saved["cases"][0]["rows"]} == {"refkl", "refkl token_loss"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_read_in_a_process_of_its_own(tmp_path):
+    arguments = ("--shapes", "4096x8x500", "--ops", "logp", "--heads", "frozen", "--only", "full logits")
+    (result,) = benchmark(tmp_path, *arguments)["cases"]
+    logits = 4096 * 500 * 4
+    # logits, log-softmax and a gradient of either: at least two of them at a time, and no six
+    assert 2 * logits <= result["rows"][0]["memory"] < 6 * logits
+
+
+@pytest.mark.parametrize("scale, off", [(1.0, False), (1.01, True), (float("nan"), True)])
+def test_a_wrong_gradient_is_marked(modules, scale, off):
+    cases, measure, peers = modules
+    case = cases.Case("logp", "trained", "fp32", 0, (16, 8, 50), "cpu", 0)
+
+    def run_scaled(case, inputs):
+        outcome = peers.PEERS["full logits"].run(case, inputs)
+        # the value stays right: the gradient alone is off
+        return peers.Outcome(outcome.loss * scale, outcome.value)
+
+    peers.PEERS["scaled"] = peers.Peer("scaled", cases.OPS, "", run_scaled)
+    row = measure.measure_case(case, [peers.PEERS["scaled"]], 1, lambda _: None).rows["scaled"]
+    assert row.failure is None
+    assert row.off is off
+
+
+def test_a_wrong_value_is_marked(modules):
+    cases, measure, peers = modules
+    case = cases.Case("reverse_kl", "frozen", "fp32", 0, (16, 8, 50), "cpu", 0)
+
+    def run_shifted(case, inputs):
+        outcome = peers.PEERS["full logits"].run(case, inputs)
+        return peers.Outcome(outcome.loss, outcome.value + 0.01)
+
+    peers.PEERS["shifted"] = peers.Peer("shifted", cases.OPS, "", run_shifted)
+    assert measure.measure_case(case, [peers.PEERS["shifted"]], 1, lambda _: None).rows["shifted"].off
+
+
+def test_a_peer_that_raises_is_a_row_of_its_own(modules):
+    cases, measure, peers = modules
+    case = cases.Case("logp", "frozen", "fp32", 0, (16, 8, 50), "cpu", 0)
+
+    def fail(case, inputs):
+        raise RuntimeError("no kernel for this")
+
+    peers.PEERS["failing"] = peers.Peer("failing", cases.OPS, "", fail)
+    chosen = [peers.PEERS["failing"], peers.PEERS["full logits"]]
+    rows = measure.measure_case(case, chosen, 2, lambda _: None).rows
+    assert "no kernel for this" in rows["failing"].failure
+    assert len(rows["full logits"].seconds) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("reader", ["_host_peak", "_sampled_peak"])
+def test_the_memory_reading_sees_what_was_freed_again(modules, reader):
+    _, measure, _ = modules
+
+    def work():
+        temporary = torch.ones(64 << 18)  # 64 MiB
+        return temporary.sum() + torch.ones(8 << 18)  # 8 MiB, while the temporary is still there
+
+    assert 72 << 20 <= getattr(measure, reader)(work) + (1 << 20) < 100 << 20
