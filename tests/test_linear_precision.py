@@ -101,10 +101,10 @@ def test_a_weights_gradient_is_rounded_to_bf16_once(closure):
 
 @pytest.mark.parametrize("name", ["hidden", "weight"])
 def test_a_normalizer_does_not_lean_a_bf16_gradient_one_way(name):
-    """1 + 2^-8 is 1 in bf16: rounded before it multiplies, it would shift every gradient by 0.4 %."""
+    """339/256 is 340/256 in bf16: rounded before it multiplies, it would shift every gradient by 0.3 %."""
     hidden, weight, targets = problem(BF16, BF16, n=300, width=16, vocab=60)
     hidden.requires_grad_(), weight.requires_grad_()
-    factor = 1 + 2**-8
+    factor = 339 / 256
     loss = kl.linear_logp(hidden, weight, targets, token_loss=lambda s: s.logp).sum() * factor
     leaf = {"hidden": hidden, "weight": weight}[name]
     slope = torch.autograd.grad(loss, leaf)[0].double()
@@ -162,7 +162,7 @@ def test_autocast_changes_nothing(trained, closure):
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("closure", [False, True])
 def test_a_log_probability_near_zero_keeps_its_digits(ahead, trained, entropy, closure):
-    """Logits (a, 0, 0): log p = -log(1 + 2 e^-a), its slope 1 - p at the target; z - logsumexp(z) would give 0 for both."""
+    """Logits (a, 0, 0): log p = -log(1 + 2 e^-a), its slope 1 - p at the target, where z - logsumexp(z) is 0 twice."""
     hidden = torch.tensor([[ahead]]).requires_grad_()
     weight = torch.tensor([[1.0], [0.0], [0.0]]).requires_grad_(trained)
     left = 2 * math.exp(-ahead) / (1 + 2 * math.exp(-ahead))
@@ -203,13 +203,13 @@ def test_so_do_entropy_and_the_pair(ahead, shared):
 def scaled_to(target, hidden, direction, heads):
     """How far along `direction` each row must go for a reverse KL of `target`, by the truth in fp64."""
     size = torch.full((hidden.shape[0], 1), math.sqrt(target))
-    for _ in range(12):
+    for _ in range(8):
         truth = heads(hidden + size * direction)
         size *= (target / truth.clamp(min=1e-30)).sqrt().clamp(0.1, 10)[:, None].float()
     return hidden + size * direction
 
 
-def rows_of(shape, vocab, width=32, n=24):
+def rows_of(shape, vocab, n, width=32):
     """Distributions over V: flat, of a language model's spread, peaked, or two tokens that share all of it."""
     weight = torch.randn(vocab, width) / math.sqrt(width)
     hidden = {"flat": 0.3, "usual": 3.0, "peaked": 8.0, "two": 1.0}[shape] * torch.randn(n, width)
@@ -226,7 +226,7 @@ def rows_of(shape, vocab, width=32, n=24):
 @pytest.mark.parametrize("weight_dtype", [FP32, BF16])
 def test_a_small_kl_keeps_its_digits_and_its_sign(target, vocab, shape, weight_dtype):
     """One head for both: to 1e-3. Two heads subtract logits in fp32, whose last digits are then the error."""
-    hidden, weight = rows_of(shape, vocab)
+    hidden, weight = rows_of(shape, vocab, n=24 if vocab < 10_000 else 8)
     weight = weight.to(weight_dtype)
     z = plain.logits(hidden, weight)
 
@@ -235,13 +235,20 @@ def test_a_small_kl_keeps_its_digits_and_its_sign(target, vocab, shape, weight_d
 
     ref_hidden = scaled_to(target, hidden, torch.randn_like(hidden), truth)
     expected = truth(ref_hidden)
-    assert ((expected > 0.3 * target) & (expected < 3 * target)).float().mean() > 0.8
-    reachable = expected > 0.1 * target
+    reached = (expected > 0.1 * target) & (expected < 10 * target)
+    assert reached.float().mean() > 0.6  # a peaked row may have nowhere to go
     for ref_weight, far in ((weight, 1e-3), (weight.clone(), 1e-3 + DISTINCT[shape] / math.sqrt(target))):
         found = kl.linear_divergence(hidden, weight, ref_hidden, ref_weight)
         assert (found >= 0).all()
-        error = ((found.double() - expected) / expected).abs()[reachable]
+        error = ((found.double() - expected) / expected).abs()[reached]
         assert error.max() < far, f"{error.max():.1e}"
+    policy, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    found = kl.linear_divergence(policy, weight, ref_hidden, weight).sum()
+    plain_z, ref_z = plain.logits(exact, weight), plain.logits(ref_hidden, weight)
+    (slope,) = torch.autograd.grad(found, policy)
+    (want,) = torch.autograd.grad(plain.divergence(plain_z, ref_z, "reverse_kl").sum(), exact)
+    error = (slope.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert error[reached].max() < 1e-3, f"{error[reached].max():.1e}"
 
 
 DISTINCT = {"flat": 0.0, "usual": 6e-6, "peaked": 3e-5, "two": 6e-5}
@@ -276,10 +283,15 @@ def test_step_zero_is_exactly_zero(kind, order, dtype, trained, softcap):
                 top_k=top_k,
                 chunk=4,
             )
-            assert torch.equal(pair.divergence, torch.zeros(9)) and torch.equal(pair.logp, pair.ref_logp)
-            for leaf in (hidden, weight) if trained else (hidden,):
-                (slope,) = torch.autograd.grad(pair.divergence.sum(), leaf, retain_graph=True)
-                assert torch.equal(slope, torch.zeros_like(leaf))
+            alone = kl.linear_divergence(
+                hidden, weight, reference, ref_weight, kind, softcap=softcap, order=order, top_k=top_k, chunk=4
+            )
+            assert torch.equal(pair.logp, pair.ref_logp)
+            for divergence in (pair.divergence, alone):
+                assert torch.equal(divergence, torch.zeros(9))
+                for leaf in (hidden, weight) if trained else (hidden,):
+                    (slope,) = torch.autograd.grad(divergence.sum(), leaf, retain_graph=True)
+                    assert torch.equal(slope, torch.zeros_like(leaf))
 
 
 # logits of any size
@@ -296,25 +308,51 @@ def test_logits_far_from_zero(level, shared):
     pair = kl.linear_pair(hidden, weight, targets, ref_hidden, ref_weight, entropy=True)
     assert pair.entropy[0].item() == pytest.approx(math.log(50), rel=1e-6)
     assert pair.logp[0].item() == pytest.approx(-math.log(50), rel=1e-6)
-    assert pair.divergence[0].item() == 0.0
     z, ref_z = plain.logits(hidden, weight), plain.logits(ref_hidden, weight)
     # fp32 numbers around 1e4 are 1e-3 apart
     torch.testing.assert_close(pair.logp.double(), plain.logp(z, targets), rtol=0, atol=4e-3)
     torch.testing.assert_close(pair.entropy.double(), plain.entropy(z), rtol=0, atol=4e-3)
     truth = plain.divergence(z, ref_z, "reverse_kl")
-    torch.testing.assert_close(pair.divergence.double(), truth, rtol=0, atol=4e-3)
+    for divergence in (pair.divergence, kl.linear_divergence(hidden, weight, ref_hidden, ref_weight)):
+        assert divergence[0].item() == 0.0
+        torch.testing.assert_close(divergence.double(), truth, rtol=0, atol=4e-3)
     (slope,) = torch.autograd.grad(pair.divergence.sum() + pair.entropy.sum() + pair.logp.sum(), hidden)
     assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("spread", [0.03, 1.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("moved", [0.01, 1.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_kl_of_any_size(spread, moved, shared):
+    """From logits within 0.1 of another to thousands apart, alone and in a pair: value and gradient."""
+    hidden, weight, targets = problem(n=20, spread=spread)
+    ref_hidden = (1 - moved) * hidden + moved * spread * torch.randn_like(hidden)
+    exact, hidden = hidden.double().requires_grad_(), hidden.requires_grad_()
+    ref_weight = weight if shared else weight.clone()
+    z, ref_z = plain.logits(exact, weight), plain.logits(ref_hidden, weight)
+    d = z.log_softmax(-1) - ref_z.log_softmax(-1)
+    truth = (z.softmax(-1) * d).sum(-1)
+    (want,) = torch.autograd.grad(truth.sum(), exact)
+    rounding = 2e-7 * spread  # of the logits, in nats; what is common to all of them enters as its square
+    atol = 5 * rounding * truth.max().item() ** 0.5 + rounding**2 + 1e-10
+    pair = kl.linear_pair(hidden, weight, targets, ref_hidden, ref_weight).divergence
+    for found in (pair, kl.linear_divergence(hidden, weight, ref_hidden, ref_weight)):
+        assert (found >= 0).all()
+        torch.testing.assert_close(found.double(), truth, rtol=2e-5, atol=atol)
+        (slope,) = torch.autograd.grad(found.sum(), hidden)
+        close = 1e-5 * (1 + spread) * want.norm(dim=-1).max().item() + 1e-12
+        assert (slope.double() - want).norm(dim=-1).max().item() < close
 
 
 @pytest.mark.parametrize("gap", [1e2, 1e4])
 def test_one_token_far_ahead_on_each_side(gap):
     """Policy all on token 0, reference all on token 1: reverse KL is the gap between the logits."""
     hidden = torch.tensor([[gap, 0.0]]).requires_grad_()
-    pair = kl.linear_pair(
-        hidden, torch.eye(2), torch.tensor([1]), torch.tensor([[0.0, gap]]), torch.eye(2), entropy=True
-    )
-    assert (pair.divergence.item(), pair.logp.item(), pair.ref_logp.item()) == (gap, -gap, 0.0)
+    head, ref_head = torch.eye(2), torch.eye(2)
+    pair = kl.linear_pair(hidden, head, torch.tensor([1]), torch.tensor([[0.0, gap]]), ref_head, entropy=True)
+    assert (pair.divergence.item(), pair.logp.item()) == (gap, -gap)
+    assert kl.linear_divergence(hidden, head, hidden.detach().flip(1), ref_head).item() == gap
+    assert pair.ref_logp.item() == pytest.approx(-math.exp(-gap), abs=1e-44)
     assert pair.entropy.item() == pytest.approx(0.0, abs=1e-30)
     (slope,) = torch.autograd.grad(pair.logp.sum(), hidden)
     assert slope.tolist() == [[-1.0, 1.0]]

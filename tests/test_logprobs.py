@@ -52,6 +52,54 @@ def test_probabilities_of_bf16_logits_sum_to_one():
     assert logp.double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ahead", [20.0, 40.0, 80.0])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_log_probability_near_zero_keeps_its_digits(dtype, ahead, with_entropy):
+    """Logits (a, 0, 0): log p = -log(1 + 2 e^-a), which z - logsumexp(z) rounds to 0; so it does 1 - p."""
+    logits = torch.tensor([[ahead, 0.0, 0.0]], dtype=dtype).requires_grad_()
+    left = 2 * math.exp(-ahead) / (1 + 2 * math.exp(-ahead))
+    found = kl.token_logp(logits, torch.tensor([0]), entropy=with_entropy)
+    assert found.logp.item() == pytest.approx(math.log1p(-left), rel=1e-5)
+    close = 1e-5 if dtype == torch.float32 else 4e-3
+    (slope,) = torch.autograd.grad(found.logp.sum(), logits, retain_graph=True)
+    assert slope[0].tolist() == pytest.approx([left, -left / 2, -left / 2], rel=close)
+    if with_entropy:
+        assert found.entropy.item() == pytest.approx(ahead * left - math.log1p(-left), rel=1e-5)
+        (slope,) = torch.autograd.grad(found.entropy.sum(), logits)
+        spread = ahead * left * (1 - left)
+        assert slope[0].tolist() == pytest.approx([-spread, spread / 2, spread / 2], rel=close)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logits_of_any_size(target, with_entropy):
+    """±1e4 and equal rows: log p by hand, and no overflow in the gradient."""
+    logits = torch.tensor([[1e4, 1e4 - 2], [-1e4, -1e4 - 2], [1e4, -1e4], [-1e4, -1e4]]).requires_grad_()
+    found = kl.token_logp(logits, torch.full((4,), target), entropy=with_entropy)
+    near = -math.log1p(math.exp(-2)) - 2 * target
+    assert found.logp.tolist() == pytest.approx([near, near, -2e4 * target, -math.log(2)], rel=1e-6)
+    (slope,) = torch.autograd.grad(found.logp.sum(), logits)
+    own = 1 - math.exp(near)
+    expected = [own, own, float(target), 0.5]
+    assert slope[:, target].tolist() == pytest.approx(expected, rel=1e-6)
+    assert slope[:, 1 - target].tolist() == pytest.approx([-x for x in expected], rel=1e-6)
+    if with_entropy:
+        p = 1 / (1 + math.exp(-2))
+        near = -p * math.log(p) - (1 - p) * math.log(1 - p)
+        assert found.entropy.tolist() == pytest.approx([near, near, 0.0, math.log(2)], rel=1e-6)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_target_that_is_excluded_or_alone(with_entropy):
+    """log p = -inf with the gradient of a sure loss, and 0.0 with none."""
+    logits = torch.tensor([[-INF, 1.0, 1.0], [2.0, -INF, -INF]]).requires_grad_()
+    found = kl.token_logp(logits, torch.tensor([0, 0]), entropy=with_entropy)
+    assert found.logp.tolist() == [-INF, 0.0]
+    (slope,) = torch.autograd.grad(found.logp.sum(), logits)
+    assert slope.tolist() == [[1.0, -0.5, -0.5], [0.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gradient_is_the_derivative_of_both_outputs(temperature):
     logits = torch.randn(4, 6, dtype=torch.float64)
@@ -100,7 +148,7 @@ def test_chunking_changes_nothing(rows, monkeypatch):
         return result.logp, result.entropy, slope
 
     whole = scores()
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 20 * rows)
+    monkeypatch.setattr(logprobs, "blocks", lambda n, *_: (slice(i, min(i + rows, n)) for i in range(0, n, rows)))
     for found, expected in zip(scores(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from refkl.kl.projection import Projection, Scaling, rows_per_tile
-from refkl.kl.rows import Divergence, blocks, compare
+from refkl.kl.rows import Divergence, blocks, compare, reverse_kl_in_place
 from refkl.kl.tokens import entropy, entropy_slope, logp_in_place, logp_slope, token_rows
 
 
@@ -165,8 +165,9 @@ class _Walk:
         elif inputs.ref_weight is not None:
             self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype)
         self.finite = all(p is None or p.finite(job.columns) for p in (self.head, self.ref))
-        # Alone, a log-probability needs no second tile and the fewest passes over the first.
-        self.lean = job.names == ("logp",)
+        # Alone, these two are done in place, in the fewest passes.
+        plain = job.how == Divergence() and self.finite and not self.head.capped
+        self.lean = job.names == ("logp",) or (job.names == ("divergence",) and plain)
         self.count = inputs.hidden.shape[0] if job.rows is None else job.rows.numel()
         limit = job.chunk or rows_per_tile(job.columns, self.dtype, inputs.hidden.device)
         self.size = -(-self.count // max(1, -(-self.count // limit)))
@@ -229,7 +230,7 @@ class _Walk:
             given.append(weights)
             tile = self._tiles(len(rows))[0][:, : self.head.size]
             if factor is not None:
-                factor = factor * weights["logp"][:, None]
+                factor = factor * weights[self.job.names[0]][:, None]
             if d_hidden is not None:
                 self._pull(tile, factor, d_hidden[part])
             if d_weight is not None:
@@ -313,9 +314,8 @@ class _Walk:
             seen = None if watched is None else watched[block]
             target = None if targets is None else targets[block]
             if self.lean:
-                assert target is not None
-                logp, factor = self._lean(self.buffers[0][:rows][block], target, seen, slope=each or lean_slope)
-                found.append({"logp": logp})
+                stats, factor = self._lean(block, rows, target, seen, slope=each or lean_slope)
+                found.append(stats)
                 factors.append(factor)
                 continue
             stats, slopes = self._full(block, rows, target, seen, self.job.graded if each else tuple(coefs or ()))
@@ -328,14 +328,23 @@ class _Walk:
                 self.buffers[0][:rows][block] = total
         return self._joined(found), torch.cat(factors) if factors else None
 
-    def _lean(self, z: Tensor, target: Tensor, seen: Tensor | None, *, slope: bool) -> tuple[Tensor, Tensor]:
+    def _lean(
+        self, block: slice, rows: int, target: Tensor | None, seen: Tensor | None, *, slope: bool
+    ) -> tuple[Values, Tensor]:
+        z = self.buffers[0][:rows][block]
+        if self.ref is not None:
+            ref_z = self.buffers[1][:rows][block]
+            self._observe(z + ref_z if self.shared else z, seen)
+            divergence, factor = reverse_kl_in_place(z, ref_z, difference=self.shared)
+            return {"divergence": divergence}, factor
+        assert target is not None
         bend = self.head.cap_(z, slope=slope)
         self.head.exclude_(z)
         self._observe(z, seen)
         logp, factor = logp_in_place(z, target)
         if bend is not None:
             z *= bend
-        return logp, factor
+        return {"logp": logp}, factor
 
     def _observe(self, z: Tensor, seen: Tensor | None) -> None:
         if seen is not None and self.job.observe is not None:
@@ -390,12 +399,12 @@ class _Walk:
         """z, z_ref, z - z_ref where it is known better than from these, and what the soft cap multiplies slopes by."""
         raw = [buffer[:rows][block] for buffer in self.buffers]
         if self.ref is None:
-            z = raw[0].clone()
+            z = self._own(raw[0])
             bend = self.head.cap_(z, slope=slope)
             self.head.exclude_(z)
             return z, None, None, bend
-        ref_z = raw[1].clone()
-        z = raw[0] + raw[1] if self.shared else raw[0].clone()
+        ref_z = self._own(raw[1])
+        z = raw[0] + raw[1] if self.shared else self._own(raw[0])
         bend = self.head.cap_(z, slope=slope)
         self.ref.cap_(ref_z, slope=False)
         difference: Tensor | None = None
@@ -408,6 +417,11 @@ class _Walk:
         self.head.exclude_(z)
         self.ref.exclude_(ref_z)
         return z, ref_z, difference, bend
+
+    def _own(self, raw: Tensor) -> Tensor:
+        """A product that may be changed: itself if nothing will."""
+        padded = any(p is not None and p.size < self.job.columns for p in (self.head, self.ref))
+        return raw.clone() if self.head.capped or padded else raw
 
     def _close(self, stats: Values, index: Any, *, grad: bool) -> tuple[Tensor, Values]:
         """The `token_loss` [n] of a tile, and its derivative by each graded value [n]."""
