@@ -74,6 +74,7 @@ def test_kl_sees_tensors_alone() -> None:
             "dataclasses",
             "functools",
             "math",
+            "os",
             "typing",
             "torch",
             "refkl.kl",

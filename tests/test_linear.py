@@ -66,10 +66,9 @@ class Heads:
     def slopes(self, loss, **options):
         return torch.autograd.grad(loss, self.leaves, **options)
 
-    def same_slopes(self, found, expected):
-        for name, a, b in zip(
-            self.graded.split(), self.slopes(found), self.slopes(expected, retain_graph=True), strict=True
-        ):
+    def same_slopes(self, found, expected, **options):
+        slopes = self.slopes(found, **options), self.slopes(expected, retain_graph=True)
+        for name, a, b in zip(self.graded.split(), *slopes, strict=True):
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}", **CLOSE)
 
 
@@ -105,9 +104,9 @@ def test_values_and_gradients_are_those_of_the_plain_formulas(graded, shared, sc
     case = heads(graded, shared=shared, bias=graded != "hidden weight")
     expected, kept = case.plain(scaling), torch.ones(7) if mask is None else mask
     a, b, c = torch.randn(3, 7, dtype=FP64)
-    for chunk in (None, 1, 3, 100):
+    for chunk, entropies in ((None, (False, "detached")), (1, (True,)), (3, (False, True)), (100, (True,))):
         options = {**scaling, "mask": mask, "chunk": chunk}
-        for entropy in (False, True, "detached"):
+        for entropy in entropies:
             found, pair = case.logp(entropy=entropy, **options), case.pair(entropy=entropy, **options)
             divergence = case.divergence(**options)
             for got, want in [
@@ -480,7 +479,9 @@ def test_padding_of_the_vocabulary(graded, softcap, shorter):
         torch.testing.assert_close(found.divergence, expected, **CLOSE)
         loss = (found.logp + found.entropy + found.divergence).sum()
         want = (plain.logp(full, case.targets) + plain.entropy(full) + expected).sum()
-        case.same_slopes(loss, want)
+        case.same_slopes(loss, want, retain_graph=True)
+        # alone, a log-probability is projected again without the reference, into a tile as wide
+        case.same_slopes(found.logp.sum(), plain.logp(full, case.targets).sum())
 
 
 def padded_divergence(z, ref_z, kind, order):

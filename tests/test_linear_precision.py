@@ -135,17 +135,21 @@ def test_fp16_gradients_survive_until_the_loss_scale(trained, closure):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("closure", [False, True])
 def test_autocast_changes_nothing(trained, closure):
+    """Neither in the pair nor in the two functions that have a shorter path of their own."""
     hidden, weight, targets = problem(n=20, vocab=50)
     ref_hidden, ref_weight = hidden + 0.1, weight + 0.01 * torch.randn_like(weight)
+    bias = torch.randn(50).requires_grad_(trained)
     hidden.requires_grad_(), weight.requires_grad_(trained)
-    leaves = [hidden, weight] if trained else [hidden]
+    leaves = [hidden, weight, bias] if trained else [hidden]
     token_loss = (lambda s: s.logp + s.divergence * s.entropy) if closure else None
 
     def results():
-        args = hidden, weight, targets, ref_hidden, ref_weight
-        found = kl.linear_pair(*args, entropy=True, chunk=6, token_loss=token_loss)
+        ref = ref_hidden, ref_weight
+        found = kl.linear_pair(hidden, weight, targets, *ref, bias=bias, entropy=True, chunk=6, token_loss=token_loss)
         loss = found if closure else found.logp + found.divergence * found.entropy
-        return value_and_slopes(loss * torch.arange(20), *leaves)
+        logp = kl.linear_logp(hidden, weight, targets, bias=bias).logp
+        divergence = kl.linear_divergence(hidden, weight, *ref, bias=bias, ref_bias=bias)
+        return [x for y in (loss, logp, divergence) for x in value_and_slopes(y * torch.linspace(0.1, 1, 20), *leaves)]
 
     expected = results()
     with torch.autocast("cpu", torch.bfloat16):
@@ -236,19 +240,20 @@ def test_a_small_kl_keeps_its_digits_and_its_sign(target, vocab, shape, weight_d
     ref_hidden = scaled_to(target, hidden, torch.randn_like(hidden), truth)
     expected = truth(ref_hidden)
     reached = (expected > 0.1 * target) & (expected < 10 * target)
-    assert reached.float().mean() > 0.6  # a peaked row may have nowhere to go
-    for ref_weight, far in ((weight, 1e-3), (weight.clone(), 1e-3 + DISTINCT[shape] / math.sqrt(target))):
-        found = kl.linear_divergence(hidden, weight, ref_hidden, ref_weight)
-        assert (found >= 0).all()
-        error = ((found.double() - expected) / expected).abs()[reached]
-        assert error.max() < far, f"{error.max():.1e}"
+    assert reached.float().mean() > 0.5  # a peaked row may have nowhere to go
     policy, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    found = kl.linear_divergence(policy, weight, ref_hidden, weight).sum()
     plain_z, ref_z = plain.logits(exact, weight), plain.logits(ref_hidden, weight)
-    (slope,) = torch.autograd.grad(found, policy)
     (want,) = torch.autograd.grad(plain.divergence(plain_z, ref_z, "reverse_kl").sum(), exact)
-    error = (slope.double() - want).norm(dim=-1) / want.norm(dim=-1)
-    assert error[reached].max() < 1e-3, f"{error[reached].max():.1e}"
+    targets = torch.zeros(len(hidden), dtype=torch.long)
+    for ref_weight, far in ((weight, 1e-3), (weight.clone(), 1e-3 + DISTINCT[shape] / math.sqrt(target))):
+        alone = kl.linear_divergence(policy, weight, ref_hidden, ref_weight)
+        for found in (alone, kl.linear_pair(policy, weight, targets, ref_hidden, ref_weight).divergence):
+            assert (found >= 0).all()
+            error = ((found.double() - expected) / expected).abs()[reached].max()
+            assert error < far, f"value {error:.1e}"
+            (slope,) = torch.autograd.grad(found.sum(), policy)
+            error = ((slope.double() - want).norm(dim=-1) / want.norm(dim=-1))[reached].max()
+            assert error < (1e-4 if ref_weight is weight else far), f"gradient {error:.1e}"
 
 
 DISTINCT = {"flat": 0.0, "usual": 6e-6, "peaked": 3e-5, "two": 6e-5}
@@ -340,7 +345,7 @@ def test_a_kl_of_any_size(spread, moved, shared):
         assert (found >= 0).all()
         torch.testing.assert_close(found.double(), truth, rtol=2e-5, atol=atol)
         (slope,) = torch.autograd.grad(found.sum(), hidden)
-        close = 1e-5 * (1 + spread) * want.norm(dim=-1).max().item() + 1e-12
+        close = (1e-4 + 3 * rounding) * want.norm(dim=-1).max().item() + 10 * rounding + 3e-7 * truth.max().item()
         assert (slope.double() - want).norm(dim=-1).max().item() < close
 
 

@@ -120,7 +120,7 @@ class KLOutput:
     loss: Tensor | None
     """Scalar, with grad to the policy: coef times the aggregated KL."""
     reward: Tensor | None
-    """[B, T], detached; None when the penalty is placed in the loss."""
+    """[B, T], detached: -coef times the KL, to be added to the rewards; None when the penalty is in the loss."""
     per_token: Tensor
     """[B, T], nats: the KL estimate of each token; 0.0 where the mask is False."""
     metrics: dict[str, float]

@@ -8,7 +8,7 @@ vocabulary at a time on a CPU, whose own products would round their results to 1
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 32 << 20
+_TILE_BYTES = 64 << 20
 _TILE_BYTES_CUDA = 512 << 20
+_LEAST_ROWS, _MOST_ROWS = 256, 4096
+"""A product of fewer rows spends its time on reading the weight."""
 _WIDEN_BYTES = 8 << 20
 """How much of a 16-bit weight is widened at a time."""
 
@@ -124,7 +126,14 @@ def rows_per_tile(columns: int, dtype: torch.dtype, device: torch.device) -> int
 
 @lru_cache(maxsize=256)  # the same for policy and reference, however the free memory changes: their tiles must agree
 def _rows_per_tile(columns: int, dtype: torch.dtype, device: str) -> int:
-    budget = _TILE_BYTES
-    if device.startswith("cuda"):
-        budget = min(_TILE_BYTES_CUDA, torch.cuda.mem_get_info(device)[0] // 8)
-    return max(16, 1 << int(math.log2(max(1, budget // (columns * dtype.itemsize)))))
+    row = columns * dtype.itemsize
+    wanted = min(_MOST_ROWS, max(_LEAST_ROWS, (_TILE_BYTES_CUDA if "cuda" in device else _TILE_BYTES) // row))
+    return max(16, min(wanted, _free_bytes(device) // (8 * row)))
+
+
+def _free_bytes(device: str) -> int:
+    if "cuda" in device:
+        return int(torch.cuda.mem_get_info(device)[0])
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 << 30  # macOS does not say
