@@ -143,7 +143,6 @@ def test_padding_on_either_side_changes_nothing(mode):
         (VALUES, MASK[:, :1], {}, r"mask has shape \[3, 1\] but per_token has shape \[3, 3\]"),
         *((VALUES, MASK, {"normalizer": n}, r"normalizer must be positive") for n in (0, -1.0, math.nan)),
         (VALUES, MASK, {"normalizer": torch.tensor(0)}, r"normalizer must be positive and finite, got 0"),
-        (VALUES, MASK, {"mode": NORM}, r"was given none. Set length, .* would change with its padding"),
         *((VALUES, MASK, {"mode": NORM, "length": n}, r"length must be positive") for n in (0, -1, math.nan, math.inf)),
         *(
             (VALUES, MASK, {"mode": mode, "length": 5}, rf"length 5 has no use with aggregation '{mode}'")
@@ -160,3 +159,8 @@ def test_refusals(values, mask, options, message):
 def test_count_refuses_an_unknown_mode():
     with pytest.raises(ValueError, match=r"Unknown aggregation.*Known: seq-mean-token-mean, "):
         kl.aggregation_count(MASK, "mean")
+
+
+def test_without_a_length_the_norm_is_the_width():
+    expected = (VALUES * MASK).sum() / VALUES.shape[1] / MASK.any(-1).sum()
+    torch.testing.assert_close(kl.aggregate(VALUES, MASK, NORM), expected)

@@ -74,7 +74,7 @@ def test_kl_sees_tensors_alone() -> None:
             "dataclasses",
             "functools",
             "math",
-            "os",
+            "psutil",
             "typing",
             "torch",
             "refkl.kl",

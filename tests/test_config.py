@@ -171,3 +171,14 @@ def test_the_estimator_is_settled_by_the_placement_from_a_file_too(tmp_path):
         assert run.config.kl.estimator == estimator
         (tmp_path / "again.yaml").write_text(run.resolved)
         assert parse_run([str(tmp_path / "again.yaml")]).config.kl == run.config.kl
+
+
+def test_a_biased_estimator_in_the_reward_is_said_to_be():
+    with pytest.warns(UserWarning, match="'k3' in the reward is biased"):
+        KLConfig(placement="reward", estimator="k3")
+
+
+@pytest.mark.parametrize("fields", [{"placement": "reward"}, {"estimator": "exact"}])
+def test_a_prefix_ratio_where_there_is_none_is_refused(fields):
+    with pytest.raises(ValueError, match="kl.ratio has no use"):
+        KLConfig(ratio="prefix", **fields)

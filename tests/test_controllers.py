@@ -240,3 +240,18 @@ def test_a_step_too_large_for_the_horizon_is_refused():
     with pytest.raises(ValueError, match="n counts sequences and cannot be negative"):
         controller.update(0.0, -1)
     assert controller.coef == 0.2
+
+
+@pytest.mark.parametrize("cls", [AdaptiveKL, DualKL])
+def test_a_state_of_another_unit_is_refused(cls):
+    options = {"horizon": 100} if cls is AdaptiveKL else {}
+    state = cls(0.1, target=1.0, unit="token", **options).state_dict()
+    with pytest.raises(ValueError, match="per token, and this .* target is per sequence"):
+        cls(0.1, target=1.0, unit="sequence", **options).load_state_dict(state)
+
+
+def test_a_restored_coefficient_is_kept_within_bounds_that_are_narrower_now():
+    state = DualKL(50.0, target=1.0).state_dict()
+    narrow = DualKL(0.5, target=1.0, max_coef=1.0)
+    narrow.load_state_dict(state)
+    assert narrow.coef == 1.0

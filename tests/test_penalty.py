@@ -487,3 +487,13 @@ def test_fewer_tokens_than_ranks(tmp_path):
         return global_normalizer(torch.tensor([[rank == 0]]), "token-mean", accelerator).item()
 
     assert on_two_ranks(work, tmp_path) == [0.5, 0.5]
+
+
+def test_prefix_ratios_weigh_the_estimate_when_asked_for():
+    logp, ref_logp, old_logp = (-torch.rand(2, 5) for _ in range(3))
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    penalty = KLPenalty(KLConfig(coef=1.0, ratio="prefix"))
+    found = penalty(TokenScores(logp), TokenScores(ref_logp), mask, old_logp=old_logp).per_token
+    d = logp - ref_logp
+    expected = (logp - old_logp).cumsum(-1).exp() * (torch.exp(-d) - 1 + d)
+    torch.testing.assert_close(found, expected)

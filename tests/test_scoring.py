@@ -1,10 +1,12 @@
 """score_tokens: against a slow implementation that scores each sequence alone, without padding, in fp64."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from families import tiny
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from support import MODELS, VOCABULARY, batch, gpt2, llama, scored
 from torch import nn
@@ -307,3 +309,59 @@ def test_prompt_learning_adapters_are_refused(config):
     model = get_peft_model(llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="cannot be scored yet"):
         score_tokens(model, batch())
+
+
+# what the fused head cannot do is scored through the logits
+
+
+def through_logits(model, tokens):
+    return scores_from(completion_logits(model, tokens)).logp
+
+
+def test_inference_mode():
+    model, tokens = llama(), batch()
+    expected = score_tokens(model, tokens).logp
+    with torch.inference_mode():
+        assert torch.equal(score_tokens(model, tokens).logp, expected)
+
+
+def test_a_model_that_needs_more_than_tokens():
+    """The head cannot be found by running such a model on two tokens alone."""
+
+    class NeedsTask(type(llama())):
+        def forward(self, input_ids, attention_mask, task, **options):
+            embeds = self.model.embed_tokens(input_ids) + task[:, None]
+            return super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+
+    plain, tokens = llama(), batch()
+    model = NeedsTask(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    task = torch.randn(len(tokens), plain.config.hidden_size)
+    with_task = replace(tokens, model_inputs={"task": task})
+    found = score_tokens(model, with_task).logp
+    torch.testing.assert_close(found, through_logits(model, with_task))
+    assert (found - score_tokens(plain, tokens).logp).abs().max() > 1e-2
+
+
+def test_a_hook_on_the_model_that_changes_its_logits():
+    model, tokens = llama(), batch()
+
+    def halve(module, args, outputs):
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+
+    plain = score_tokens(model, tokens).logp
+    hook = model.register_forward_hook(halve)
+    for _ in range(3):
+        found = score_tokens(model, tokens).logp
+        torch.testing.assert_close(found, through_logits(model, tokens))
+        assert (found - plain).abs().max() > 1e-2
+    hook.remove()
+    assert torch.equal(score_tokens(model, tokens).logp, plain)
+
+
+def test_a_cap_that_is_set_after_the_first_score():
+    model, tokens = tiny("Gemma2ForCausalLM").eval(), batch()
+    for cap in (2.0, 0.5, 1.0):
+        model.config.final_logit_softcapping = cap
+        torch.testing.assert_close(score_tokens(model, tokens).logp, through_logits(model, tokens))

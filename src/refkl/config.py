@@ -6,6 +6,7 @@ Defaults are the recipe to start from. Nonsense is refused when an object is mad
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from math import isclose
@@ -104,6 +105,9 @@ class KLConfig:
     """For "dual": the coefficient goes no lower. None is 1e-6."""
     max_coef: float | None = None
     """For "dual": the coefficient goes no higher. None is 100."""
+    ratio: Literal["token", "prefix"] = "token"
+    """In the loss, where another policy sampled the tokens (old_logp): each token's own ratio, or the product of the
+    ratios up to it, which alone is unbiased for the sequence and has a variance that grows with its length."""
     max_log_ratio: float | None = None
     """Clamp the log-ratio to ± this in the estimate's value; the reverse-KL gradient is never clamped."""
     reference_weights: list[float] | None = None
@@ -158,6 +162,8 @@ class KLConfig:
                 f"kl.gradient {self.gradient!r} has no use with estimator 'exact': the divergence that is passed has a "
                 "gradient of its own. Leave kl.gradient out."
             )
+        if self.estimator == "exact" and self.ratio != "token":
+            raise ValueError("kl.ratio has no use with estimator 'exact', which is not made of samples. Leave it out.")
         if not penalises:
             return
         if self.gradient == "none":
@@ -178,6 +184,17 @@ class KLConfig:
             raise ValueError(
                 "kl.estimator 'exact' does not go into the reward: a token's exact divergence is the same whichever "
                 "token is sampled, so as a reward it teaches that token nothing. Use 'k1', or placement 'loss'."
+            )
+        if self.ratio != "token":
+            raise ValueError(
+                "kl.ratio has no use with placement 'reward': the trainer's own ratio weighs a reward. Leave it out."
+            )
+        if self.estimator != "k1" and self.coef > 0:
+            warnings.warn(
+                f"kl.estimator {self.estimator!r} in the reward is biased: it is not the gradient of KL(policy ‖ "
+                "reference), and training can end with tokens given up altogether (docs/estimators.md). 'k1' is right "
+                "there.",
+                stacklevel=4,
             )
         if self.gradient == "autograd":
             raise ValueError(

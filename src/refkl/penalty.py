@@ -177,6 +177,7 @@ class KLPenalty:
             gradient="none" if in_reward else config.gradient,
             old_logp=old_logp,
             mask=mask,
+            ratio=config.ratio,
             max_log_ratio=config.max_log_ratio,
         )
 

@@ -43,8 +43,8 @@ def aggregate(
         normalizer: what to divide by instead of this batch's own count (see `aggregation_count`): in tokens for
             "token-mean", a plain number for "token-sum", in sequences otherwise; positive.
         length: for "seq-mean-token-sum-norm", in tokens: the constant that every sequence's sum is divided by, such as
-            the longest completion that is allowed. It has no default: the width T depends on how a batch was padded,
-            and so differs from one micro-batch or rank to the next.
+            the longest completion that is allowed. None is the width T, which is constant only if every batch is padded
+            to the same width: micro-batches and ranks add up to the whole batch only then (KLConfig asks for a length).
 
     Returns:
         Scalar in the units of `per_token`. 0.0, connected to the graph, if nothing is scored. A sequence without a
@@ -52,11 +52,13 @@ def aggregate(
 
     Raises:
         ValueError: an unknown mode, shapes that differ, a normalizer or length that is not positive and finite, a
-            length that is missing, or given to a mode that has no use for one.
+            length given to a mode that has no use for one.
     """
-    check_aggregation(mode, length)
     if per_token.dim() != 2:
         raise ValueError(f"per_token must be [B, T], got shape {list(per_token.shape)}.")
+    if mode == CONSTANT_LENGTH and length is None:
+        length = max(1, per_token.shape[1])
+    check_aggregation(mode, length)
     require_shape("mask", mask, per_token.shape, "per_token")
     if normalizer is not None and not 0.0 < float(normalizer) < math.inf:
         raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}.")

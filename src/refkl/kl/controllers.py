@@ -147,6 +147,17 @@ class _FollowsKL(Controller):
         self.target = _positive("target", target)
         self.unit = unit
 
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "unit": self.unit}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state.get("unit", self.unit) != self.unit:
+            raise ValueError(
+                f"This state's KL was per {state['unit']}, and this {self.name} controller's target is per {self.unit}: "
+                "the coefficient belongs to another penalty. Set unit to the saved one's, or load no state."
+            )
+        super()._restore(state)
+
     def _error(self, kl: float, n: int) -> float:
         """How far the KL is from the target, as a share of the target."""
         if not math.isfinite(kl):
@@ -237,6 +248,10 @@ class DualKL(_FollowsKL):
                 f"The coefficient {self.coef:g} is not within its bounds, min_coef {self.min_coef:g} and max_coef "
                 f"{self.max_coef:g}. Start from one that is, or widen them."
             )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self.coef = min(max(self.coef, self.min_coef), self.max_coef)  # bounds are settings, and may be others now
 
     def update(self, kl: float, n: int) -> None:
         """`n` is not used, but for 0."""

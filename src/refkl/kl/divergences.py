@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refkl.kl.rows import DIVERGENCES, Divergence, blocks, compare
+from refkl.kl.rows import DIVERGENCES, Divergence, blocks, compare, first_order
 from refkl.types import require_shape
 
 __all__ = ["DIVERGENCES", "divergence"]
@@ -68,7 +68,7 @@ class _Dense(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_value: Tensor) -> Any:
         logits, ref_logits = ctx.saved_tensors
         grad = torch.empty_like(logits)

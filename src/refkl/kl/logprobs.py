@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refkl.kl.rows import blocks
+from refkl.kl.rows import blocks, first_order
 from refkl.kl.tokens import entropy as row_entropies
 from refkl.kl.tokens import entropy_slope, logp_in_place, logp_slope, token_rows
 from refkl.types import require_shape
@@ -83,7 +83,7 @@ class _TokenLogp(torch.autograd.Function):
         return logp, row_entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
         logits, targets, rows = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:

@@ -8,11 +8,11 @@ vocabulary at a time on a CPU, whose own products would round their results to 1
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -20,6 +20,8 @@ _TILE_BYTES = 64 << 20
 _TILE_BYTES_CUDA = 512 << 20
 _LEAST_ROWS, _MOST_ROWS = 256, 4096
 """A product of fewer rows spends its time on reading the weight."""
+_SHARES = 16
+"""A tile takes no more than this part of what is free: there are up to three, and what is made on the way."""
 _WIDEN_BYTES = 8 << 20
 """How much of a 16-bit weight is widened at a time."""
 
@@ -39,7 +41,14 @@ class Projection:
     `gain` is what the product is multiplied by, up to the soft cap if there is one; `outer` what follows the tanh.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scaling: Scaling, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: Scaling,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         softcap, temperature = scaling.softcap, scaling.temperature
         self.weight = weight.detach()
         self.size = weight.shape[0]
@@ -49,29 +58,46 @@ class Projection:
         self.gain = scaling.logit_scale * self.unit
         self.outer = 1.0 if softcap is None else softcap / temperature
         self.bias = None if bias is None else bias.detach().to(dtype) * self.unit
+        # CUDA multiplies 16-bit numbers and gives the sums in fp32; a weight that autocast would round is rounded here.
+        self.low = _low(weight, dtype, autocast)
+        if self.low is not None:
+            self.weight = self.weight.to(self.low)
         self._widen = None
-        if weight.dtype != dtype and weight.device.type != "cuda":
+        if self.low is None and weight.dtype != dtype:
             rows = max(1, min(weight.shape[0], _WIDEN_BYTES // (weight.shape[1] * dtype.itemsize)))
             self._widen = torch.empty(rows, weight.shape[1], dtype=dtype, device=weight.device)
 
     def product(self, hidden: Tensor, out: Tensor, *, bias: bool = True) -> None:
         """out[:, :V] <- gain · hidden Wᵀ (+ bias), before the soft cap. hidden [n, H], out [n, ≥ V]."""
-        scaled = hidden.to(self.dtype) * self.gain
-        for columns, weight in self._blocks():
-            _mm(scaled, weight.t(), out[:, columns])
+        if self.low is not None:  # the gain comes after: states times it would be rounded once more
+            torch.mm(hidden.to(self.low), self.weight.t(), out_dtype=self.dtype, out=out[:, : self.size]).mul_(
+                self.gain
+            )
+        else:
+            scaled = hidden.to(self.dtype) * self.gain
+            for columns, weight in self._blocks():
+                torch.mm(scaled, weight.t(), out=out[:, columns])
         if bias and self.bias is not None:
             out[:, : self.size] += self.bias
 
     def pull(self, slope: Tensor, out: Tensor) -> None:
         """out [n, H] <- gain · slope W, with slope [n, V] that of the product."""
-        for index, (columns, weight) in enumerate(self._blocks()):
-            _mm(slope[:, columns], weight, out, add=index > 0)
+        if self.low is not None:
+            torch.mm(slope.to(self.low), self.weight, out_dtype=self.dtype, out=out)
+        else:
+            for index, (columns, weight) in enumerate(self._blocks()):
+                out.addmm_(slope[:, columns], weight, beta=float(index > 0))
         if self.gain != 1.0:
             out *= self.gain
 
     def accumulate(self, slope: Tensor, hidden: Tensor, d_weight: Tensor, *, first: bool) -> None:
         """d_weight [V, H] <- (d_weight unless first) + gain · slopeᵀ hidden."""
-        _mm(slope.t(), hidden.to(self.dtype) * self.gain, d_weight, add=not first)
+        keep = float(not first)
+        if self.low is not None:
+            steps = (slope * self.gain).to(self.low).t()
+            torch.addmm(d_weight, steps, hidden.to(self.low), beta=keep, out_dtype=self.dtype, out=d_weight)
+        else:
+            d_weight.addmm_(slope.t(), hidden.to(self.dtype) * self.gain, beta=keep)
 
     def cap_(self, z: Tensor, *, slope: bool) -> Tensor | None:
         """Soft-cap a product in place, if the head does; then ∂z/∂(product) [n, V], if wanted."""
@@ -103,20 +129,11 @@ class Projection:
             yield columns, block
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out <- a b, or out + a b; in the dtype of `out`."""
-    if a.dtype == b.dtype == out.dtype:
-        if add:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-        return
-    # CUDA with one side in 16 bits: the other is rounded to it, and the sum is kept in fp32.
-    low = b.dtype if b.dtype != out.dtype else a.dtype
-    if add:
-        torch.addmm(out, a.to(low), b.to(low), out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(low), b.to(low), out_dtype=out.dtype, out=out)
+def _low(weight: Tensor, dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype | None:
+    """The 16-bit dtype of products on CUDA, if they are taken in one: the weight's, or that of `autocast`."""
+    if weight.device.type != "cuda" or dtype != torch.float32:
+        return None
+    return weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else autocast
 
 
 def rows_per_tile(columns: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -128,12 +145,11 @@ def rows_per_tile(columns: int, dtype: torch.dtype, device: torch.device) -> int
 def _rows_per_tile(columns: int, dtype: torch.dtype, device: str) -> int:
     row = columns * dtype.itemsize
     wanted = min(_MOST_ROWS, max(_LEAST_ROWS, (_TILE_BYTES_CUDA if "cuda" in device else _TILE_BYTES) // row))
-    return max(16, min(wanted, _free_bytes(device) // (8 * row)))
+    return max(16, min(wanted, _free_bytes(device) // (_SHARES * row)))
 
 
 def _free_bytes(device: str) -> int:
     if "cuda" in device:
-        return int(torch.cuda.mem_get_info(device)[0])
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 << 30  # macOS does not say
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    return int(psutil.virtual_memory().available)

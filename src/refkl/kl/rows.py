@@ -23,7 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,9 +174,28 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)[:, None]
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an autograd.Function's backward that has no derivative: refuses create_graph=True.
+
+    once_differentiable alone would treat its result as a constant, and a gradient penalty would lose a term silently.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "This gradient was asked for with create_graph=True, and has no derivative of its own. Leave "
+                "create_graph out, or compute the penalty from the logits with torch alone."
+            )
+        return once(ctx, *grads)
+
+    return refusing
+
+
 def blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows that are worked on at a time: few enough that what is made on the way stays in a CPU's cache."""
-    elements = (1 << 19) if device.type == "cpu" else (1 << 25)
+    elements = (1 << 19) if device.type == "cpu" else (1 << 23)
     size = max(1, elements // max(1, columns))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 

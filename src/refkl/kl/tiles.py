@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from refkl.kl.projection import Projection, Scaling, rows_per_tile
-from refkl.kl.rows import Divergence, blocks, compare, reverse_kl_in_place
+from refkl.kl.rows import Divergence, blocks, compare, first_order, reverse_kl_in_place
 from refkl.kl.tokens import entropy, entropy_slope, logp_in_place, logp_slope, token_rows
 
 
@@ -72,11 +72,15 @@ class Job:
     chunk: int | None = None
     token_loss: TokenLoss | None = None
     observe: Observer | None = None
+    autocast: torch.dtype | None = None
+    """What autocast rounds the operands of products to on CUDA; the sums are fp32 all the same."""
 
 
 def score(inputs: Inputs, job: Job) -> Values:
     """Each of `job.names` as [N], 0.0 in rows left out; with a `token_loss`, "loss" alone."""
     trained = inputs.hidden, inputs.weight, inputs.bias
+    if inputs.hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        job = replace(job, autocast=torch.get_autocast_dtype("cuda"))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
         return dict(zip(_outputs(job), _Fused.apply(*trained, inputs, job), strict=True))
     with _full_precision(inputs):
@@ -110,7 +114,7 @@ class _Fused(torch.autograd.Function):
         return tuple(spread[name] for name in _outputs(job))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         job: Job = ctx.job
         saved = ctx.saved_tensors
@@ -157,13 +161,13 @@ class _Walk:
     def __init__(self, inputs: Inputs, job: Job) -> None:
         self.inputs, self.job = inputs, job
         self.dtype = result_dtype(inputs)
-        self.head = Projection(inputs.weight, inputs.bias, job.scaling, self.dtype)
+        self.head = Projection(inputs.weight, inputs.bias, job.scaling, self.dtype, job.autocast)
         self.ref: Projection | None = None
         self.shared = inputs.ref_weight is not None and _one_head(inputs)
         if self.shared:
             self.ref = self.head
         elif inputs.ref_weight is not None:
-            self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype)
+            self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype, job.autocast)
         self.finite = all(p is None or p.finite(job.columns) for p in (self.head, self.ref))
         # Alone, these two are done in place, in the fewest passes.
         plain = job.how == Divergence() and self.finite and not self.head.capped

@@ -135,6 +135,9 @@ class Reference(ABC):
         """The reference's output head, where its weights can be read at any time, on the policy's device; else None.
 
         An exact divergence is then computed inside the policy's forward, from the reference's hidden states.
+
+        Raises:
+            HeadError: as `find_head`.
         """
         return None
 

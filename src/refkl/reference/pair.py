@@ -32,6 +32,9 @@ def score_pair(
     temperature: float = 1.0,
     entropy: bool = False,
     divergence: str | None = None,
+    jsd_weight: float = 0.5,
+    order: float | None = None,
+    top_k: int | None = None,
 ) -> PairScores:
     """Score a batch under both: the policy with grad, the reference under no_grad.
 
@@ -41,8 +44,8 @@ def score_pair(
         batch: what to score.
         temperature: divides the logits of both.
         entropy: also the policy's and the reference's entropies.
-        divergence: "reverse_kl", "forward_kl", "jsd", "chi2", "hellinger" or "tv": also the exact divergence per scored
-            token.
+        divergence: one of kl.DIVERGENCES: also the exact divergence per scored token, with `jsd_weight`, `order` and
+            `top_k` as in kl.divergence.
 
     Raises:
         ValueError: an unknown divergence; vocabularies of different size; as `score_tokens`.
@@ -50,13 +53,16 @@ def score_pair(
     if divergence is None:
         ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
         return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
-    Divergence(divergence)
+    how = Divergence(divergence, jsd_weight, order, top_k)
     head = _common_head(policy, reference)
     if head is None:
-        return _through_logits(policy, reference, batch, temperature, entropy, divergence)
+        return _through_logits(policy, reference, batch, temperature, entropy, how)
     ref_scores = reference.score(batch, temperature=temperature, entropy=entropy, hidden=True)
-    against = Against(ref_scores, head, divergence)
-    scored = score_model(policy, batch, temperature=temperature, entropy=entropy, against=against)
+    against = Against(ref_scores, head, divergence, {"jsd_weight": jsd_weight, "order": order, "top_k": top_k})
+    try:
+        scored = score_model(policy, batch, temperature=temperature, entropy=entropy, against=against)
+    except HeadError:
+        return _through_logits(policy, reference, batch, temperature, entropy, how)
     assert scored.against is not None
     ref_logp, exact = scored.against
     return PairScores(scored.scores, replace(ref_scores, logp=ref_logp, hidden=None), exact)
@@ -74,7 +80,7 @@ def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
 
 
 def _through_logits(
-    policy: nn.Module, reference: Reference, batch: TokenBatch, temperature: float, entropy: bool, kind: str
+    policy: nn.Module, reference: Reference, batch: TokenBatch, temperature: float, entropy: bool, how: Divergence
 ) -> PairScores:
     """Both sides' logits in full: for a head that is adapted, sharded, or on another device."""
     scored = completion_logits(policy, batch)
@@ -82,15 +88,18 @@ def _through_logits(
     with reference.logits(batch) as ref_scored:
         ref_scores = scores_from(ref_scored, temperature=temperature, entropy=entropy).to(batch.input_ids.device)
         ref_logits = ref_scored.logits.to(scored.logits.device)
-    exact = scored.call.spread(_exact(scored, ref_logits, kind, temperature))
+    exact = scored.call.spread(_exact(scored, ref_logits, how, temperature))
     return PairScores(policy_scores, replace(ref_scores, fingerprint=reference.stamp), exact)
 
 
-def _exact(scored: ScoredLogits, ref_logits: Tensor, kind: str, temperature: float) -> Tensor:
+def _exact(scored: ScoredLogits, ref_logits: Tensor, how: Divergence, temperature: float) -> Tensor:
     mask = scored.call.mask
     rows = dense_divergence(
         scored.logits[mask].to(torch.promote_types(scored.logits.dtype, torch.float32)) / temperature,
         ref_logits[mask].to(torch.promote_types(ref_logits.dtype, torch.float32)) / temperature,
-        kind,
+        how.kind,
+        weight=how.weight,
+        order=how.order,
+        top_k=how.top_k,
     )
     return torch.zeros(mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(mask, rows)

@@ -15,6 +15,7 @@ Notation: B sequences, K positions that reach the head, V vocabulary, H what the
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from refkl.backend import evaluating, full_shape, is_partitioned, unwrap
+from refkl.kl.rows import first_order
 
 _POWERS = (-20, 15, 5, -3, 10, 0, 3, 7, 13, -10)
 _PROBE = (0.0, *(sign * m * 2.0**k for k in _POWERS for sign in (1, -1) for m in (1.0, 1.25)))
@@ -130,8 +132,8 @@ class Redirect:
             _FOUND.pop(self._head.module, None)
             raise HeadError(
                 f"The model made {found.tolist()} {list(logits.shape)} of {list(_CHECK)} given as logits at "
-                f"{list(self._positions)} positions; when its head was found it made {expected.tolist()} of them. Its "
-                "configuration or its forward was changed since: score again, and the head is found anew."
+                f"{list(self._positions)} positions; when its head was found it made {expected.tolist()} of them: its "
+                "configuration was changed since, a hook changes its logits, or it treats them otherwise in training."
             )
         if not self._stats.requires_grad:
             return self._stats
@@ -148,9 +150,9 @@ def find_head(model: nn.Module) -> Head:
     """The output head of a causal language model, wrapped or not.
 
     The first time for a head, the model is run on two tokens (no grad, eval mode, RNG state restored), as it is wrapped
-    under ZeRO-3, where every rank must call. What was found then is kept for as long as the head lives, and each
-    redirected forward checks that it still holds. A refusal is kept until the model's forward or the head's hooks are
-    others.
+    under ZeRO-3, where every rank must call. What was found is kept for as long as the head lives. Each redirected
+    forward checks, on six numbers, that scale and cap still hold; a treatment of single vocabulary entries that begins
+    only after the head was found is not seen. A refusal is kept until the model's forward or its hooks are others.
 
     Raises:
         HeadError: there is no linear head, or it is not nn.Linear alone with a plain weight (PEFT, quantised, FSDP, on
@@ -159,16 +161,34 @@ def find_head(model: nn.Module) -> Head:
     module = _linear_head(model)
     rows = full_shape(module.weight)[0]
     if (known := _FOUND.get(module)) is None or known[0] != rows:
-        circumstances = vars(base_model(model)).get("forward"), tuple(module._forward_hooks)
-        if (refused := _REFUSED.get(module)) is not None and refused[0] == circumstances:
+        if (refused := _REFUSED.get(module)) is not None and refused[0] == _circumstances(model, module):
             raise HeadError(refused[1])
         try:
             known = _FOUND[module] = (rows, *_probe(model, module))
         except HeadError as error:
-            _REFUSED[module] = circumstances, str(error)
+            refuse(model, module, error)
             raise
         _REFUSED.pop(module, None)
     return Head(module, *known[1:])
+
+
+def distrust(model: nn.Module, module: nn.Linear, error: HeadError) -> None:
+    """After a redirected forward has failed: find the head anew the next time, and if that fails too, refuse it."""
+    if module in _DOUBTED:
+        refuse(model, module, error)
+    _DOUBTED.add(module)
+    _FOUND.pop(module, None)
+
+
+def refuse(model: nn.Module, module: nn.Linear, error: HeadError) -> None:
+    """Have `find_head` raise this error for the head from now on, and say so once: it is scored through its logits."""
+    _REFUSED[module] = _circumstances(model, module), str(error)
+    logger.warning("Scoring through the logits in full, which takes more memory and the model's rounding. %s", error)
+
+
+def _circumstances(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:
+    base = base_model(model)
+    return vars(base).get("forward"), tuple(base._forward_hooks), tuple(module._forward_hooks)
 
 
 @contextmanager
@@ -212,6 +232,9 @@ def base_model(model: nn.Module) -> nn.Module:
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
+logger = logging.getLogger(__name__)
+_DOUBTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Heads of which a redirected forward has failed once."""
 _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[int, float, float | None, int]] = weakref.WeakKeyDictionary()
 """For each head: rows of its weight, logit_scale, softcap, vocabulary."""
 _REFUSED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -231,7 +254,7 @@ class _Leaving(torch.autograd.Function):
         return stats.clone(), probe.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_stats: Tensor, grad_probe: Tensor) -> tuple[Tensor, None, None]:
         factor = grad_probe.reshape(-1, len(_CHECK))[0, _GAUGE] / ctx.scale
         return grad_stats * factor.to(grad_stats.dtype), None, None
@@ -246,7 +269,7 @@ class _Tied(torch.autograd.Function):
         return stats.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.like
         gauge = torch.zeros(shape, dtype=dtype, device=device)
@@ -266,18 +289,21 @@ def _replaced(
     _check_forward(module)
     results: list[tuple[Tensor, int]] = []
 
+    def version(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version  # inference tensors count none
+
     @torch.compiler.disable
     def once(input: Tensor) -> Tensor:
         if results:
             raise HeadError("The model calls its head more than once in a forward. Score through the logits instead.")
         result = forward(input)
-        results.append((result, result._version))
+        results.append((result, version(result)))
         return result
 
     @torch.compiler.disable
     def last(module: nn.Module, args: Any, result: Tensor) -> Tensor:
-        before, version = results[0]
-        if result.data_ptr() != before.data_ptr() or result.shape != before.shape or result._version != version:
+        before, counted = results[0]
+        if result.data_ptr() != before.data_ptr() or result.shape != before.shape or version(result) != counted:
             raise HeadError(
                 "A forward hook on the output head changes what it gives, and so log-probabilities, in a way that "
                 "refkl cannot see. Remove the hook, or score through the logits."
@@ -342,6 +368,10 @@ def _check_forward(module: nn.Linear) -> None:
         )
 
 
+_UNABLE = (TypeError, KeyError, AttributeError, IndexError, RuntimeError)
+"""What a forward raises that wants more than tokens (images, an embedding of the task, …)."""
+
+
 def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, int]:
     """logit_scale, softcap and vocabulary, from what the model makes of known numbers."""
     base = base_model(model)
@@ -368,7 +398,13 @@ def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, in
         evaluating(model),
         _replaced(module, forward, lambda result: result),
     ):
-        logits = run(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options).logits
+        try:
+            logits = run(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options).logits
+        except _UNABLE as error:
+            raise HeadError(
+                f"{type(base).__name__} cannot be run on two tokens alone to see what it makes of its logits: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     if not called:
         raise HeadError(_not_called(f"the forward of {type(base).__name__}"))
     if called[0] != (1, 2, width) or logits.shape[:2] != (1, 2) or logits.shape[2] > rows:

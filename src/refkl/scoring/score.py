@@ -8,7 +8,7 @@ maths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from refkl.kl import linear_logp, linear_pair, token_logp
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits, prepare
-from refkl.scoring.head import Head, HeadError, find_head, redirected
+from refkl.scoring.head import Head, HeadError, distrust, find_head, redirected
 from refkl.types import TokenBatch, TokenScores
 
 Entropies = bool | Literal["detached"]
@@ -43,6 +43,8 @@ class Against:
     """With `hidden`."""
     head: Head
     kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `linear_divergence`: jsd_weight, order, top_k, vocab_size."""
 
 
 def score_tokens(
@@ -80,8 +82,8 @@ def score_model(
         entropy: True with grad, "detached" without.
         hidden: also the states that enter the output head.
         against: also the exact divergence from this; the policy's head must be one that `find_head` finds.
-        observe: called as observe(logits [n, V], rows [n]) without grad, rows counting the [B, K] positions: for
-            statistics of the logits. Must not change them.
+        observe: called as observe(logits [n, V], rows [n]) without grad, on scored rows, which count the [B, K]
+            positions: for statistics of the logits, after the temperature. Must not change them.
         forward: further arguments for the model's forward.
 
     Raises:
@@ -92,28 +94,46 @@ def score_model(
     except HeadError:
         if against is not None:
             raise
-        scored = completion_logits(model, batch, hidden=hidden, **forward)
-        if observe is not None:
-            with torch.no_grad():
-                flat = scored.logits.flatten(0, 1)
-                observe(flat, torch.arange(flat.shape[0], device=flat.device))
-        return Scored(scores_from(scored, temperature=temperature, entropy=entropy), scored.outputs, scored.call)
-
+        return _through_logits(model, batch, temperature, entropy, hidden, observe, forward)
     call = prepare(model, batch, **forward)
+    wanted = _Wanted(temperature, entropy, hidden, against, observe)
+    try:
+        return _redirected(model, head, call, wanted)
+    except HeadError as error:
+        distrust(model, head.module, error)
+        if against is not None:
+            raise
+        return _through_logits(model, batch, temperature, entropy, hidden, observe, forward)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The arguments of `score_model` of these names."""
+
+    temperature: float
+    entropy: Entropies
+    hidden: bool
+    against: Against | None
+    observe: Observer | None
+
+
+def _redirected(model: nn.Module, head: Head, call: Call, wanted: _Wanted) -> Scored:
+    """The model's forward with its head computing the scores in place of the logits."""
+    entropy, against = wanted.entropy, wanted.against
     states: list[Tensor] = []
 
     def fused(entering: Tensor) -> Tensor:
         rows = call.predicting(entering)
-        if hidden:
+        if wanted.hidden:
             states.append(rows)
         options: dict[str, Any] = {
             "bias": head.bias,
             "logit_scale": head.logit_scale,
             "softcap": head.softcap,
-            "temperature": temperature,
+            "temperature": wanted.temperature,
             "entropy": entropy,
             "mask": call.mask.flatten(),
-            "observe": observe,
+            "observe": wanted.observe,
         }
         flat, targets = rows.flatten(0, 1), call.targets.flatten()
         if against is None:
@@ -121,16 +141,9 @@ def score_model(
         else:
             assert against.scores.hidden is not None
             other = against.scores.hidden[:, call.columns].flatten(0, 1)
-            found = linear_pair(
-                flat,
-                head.weight,
-                targets,
-                other,
-                against.head.weight,
-                against.kind,
-                ref_bias=against.head.bias,
-                **options,
-            )
+            ref = against.head
+            options |= {"ref_bias": ref.bias, **against.options}
+            found = linear_pair(flat, head.weight, targets, other, ref.weight, against.kind, **options)
         return torch.stack([x for x in found if x is not None], -1)
 
     with redirected(head, fused) as redirect:
@@ -139,10 +152,27 @@ def score_model(
     scores = TokenScores(
         logp=stats[0],
         entropy=(stats[1].detach() if entropy == "detached" else stats[1]) if entropy else None,
-        hidden=call.spread(states[0]) if hidden else None,
-        temperature=temperature,
+        hidden=call.spread(states[0]) if wanted.hidden else None,
+        temperature=wanted.temperature,
     )
     return Scored(scores, outputs, call, None if against is None else (stats[-2].detach(), stats[-1]))
+
+
+def _through_logits(
+    model: nn.Module,
+    batch: TokenBatch,
+    temperature: float,
+    entropy: Entropies,
+    hidden: bool,
+    observe: Observer | None,
+    forward: dict[str, Any],
+) -> Scored:
+    scored = completion_logits(model, batch, hidden=hidden, **forward)
+    if observe is not None:
+        with torch.no_grad():
+            rows = scored.call.mask.flatten().nonzero()[:, 0]
+            observe(scored.logits.flatten(0, 1)[rows] / temperature, rows)
+    return Scored(scores_from(scored, temperature=temperature, entropy=entropy), scored.outputs, scored.call)
 
 
 def scores_from(scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False) -> TokenScores:

@@ -195,6 +195,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         as well, where the ratio is 1: TRL's use_bias_correction_kl.
         """
         sampled = inputs.get("old_per_token_logps")  # None where it would be the present policy's
+        if self.penalty.config.ratio == "prefix":
+            return policy_logp.detach() if sampled is None else sampled
         if self.penalty.config.gradient == "reverse_kl":
             return sampled
         if not self.args.use_bias_correction_kl:
