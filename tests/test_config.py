@@ -180,5 +180,5 @@ def test_a_biased_estimator_in_the_reward_is_said_to_be():
 
 @pytest.mark.parametrize("fields", [{"placement": "reward"}, {"estimator": "exact"}])
 def test_a_prefix_ratio_where_there_is_none_is_refused(fields):
-    with pytest.raises(ValueError, match="kl.ratio has no use"):
+    with pytest.raises(ValueError, match=r"kl\.ratio has no use"):
         KLConfig(ratio="prefix", **fields)

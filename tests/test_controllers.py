@@ -246,7 +246,7 @@ def test_a_step_too_large_for_the_horizon_is_refused():
 def test_a_state_of_another_unit_is_refused(cls):
     options = {"horizon": 100} if cls is AdaptiveKL else {}
     state = cls(0.1, target=1.0, unit="token", **options).state_dict()
-    with pytest.raises(ValueError, match="per token, and this .* target is per sequence"):
+    with pytest.raises(ValueError, match=r"per token, and this .* target is per sequence"):
         cls(0.1, target=1.0, unit="sequence", **options).load_state_dict(state)
 
 

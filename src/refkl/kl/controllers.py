@@ -153,8 +153,8 @@ class _FollowsKL(Controller):
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("unit", self.unit) != self.unit:
             raise ValueError(
-                f"This state's KL was per {state['unit']}, and this {self.name} controller's target is per {self.unit}: "
-                "the coefficient belongs to another penalty. Set unit to the saved one's, or load no state."
+                f"The KL of this state was per {state['unit']}, and this {self.name} controller's target is per "
+                f"{self.unit}: the coefficient is another penalty's. Set unit to the saved one's, or load no state."
             )
         super()._restore(state)
 
