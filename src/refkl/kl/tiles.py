@@ -163,7 +163,8 @@ class _Walk:
         self.dtype = result_dtype(inputs)
         self.head = Projection(inputs.weight, inputs.bias, job.scaling, self.dtype, job.autocast)
         self.ref: Projection | None = None
-        self.shared = inputs.ref_weight is not None and _one_head(inputs)
+        # In 16-bit products the difference of two states would be rounded, where each of the two is exact.
+        self.shared = inputs.ref_weight is not None and _one_head(inputs) and self.head.low is None
         if self.shared:
             self.ref = self.head
         elif inputs.ref_weight is not None:

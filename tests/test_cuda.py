@@ -1,0 +1,66 @@
+"""The fused heads on a GPU: the same numbers as fp64 on the CPU, from the very inputs that the GPU got."""
+
+import pytest
+import torch
+
+from refkl import kl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+N, H, V = 70, 256, 5003
+
+
+def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    hidden = torch.randn(N, H).to(dtype)
+    return {
+        "hidden": hidden,
+        "ref_hidden": (hidden + 0.05 * torch.randn(N, H)).to(dtype),
+        "weight": (2 * torch.randn(V, H) / H**0.5).to(dtype),
+        "targets": torch.randint(V, (N,)),
+    }
+
+
+def scores(x: dict[str, torch.Tensor], trained: bool, **options: object) -> list[torch.Tensor]:
+    """Values and gradients."""
+    hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"].clone().requires_grad_(trained)
+    found = kl.linear_logp(hidden, weight, x["targets"], entropy=True, **options)
+    exact = kl.linear_divergence(hidden, weight, x["ref_hidden"], x["weight"], **options)
+    (found.logp.sum() + 0.3 * found.entropy.sum() + exact.sum()).backward()
+    return [found.logp, found.entropy, exact, hidden.grad, *([weight.grad] if trained else [])]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_numbers_of_fp64(dtype: torch.dtype, trained: bool, temperature: float) -> None:
+    x = inputs(dtype)
+    expected = scores(
+        {k: v.double() if v.is_floating_point() else v for k, v in x.items()}, trained, temperature=temperature
+    )
+    found = scores({k: v.cuda() for k, v in x.items()}, trained, temperature=temperature)
+    for value, wanted in zip(found[:3], expected[:3], strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.cpu().double(), wanted, rtol=2e-3, atol=2e-5)
+    for gradient, wanted in zip(found[3:], expected[3:], strict=True):
+        error = (gradient.cpu().double() - wanted).abs().max() / wanted.abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+def test_autocast_rounds_the_operands_and_not_the_sums() -> None:
+    x = inputs(torch.float32)
+    rounded = {k: v.bfloat16().double() if v.is_floating_point() else v for k, v in x.items()}
+    expected = scores(rounded, False)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = scores({k: v.cuda() for k, v in x.items()}, False)
+    torch.testing.assert_close(found[0].cpu().double(), expected[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_step_zero_is_zero(trained: bool) -> None:
+    x = {k: v.cuda() for k, v in inputs(torch.bfloat16).items()}
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_(trained)
+    value = kl.linear_divergence(hidden, weight, x["hidden"].detach(), x["weight"].detach().clone())
+    value.sum().backward()
+    assert torch.equal(value, torch.zeros_like(value)) and torch.equal(hidden.grad, torch.zeros_like(hidden))
