@@ -1,7 +1,8 @@
 """The engine of the fused heads: what is asked for, computed tile by tile, with its gradient.
 
 Notation: N tokens, of which R are scored, H hidden width, V columns (vocabulary), n rows of a tile, z a row's logits,
-p its softmax. A *slope* is ∂value/∂z [n, V]; one more product with the head's weight makes it ∂value/∂h.
+p its softmax. A *slope* is ∂value/∂z [n, V]; one more product with the head's weight makes it ∂value/∂h. A *lean* walk
+works in place, for what is most asked for. A *bend* is what the soft cap multiplies slopes by.
 """
 
 from __future__ import annotations
