@@ -12,8 +12,8 @@ models of transformers 5.23 that have one linear head have one of them:
 What the fused op gives leaves the head's forward beside six known numbers, which the model takes for its logits. Two
 things hang on the model's *output*, and not on the tensor that left the head: DeepSpeed begins its backward there, and
 divides by the accumulation steps; DDP looks from there for parameters that are not used. So the result is tied to the
-output: backward sends the number 1 into one place of the output, and what arrives of it at the head (1, or what a wrapper
-made of it) multiplies the result's own gradient.
+output: backward sends the number 1 into one place of it, and what arrives of it at the head (1, or what a wrapper made of
+it) multiplies the result's own gradient.
 
 Notation: B sequences, K positions that reach the head, V vocabulary, H what the head takes, P probe values.
 """
