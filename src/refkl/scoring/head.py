@@ -12,8 +12,8 @@ models of transformers 5.23 that have one linear head have one of them:
 What the fused op gives leaves the head's forward beside six known numbers, which the model takes for its logits. Two
 things hang on the model's *output*, and not on the tensor that left the head: DeepSpeed begins its backward there, and
 divides by the accumulation steps; DDP looks from there for parameters that are not used. So the result is tied to the
-output: backward sends the number 1 into one place of it, and what arrives of it at the head (1, or what a wrapper made of
-it) multiplies the result's own gradient.
+output: backward sends the number 1 into one place of it, and what arrives at the head (1, or what a wrapper made of it)
+multiplies the own gradient of the result.
 
 Notation: B sequences, K positions that reach the head, V vocabulary, H what the head takes, P probe values.
 """
@@ -374,8 +374,9 @@ def _check_forward(module: nn.Linear) -> None:
         )
 
 
-_UNABLE = (TypeError, KeyError, AttributeError, IndexError, RuntimeError)
-"""What a forward raises that wants more than tokens (images, an embedding of the task, …)."""
+_UNABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError)
+"""What a forward raises that wants more than tokens (images, an embedding of the task, …). No RuntimeError: memory that
+ran out once must not count against the head for good."""
 
 
 def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, int]:
@@ -406,6 +407,8 @@ def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, in
     ):
         try:
             logits = run(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options).logits
+        except HeadError:
+            raise
         except _UNABLE as error:
             raise HeadError(
                 f"{type(base).__name__} cannot be run on two tokens alone to see what it makes of its logits: "
