@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 32 << 20
 _TILE_BYTES_CUDA = 512 << 20
 _LEAST_ROWS, _MOST_ROWS = 256, 4096
 """A product of fewer rows spends its time on reading the weight."""
