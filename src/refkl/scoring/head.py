@@ -330,8 +330,6 @@ def _linear_head(model: nn.Module) -> nn.Linear:
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         raise HeadError(f"{type(base).__name__} is not a transformers model: its output head cannot be found.")
-    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-        raise HeadError("The model is sharded by FSDP1, which flattens the head's weight. Score through the logits.")
     module = base.get_output_embeddings()
     kind = f"{type(base).__name__}'s output head is {_article(module)}"
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -381,6 +379,8 @@ ran out once must not count against the head for good."""
 
 def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, int]:
     """logit_scale, softcap and vocabulary, from what the model makes of known numbers."""
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise HeadError("The model is sharded by FSDP1, which flattens the head's weight. Score through the logits.")
     base = base_model(model)
     rows, width = full_shape(module.weight)
     device = next(base.parameters()).device

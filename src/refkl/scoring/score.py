@@ -7,7 +7,6 @@ maths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from refkl.kl import linear_logp, linear_pair, token_logp
+from refkl.kl.tiles import Observer
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits, prepare
 from refkl.scoring.head import Head, HeadError, distrust, find_head, redirected
 from refkl.types import TokenBatch, TokenScores
 
 Entropies = bool | Literal["detached"]
-Observer = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +88,13 @@ def score_model(
     Raises:
         ValueError: as `score_tokens`; HeadError if there is an `against` and no head.
     """
+    wanted = _Wanted(temperature, entropy, hidden, against, observe)
     try:
-        head = find_head(model)
+        return _redirected(model, find_head(model), prepare(model, batch, **forward), wanted)
     except HeadError:
         if against is not None:
             raise
-        return _through_logits(model, batch, temperature, entropy, hidden, observe, forward)
-    call = prepare(model, batch, **forward)
-    wanted = _Wanted(temperature, entropy, hidden, against, observe)
-    try:
-        return _redirected(model, head, call, wanted)
-    except HeadError as error:
-        distrust(model, head.module, error)
-        if against is not None:
-            raise
-        return _through_logits(model, batch, temperature, entropy, hidden, observe, forward)
+        return _through_logits(model, batch, wanted, forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +137,14 @@ def _redirected(model: nn.Module, head: Head, call: Call, wanted: _Wanted) -> Sc
             found = linear_pair(flat, head.weight, targets, other, ref.weight, against.kind, **options)
         return torch.stack([x for x in found if x is not None], -1)
 
-    with redirected(head, fused) as redirect:
-        outputs = model(**call.inputs)
-    stats = [call.spread(x.view(call.targets.shape)) for x in redirect.stats(outputs).unbind(-1)]
+    try:
+        with redirected(head, fused) as redirect:
+            outputs = model(**call.inputs)
+        found = redirect.stats(outputs)
+    except HeadError as error:
+        distrust(model, head.module, error)
+        raise
+    stats = [call.spread(x.view(call.targets.shape)) for x in found.unbind(-1)]
     scores = TokenScores(
         logp=stats[0],
         entropy=(stats[1].detach() if entropy == "detached" else stats[1]) if entropy else None,
@@ -158,21 +154,14 @@ def _redirected(model: nn.Module, head: Head, call: Call, wanted: _Wanted) -> Sc
     return Scored(scores, outputs, call, None if against is None else (stats[-2].detach(), stats[-1]))
 
 
-def _through_logits(
-    model: nn.Module,
-    batch: TokenBatch,
-    temperature: float,
-    entropy: Entropies,
-    hidden: bool,
-    observe: Observer | None,
-    forward: dict[str, Any],
-) -> Scored:
-    scored = completion_logits(model, batch, hidden=hidden, **forward)
-    if observe is not None:
+def _through_logits(model: nn.Module, batch: TokenBatch, wanted: _Wanted, forward: dict[str, Any]) -> Scored:
+    scored = completion_logits(model, batch, hidden=wanted.hidden, **forward)
+    if wanted.observe is not None:
         with torch.no_grad():
             rows = scored.call.mask.flatten().nonzero()[:, 0]
-            observe(scored.logits.flatten(0, 1)[rows] / temperature, rows)
-    return Scored(scores_from(scored, temperature=temperature, entropy=entropy), scored.outputs, scored.call)
+            wanted.observe(scored.logits.flatten(0, 1)[rows] / wanted.temperature, rows)
+    scores = scores_from(scored, temperature=wanted.temperature, entropy=wanted.entropy)
+    return Scored(scores, scored.outputs, scored.call)
 
 
 def scores_from(scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False) -> TokenScores:
