@@ -30,7 +30,7 @@ from refkl.types import require_shape
 GRADIENTS = ("reverse_kl", "autograd", "none")
 RATIOS = ("token", "prefix")
 
-_MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
+MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
 """Past this exp saturates: well inside the range, so that a sum over a batch is finite too. Values saturate at its exp.
 A log-ratio, infinite or not, enters them as at most the exp of half of it, so that its square is finite too."""
 
@@ -88,7 +88,7 @@ def estimate(
         drift = masked_log_ratio(logp, old_logp, mask, name="old_logp")
         dtype = torch.promote_types(log_ratio.dtype, drift.dtype)
         log_ratio, drift = log_ratio.to(dtype), drift.to(dtype)
-    cap = _MAX_EXPONENT[log_ratio.dtype]
+    cap = MAX_EXPONENT[log_ratio.dtype]
     largest = math.exp(cap / 2)
     bounded = log_ratio.clamp(-largest, largest)
     if max_log_ratio is not None:
@@ -142,7 +142,7 @@ def masked_log_ratio(logp: Tensor, ref_logp: Tensor, mask: Tensor | None, name: 
 
 def saturated(log_ratio: Tensor) -> Tensor:
     """Bool, same shape: where exp(-log_ratio) is capped so as not to overflow."""
-    return -log_ratio > _MAX_EXPONENT[log_ratio.dtype]
+    return -log_ratio > MAX_EXPONENT[log_ratio.dtype]
 
 
 def _saturating(exponent: Tensor, cap: float | Tensor) -> Tensor:
@@ -157,19 +157,19 @@ def _straight_through(slope: Tensor, variable: Tensor) -> Tensor:
 
 def _times_exp(exponent: Tensor, factor: Tensor) -> Tensor:
     """exp(exponent) · factor, in value and slope at most exp of the cap: a large factor leaves the weight less room."""
-    room = _MAX_EXPONENT[factor.dtype] - factor.detach().abs().clamp(min=1.0).log()
+    room = MAX_EXPONENT[factor.dtype] - factor.detach().abs().clamp(min=1.0).log()
     return _saturating(exponent, room).exp() * factor
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    return torch.expm1(_saturating(-log_ratio, _MAX_EXPONENT[log_ratio.dtype])) + log_ratio
+    return torch.expm1(_saturating(-log_ratio, MAX_EXPONENT[log_ratio.dtype])) + log_ratio
 
 
 def _weighted_k3(bounded: Tensor, log_ratio: Tensor, drift: Tensor) -> Tensor:
     """w · k3 with its derivative in closed form, w·d. Autograd takes the difference of two terms of w·exp(-d), which in
     fp32 leaves nothing but rounding from d = -17 on. Where d is clamped k3 is a constant, and the derivative w · k3."""
     value = _times_exp(drift, _k3(bounded)).detach()
-    weight = _saturating(drift, _MAX_EXPONENT[drift.dtype]).exp()
+    weight = _saturating(drift, MAX_EXPONENT[drift.dtype]).exp()
     slope = torch.where(bounded == log_ratio, weight * bounded, value)
     return value + _straight_through(slope, drift)
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from refkl.kl.estimators import MAX_EXPONENT
 from refkl.messages import unknown
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "amari", "renyi", "alpha", "chi2", "hellinger", "tv")
@@ -39,7 +40,6 @@ _FLOOR = -1e6
 """Stands for log 0 where two logarithms are mixed: inf - inf is NaN."""
 _STEEP = 40.0
 """From this log q - log p on, p (q/p - 1) may be 0 · inf, or 0 where q is something."""
-_MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _amari(pair: _Pair, order: float) -> tuple[Tensor, Tensor]:
     """Terms (p^a q^(1-a) - a p - (1-a) q) / (a (a - 1)), never negative."""
     p, q, d = pair.p, pair.q, pair.d
     log_p, log_q = pair.logs()
-    power = (order * log_p + (1.0 - order) * log_q).clamp_(max=_MAX_EXPONENT[p.dtype]).exp_()
+    power = (order * log_p + (1.0 - order) * log_q).clamp_(max=MAX_EXPONENT[p.dtype]).exp_()
     # Towards order 1 the power becomes p, towards 0 q: their difference, over a (a - 1), is what must keep digits.
     base, other, u, share = (p, q, d, 1.0 - order) if order > 0.5 else (q, p, -d, order)
     y = -share * u
