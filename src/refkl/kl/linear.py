@@ -6,6 +6,8 @@ come from one projection. In units of one product 2·N·V·H, forward and backwa
     frozen head    2 for log-probabilities, 3 for an exact divergence (one more for the entropy's gradient)
     trained head   4 and 6; with the loss given as a closure (`token_loss`) 3 and 4
 
+(A divergence from another head takes one product more, in each pass over the tiles, for as long as the two are near.)
+
 A frozen head (as with LoRA) keeps ∂f/∂h [N, H] from the forward pass, and the backward pass multiplies it.
 A trained one projects again in the backward pass, unless the closure lets it form the gradient in the forward pass.
 
@@ -20,10 +22,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from refkl.kl.fused import score
 from refkl.kl.logprobs import check_temperature
 from refkl.kl.projection import Scaling
 from refkl.kl.rows import Divergence
-from refkl.kl.tiles import Inputs, Job, Observer, TokenLoss, score
+from refkl.kl.tiles import Inputs, Job, Observer, TokenLoss
 from refkl.types import require_shape
 
 
@@ -124,7 +127,8 @@ def linear_divergence(
     """Exact divergence per token between two heads' distributions.
 
     Where both sides have the same head (`ref_weight is weight`, as with LoRA) the difference of the logits is projected
-    from the difference of the states, which keeps its digits however close the two are.
+    from the difference of the states, which keeps its digits however close the two are. Between two heads it is
+    projected from the differences of states and weights where some row's logits differ by less than 1/64 of their size.
 
     Args:
         hidden, weight, bias: the policy's, as in `linear_logp`.

@@ -23,7 +23,11 @@ _LEAST_ROWS, _MOST_ROWS = 256, 4096
 _SHARES = 16
 """A tile takes no more than this part of what is free: there are up to three, and what is made on the way."""
 _WIDEN_BYTES = 8 << 20
-"""How much of a 16-bit weight is widened at a time."""
+"""How much of a 16-bit weight is widened, or of two weights subtracted, at a time."""
+_SAMPLE = 256
+"""Columns from which it is judged how far two sides are apart."""
+_NEAR = 2.0**-6
+"""Of 24 bits, 6 are lost to subtraction where the difference is this part of what is subtracted."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Projection:
         self.unit = 1.0 / (temperature if softcap is None else softcap)
         self.gain = scaling.logit_scale * self.unit
         self.outer = 1.0 if softcap is None else softcap / temperature
-        self.bias = None if bias is None else bias.detach().to(dtype) * self.unit
+        self.unscaled_bias = None if bias is None else bias.detach().to(dtype)
+        self.bias = None if self.unscaled_bias is None else self.unscaled_bias * self.unit
         # CUDA multiplies 16-bit numbers and gives the sums in fp32; a weight that autocast would round is rounded here.
         self.low = _low(weight, dtype, autocast)
         if self.low is not None:
@@ -79,6 +84,47 @@ class Projection:
                 torch.mm(scaled, weight.t(), out=out[:, columns])
         if bias and self.bias is not None:
             out[:, : self.size] += self.bias
+
+    def subtractable(self, other: Projection) -> bool:
+        """Whether `add_difference` can be had: tokens alike, in fp32 (fp64 has digits to spare), on one device."""
+        same = self.weight.shape == other.weight.shape and self.weight.device == other.weight.device
+        if not same or self.dtype != torch.float32 or self.low is not None or other.low is not None:
+            return False
+        gap = self._bias_difference(other)
+        return gap is None or bool(gap.isfinite().all())
+
+    def near(self, other: Projection, hidden: Tensor, other_hidden: Tensor) -> bool:
+        """Whether there is a row in which the logits of the two sides differ by so little, as a share of their size,
+        that subtracting one from the other would lose digits that count; from some columns of the vocabulary."""
+        z, other_z = (
+            h @ p.weight[:: max(1, p.size // _SAMPLE)].to(p.dtype).t()
+            for p, h in ((self, hidden), (other, other_hidden))
+        )
+        gap = z - other_z
+        spread = (gap - gap.mean(-1, keepdim=True)).square_().mean(-1).sqrt_()  # what all have in common cancels
+        return bool((spread < _NEAR * z.abs().amax(-1)).any())
+
+    def add_difference(self, other: Projection, hidden: Tensor, out: Tensor) -> None:
+        """out[:, :V] += gain · hidden (W - W')ᵀ + bias - bias', what this head gives more than the other one."""
+        scaled = hidden.to(self.dtype) * self.gain
+        rows = max(1, min(self.size, _WIDEN_BYTES // (self.weight.shape[1] * self.dtype.itemsize)))
+        buffer = hidden.new_empty(rows, self.weight.shape[1], dtype=self.dtype)
+        for start in range(0, self.size, rows):
+            columns = slice(start, min(start + rows, self.size))
+            block = buffer[: columns.stop - start].copy_(self.weight[columns]).sub_(other.weight[columns])
+            out[:, columns].addmm_(scaled, block.t())
+        gap = self._bias_difference(other)
+        if gap is not None:
+            out[:, : self.size] += gap
+
+    def _bias_difference(self, other: Projection) -> Tensor | None:
+        """[V]; 0 where both are -inf."""
+        biases = self.unscaled_bias, other.unscaled_bias
+        if biases[0] is None and biases[1] is None:
+            return None
+        zero = self.weight.new_zeros((), dtype=self.dtype)
+        own, their = (zero if b is None else b for b in biases)
+        return torch.where(own == their, zero, own - their) * self.unit
 
     def pull(self, slope: Tensor, out: Tensor) -> None:
         """out [n, H] <- gain · slope W, with slope [n, V] that of the product."""

@@ -8,14 +8,14 @@ works in place, for what is most asked for. A *bend* is what the soft cap multip
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from refkl.kl.projection import Projection, Scaling, rows_per_tile
-from refkl.kl.rows import Divergence, blocks, compare, first_order, reverse_kl_in_place
+from refkl.kl.rows import Divergence, blocks, compare, reverse_kl_in_place
 from refkl.kl.tokens import entropy, entropy_slope, logp_in_place, logp_slope, token_rows
 
 
@@ -77,86 +77,7 @@ class Job:
     """What autocast rounds the operands of products to on CUDA; the sums are fp32 all the same."""
 
 
-def score(inputs: Inputs, job: Job) -> Values:
-    """Each of `job.names` as [N], 0.0 in rows left out; with a `token_loss`, "loss" alone."""
-    trained = inputs.hidden, inputs.weight, inputs.bias
-    if inputs.hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        job = replace(job, autocast=torch.get_autocast_dtype("cuda"))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        return dict(zip(_outputs(job), _Fused.apply(*trained, inputs, job), strict=True))
-    with _full_precision(inputs):
-        walk = _Walk(inputs, job)
-        return walk.spread(walk.values())
-
-
-class _Fused(torch.autograd.Function):
-    """Frozen head: keeps ∂value/∂h. Trained: projects again, or with a `token_loss` keeps the finished gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, job: Job) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.job, ctx.shape, ctx.dtype = job, hidden.shape, hidden.dtype
-        ctx.trained = any(ctx.needs_input_grad[1:3])
-        kept: list[Tensor | None] = []
-        with _full_precision(inputs):
-            walk = _Walk(inputs, job)
-            if job.token_loss is not None:
-                values, grads, coefs = walk.gradients(ctx.needs_input_grad[:3], None)
-                kept = [*grads, *(coefs[name] for name in job.graded)]
-            elif not ctx.trained:
-                values, directions = walk.directions()
-                kept = [directions[name] for name in job.graded]
-            else:
-                values = walk.values()
-        ctx.save_for_backward(*kept, *(inputs.tensors() if ctx.trained else ()))
-        ctx.kept = len(kept)
-        spread = walk.spread(values)
-        ctx.mark_non_differentiable(*(spread[name] for name in job.names if name in spread and name not in job.graded))
-        return tuple(spread[name] for name in _outputs(job))
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        job: Job = ctx.job
-        saved = ctx.saved_tensors
-        kept, inputs = saved[: ctx.kept], Inputs(*saved[ctx.kept :]) if ctx.trained else None
-        upstream = {
-            name: g if job.rows is None else g[job.rows]
-            for name, g in zip(_outputs(job), grads, strict=True)
-            if g is not None
-        }
-        if not upstream:
-            return (None,) * 5
-        results: tuple[Tensor | None, ...]
-        if job.token_loss is not None:
-            loss = upstream["loss"]
-            if inputs is None:
-                results = kept[0] * loss[:, None], None, None
-            elif bool((loss == loss[:1]).all()):
-                results = tuple(_scaled(g, loss) for g in kept[:3])
-            else:  # the tokens' gradients were summed into the weight's with other weights
-                coefs = {name: c * loss for name, c in zip(job.graded, kept[3:], strict=True)}
-                results = _again(inputs, job, coefs, ctx.needs_input_grad[:3])
-        elif inputs is None:
-            named = dict(zip(job.graded, kept, strict=True))
-            d_hidden = sum(named[name] * g[:, None] for name, g in upstream.items())
-            assert isinstance(d_hidden, Tensor)
-            results = d_hidden, None, None
-        else:
-            results = _again(inputs, job, upstream, ctx.needs_input_grad[:3])
-        return _whole(results[0], job, ctx.shape, ctx.dtype), *results[1:], None, None
-
-
-def _again(inputs: Inputs, job: Job, coefs: Values, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients by projecting once more, of no more than what has any."""
-    if "divergence" not in coefs:
-        inputs = replace(inputs, ref_hidden=None, ref_weight=None, ref_bias=None)
-    job = replace(job, names=tuple(coefs), graded=tuple(coefs), token_loss=None, observe=None)
-    with torch.no_grad(), _full_precision(inputs):
-        return _Walk(inputs, job).gradients(needs, coefs)[1]
-
-
-class _Walk:
+class Walk:
     """One pass over the tiles."""
 
     def __init__(self, inputs: Inputs, job: Job) -> None:
@@ -170,6 +91,10 @@ class _Walk:
             self.ref = self.head
         elif inputs.ref_weight is not None:
             self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype, job.autocast)
+        self.subtractable = self.ref is not None and not self.shared and self.head.subtractable(self.ref)
+        self.apart = self.shared
+        """Whether the first buffer has z - z_ref in place of z: projected from differences it has all its digits,
+        subtracted from one another the logits have only those in which they differ."""
         self.finite = all(p is None or p.finite(job.columns) for p in (self.head, self.ref))
         # Alone, these two are done in place, in the fewest passes.
         plain = job.how == Divergence() and self.finite and not self.head.capped
@@ -278,7 +203,7 @@ class _Walk:
         return self.buffers[index]
 
     def _project(self, hidden: Tensor, index: Any) -> None:
-        """Products into the buffers: z, or with a shared head z - z_ref and z_ref, before the soft cap."""
+        """Products into the buffers, before the soft cap: z (or, if `apart`, z - z_ref) and z_ref."""
         tile = self._buffer(0)[: len(hidden)]
         if self.ref is None:
             self.head.product(hidden, tile)
@@ -286,10 +211,13 @@ class _Walk:
         assert self.inputs.ref_hidden is not None
         ref_hidden = self.inputs.ref_hidden.detach()[index].to(self.dtype)
         self.ref.product(ref_hidden, self._buffer(1)[: len(hidden)])
-        if self.shared:
-            self.head.product(hidden - ref_hidden, tile, bias=False)
-        else:
+        self.apart = self.shared or (self.subtractable and self.head.near(self.ref, hidden, ref_hidden))
+        if not self.apart:
             self.head.product(hidden, tile)
+            return
+        self.head.product(hidden - ref_hidden, tile, bias=False)
+        if not self.shared:
+            self.head.add_difference(self.ref, ref_hidden, tile)
 
     def _pull(self, tile: Tensor, factor: Tensor | None, out: Tensor) -> None:
         """out [n, H] <- the tile's slopes back through the head."""
@@ -340,8 +268,8 @@ class _Walk:
         z = self.buffers[0][:rows][block]
         if self.ref is not None:
             ref_z = self.buffers[1][:rows][block]
-            self._observe(z + ref_z if self.shared else z, seen)
-            divergence, factor = reverse_kl_in_place(z, ref_z, difference=self.shared)
+            self._observe(z + ref_z if self.apart else z, seen)
+            divergence, factor = reverse_kl_in_place(z, ref_z, difference=self.apart)
             return {"divergence": divergence}, factor
         assert target is not None
         bend = self.head.cap_(z, slope=slope)
@@ -410,11 +338,11 @@ class _Walk:
             self.head.exclude_(z)
             return z, None, None, bend
         ref_z = self._own(raw[1])
-        z = raw[0] + raw[1] if self.shared else self._own(raw[0])
+        z = raw[0] + raw[1] if self.apart else self._own(raw[0])
         bend = self.head.cap_(z, slope=slope)
         self.ref.cap_(ref_z, slope=False)
         difference: Tensor | None = None
-        if self.shared:
+        if self.apart:
             difference = raw[0] if self.head.size == self.job.columns else self.head.exclude_(raw[0].clone(), 0.0)
         if difference is not None and self.head.capped:
             # tanh x - tanh y = tanh(x - y) (1 - tanh x tanh y)
@@ -460,7 +388,7 @@ class _Walk:
         """Pieces of a batch as one; empty if nothing is scored."""
         if not found:
             empty = self.inputs.hidden.new_empty(0, dtype=self.dtype)
-            return dict.fromkeys(names or _outputs(self.job), empty)
+            return dict.fromkeys(names or outputs(self.job), empty)
         return {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
 
 
@@ -482,7 +410,7 @@ def _kept_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _outputs(job: Job) -> tuple[str, ...]:
+def outputs(job: Job) -> tuple[str, ...]:
     return job.names if job.token_loss is None else ("loss",)
 
 
@@ -497,25 +425,3 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.device != b.device or a.dtype != b.dtype:
         return False
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _scaled(grad: Tensor | None, factors: Tensor) -> Tensor | None:
-    """grad times the one factor that all tokens have; in place, since a weight's gradient is large."""
-    if grad is None or not factors.numel() or bool(factors[0] == 1.0):
-        return grad
-    return grad.mul_(float(factors[0]))  # a number: rounded to bf16 it would lean all gradients one way
-
-
-def _whole(d_hidden: Tensor | None, job: Job, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """[R, H] to [N, H], 0.0 in rows left out."""
-    if d_hidden is None:
-        return None
-    d_hidden = d_hidden.to(dtype)
-    if job.rows is None:
-        return d_hidden
-    return d_hidden.new_zeros(shape).index_copy_(0, job.rows, d_hidden)
-
-
-def _full_precision(inputs: Inputs) -> torch.autocast:
-    """Autocast would round every product to 16 bits."""
-    return torch.autocast(inputs.hidden.device.type, enabled=False)
