@@ -16,10 +16,13 @@ from launching import accelerate_launch
 from peft import LoraConfig, get_peft_model
 from support import gpt2, llama
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DeviceMesh, distribute_tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from refkl.scoring.head import Head, HeadError, find_head, redirected
+from refkl import TokenBatch
+from refkl.scoring import Head, HeadError, find_head, score_tokens
+from refkl.scoring.redirect import redirected
 
 # What these do to their logits: logit_scale, softcap, vocabulary.
 SPECIAL = {
@@ -305,6 +308,23 @@ def test_a_sharded_weight_is_refused(tmp_path: Path) -> None:
         model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), DeviceMesh("cpu", [0])))
         with pytest.raises(HeadError, match="DTensor: FSDP2"):
             find_head(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_wrappers_that_the_head_cannot_be_redirected_in_are_refused_and_scored_all_the_same(tmp_path: Path) -> None:
+    model, ones = llama(), torch.ones_like(IDS)
+    batch = TokenBatch(IDS, ones, ones)
+    expected = score_tokens(model, batch).logp
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for wrapped, match in (
+            (nn.DataParallel(copy.deepcopy(model)), "DataParallel, whose replicas"),
+            (FullyShardedDataParallel(model, device_id=torch.device("cpu")), "sharded by FSDP1"),
+        ):
+            with pytest.raises(HeadError, match=match):
+                find_head(wrapped)
+            torch.testing.assert_close(score_tokens(wrapped, batch).logp, expected)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refkl.backend import full_shape, gathered, named_weights, unwrap
-from refkl.scoring.head import HeadError, find_head, redirected
+from refkl.scoring import HeadError, find_head
+from refkl.scoring.redirect import redirected
 
 
 class Logp(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Model + TokenBatch -> TokenScores. The only place where tokens are shifted."""
 
+from refkl.scoring.find import find_head
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits
-from refkl.scoring.head import Head, HeadError, find_head
+from refkl.scoring.head import Head, HeadError
 from refkl.scoring.score import Against, Scored, score_model, score_tokens, scores_from
 
 __all__ = [
