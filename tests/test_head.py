@@ -319,8 +319,11 @@ def test_wrappers_that_the_head_cannot_be_redirected_in_are_refused_and_scored_a
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for wrapped, match in (
-            (nn.DataParallel(copy.deepcopy(model)), "DataParallel, whose replicas"),
-            (FullyShardedDataParallel(model, device_id=torch.device("cpu")), "sharded by FSDP1"),
+            (nn.DataParallel(copy.deepcopy(model)), "in DataParallel, whose replicas"),
+            (
+                FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+                "FullyShardedDataParallel, which",
+            ),
         ):
             with pytest.raises(HeadError, match=match):
                 find_head(wrapped)

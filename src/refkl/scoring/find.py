@@ -36,6 +36,11 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 """What a forward raises that wants more than tokens (images, an embedding of the task, …). No RuntimeError: memory that
 ran out once must not count against the head for good."""
+_UNFIT: dict[type[nn.Module], str] = {
+    FullyShardedDataParallel: "which flattens the head's weight: shard with FSDP2",
+    nn.DataParallel: "whose replicas each call a head of their own: use DistributedDataParallel (accelerate launch)",
+}
+"""Wrappers that a head is not redirected in."""
 _DOUBTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Heads of which a redirected forward has failed once."""
 _REFUSED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -54,10 +59,10 @@ def find_head(model: nn.Module) -> Head:
         HeadError: there is no linear head, or it is not nn.Linear alone with a plain weight (PEFT, quantised, FSDP, on
             the meta device), or the model does not call it once, or makes something else of its logits.
     """
-    _check_wrapper(model)
     module = _linear_head(model)
     rows = full_shape(module.weight)[0]
-    if (known := FOUND.get(module)) is None or known[0] != rows:
+    known = None if isinstance(model, tuple(_UNFIT)) else FOUND.get(module)
+    if known is None or known[0] != rows:
         if (refused := _REFUSED.get(module)) is not None and refused[0] == _circumstances(model, module):
             raise HeadError(refused[1])
         try:
@@ -85,7 +90,7 @@ def refuse(model: nn.Module, module: nn.Linear, error: HeadError) -> None:
 
 def _circumstances(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:
     base = base_model(model)
-    return vars(base).get("forward"), tuple(base._forward_hooks), tuple(module._forward_hooks)
+    return type(model), vars(base).get("forward"), tuple(base._forward_hooks), tuple(module._forward_hooks)
 
 
 def _linear_head(model: nn.Module) -> nn.Linear:
@@ -124,20 +129,11 @@ def _linear_head(model: nn.Module) -> nn.Linear:
     return module
 
 
-def _check_wrapper(module: nn.Module) -> None:
-    if isinstance(module, FullyShardedDataParallel):
-        raise HeadError("The model is sharded by FSDP1, which flattens the head's weight. Score through the logits.")
-    if isinstance(module, nn.DataParallel):
-        raise HeadError(
-            "The model is in torch.nn.DataParallel, whose replicas each call a head of their own. Use "
-            "DistributedDataParallel (accelerate launch), or score through the logits."
-        )
-
-
 def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, int]:
     """logit_scale, softcap and vocabulary, from what the model makes of known numbers."""
-    for inner in model.modules():
-        _check_wrapper(inner)
+    for kind, reason in _UNFIT.items():
+        if any(isinstance(m, kind) for m in model.modules()):
+            raise HeadError(f"The model is in {kind.__name__}, {reason}, or score through the logits.")
     base = base_model(model)
     rows, width = full_shape(module.weight)
     device = next(base.parameters()).device
