@@ -89,12 +89,12 @@ def test_refused_with_the_reason(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["trained before", "PiSSA", "bias all", "a norm unfrozen by hand", "merged"])
-def test_auto_then_takes_a_clone_that_is_right(case: str) -> None:
+def test_auto_then_takes_a_swap_that_is_right(case: str) -> None:
     """disable_adapter() would give another model in each of these cases."""
     policy = REFUSED[case][0]().eval()
     right = score_tokens(policy, batch()).logp
     reference = build_reference(policy)
-    assert reference.strategy == "clone"
+    assert reference.strategy == "swap"
     assert torch.equal(reference.score(batch()).logp, right)
     if case in ("trained before", "PiSSA"):
         with policy.disable_adapter():

@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from support import gpt2, llama
 from torch import Tensor, nn
 
-from refkl import STRATEGIES, build_reference, freeze, trainable_parameters
+from refkl import STRATEGIES, ReferenceConfig, build_reference, freeze, trainable_parameters
 
 OWN_LOOP = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0")
 
@@ -38,7 +38,8 @@ def _partly_frozen() -> nn.Module:
     return policy
 
 
-POLICIES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+HOST = ReferenceConfig(strategy="swap", device="cpu")
+POLICIES: dict[str, tuple[str | ReferenceConfig, Callable[[], nn.Module]]] = {
     "clone": ("clone", lambda: llama(attention_dropout=0.5)),
     "clone of tied, partly frozen": ("clone", _partly_frozen),
     "clone of a trained adapter": ("clone", _trained_lora),
@@ -46,6 +47,15 @@ POLICIES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "adapter": ("adapter", _lora),
     "adapter IA3": ("adapter", lambda: _ia3()),
     "adapter with gradient checkpointing": ("adapter", lambda: _checkpointing(_lora())),
+    "swap": ("swap", lambda: llama(attention_dropout=0.5)),
+    "swap of tied, partly frozen": ("swap", _partly_frozen),
+    "swap of a trained adapter": ("swap", _trained_lora),
+    "swap with gradient checkpointing": ("swap", lambda: _checkpointing(llama())),
+    "swap from the host": (HOST, lambda: llama(attention_dropout=0.5)),
+    "swap of tied, partly frozen from the host": (HOST, _partly_frozen),
+    "swap of a trained adapter from the host": (HOST, _trained_lora),
+    "swap from the host with gradient checkpointing": (HOST, lambda: _checkpointing(llama())),
+    "swap in bf16": ("swap", lambda: llama(attention_dropout=0.5).bfloat16()),
 }
 
 
@@ -59,7 +69,7 @@ def _checkpointing(policy: nn.Module) -> nn.Module:
     return policy
 
 
-def _case(strategy: str, policy: nn.Module, folder: Path) -> Case:
+def _case(strategy: str | ReferenceConfig, policy: nn.Module, folder: Path) -> Case:
     plain = plain_copy(policy)
     optimizer = torch.optim.SGD(trainable_parameters(policy), lr=0.05)
 
@@ -68,7 +78,8 @@ def _case(strategy: str, policy: nn.Module, folder: Path) -> Case:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Case(policy, build_reference(policy, strategy), plain, step, strategy != "adapter", folder)
+    reference = build_reference(policy, strategy)
+    return Case(policy, reference, plain, step, reference.strategy != "adapter", folder)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
@@ -87,7 +98,8 @@ def test_contract_under_zero3(tmp_path: Path) -> None:
 
 
 def test_every_strategy_has_a_row() -> None:
-    assert {strategy for strategy, _ in POLICIES.values()} | {"zero3"} == set(STRATEGIES)
+    rows = {s.strategy if isinstance(s, ReferenceConfig) else s for s, _ in POLICIES.values()}
+    assert rows | {"zero3"} == set(STRATEGIES)
 
 
 def test_gpt2_with_dropout_starts_at_zero_kl() -> None:

@@ -12,13 +12,13 @@ from refkl.reference import CloneReference
 
 def test_auto_says_why() -> None:
     full = refkl.build_reference(llama())
-    assert full.strategy == "clone" and "0.1 MB" in full.reason
+    assert full.strategy == "clone" and "140.4 kB" in full.reason
     lora = refkl.build_reference(get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"])))
     assert lora.strategy == "adapter" and "fresh" in lora.reason
 
 
 def test_unknown_names_give_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"Did you mean 'clone'\? Known: adapter, auto, clone, zero3"):
+    with pytest.raises(ValueError, match=r"Did you mean 'clone'\? Known: adapter, auto, clone, swap, zero3"):
         refkl.build_reference(llama(), "clones")
 
 

@@ -1,4 +1,4 @@
-"""Words for errors: the nearest match to a name that does not exist."""
+"""Words for messages: the nearest match to a name that does not exist, and readable sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
     matches = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: "3.6 kB", "28.0 GB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:

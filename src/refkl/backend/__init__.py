@@ -1,11 +1,16 @@
 """What a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. The only place that knows these wrappers."""
 
 from refkl.backend.detect import Backend, check_launch, detect
+from refkl.backend.fsdp import reshard
+from refkl.backend.layout import Layout, Weight, Whole, layout_of, weights_of
 from refkl.backend.modules import canonical_name, evaluating, named_weights, unwrap
 from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard
 
 __all__ = [
     "Backend",
+    "Layout",
+    "Weight",
+    "Whole",
     "canonical_name",
     "check_can_save",
     "check_launch",
@@ -14,7 +19,10 @@ __all__ = [
     "full_shape",
     "gathered",
     "is_partitioned",
+    "layout_of",
     "local_shard",
     "named_weights",
+    "reshard",
     "unwrap",
+    "weights_of",
 ]

@@ -13,7 +13,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 _OUTER_PREFIX = re.compile(r"^(?:module\.)+")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
-_PEFT_INNER = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")
+# Where LoRA adapts two parameters of one module, the adapter of one is inside the other's base_layer: its name stays.
+_PEFT_INNER = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)(?!(?:\.base_layer)*\.lora_)")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

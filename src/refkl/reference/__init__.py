@@ -5,6 +5,7 @@ from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
 from refkl.reference.pair import score_pair
 from refkl.reference.plan import STRATEGIES, build_reference, register_strategy
+from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "BuildRequest",
     "CloneReference",
     "Reference",
+    "SwapReference",
     "Zero3Reference",
     "build_reference",
     "register_strategy",

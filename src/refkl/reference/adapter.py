@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import evaluating, gathered, is_partitioned, named_weights, unwrap
+from refkl.backend import Weight, evaluating, gathered, is_partitioned, unwrap, weights_of
 from refkl.reference.base import BuildRequest, Reference
+from refkl.reference.peft_layers import quantised
 from refkl.scoring import Head, find_head
 
 
@@ -29,9 +30,9 @@ class AdapterReference(Reference):
     strategy = "adapter"
 
     def __init__(self, request: BuildRequest, reason: str) -> None:
-        super().__init__(request, reason, "the policy's base, under its fresh adapter")
         inner = unwrap(request.policy)
         assert isinstance(inner, PeftModel)
+        super().__init__(request, reason, "the policy's base, under its fresh adapter" + quantised(inner))
         self._policy: PeftModel = inner
 
     @classmethod
@@ -76,9 +77,8 @@ class AdapterReference(Reference):
     def _owns(self, name: str) -> bool:
         return False
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        adapter = _adapter_tensors(self._policy)
-        return ((name, tensor) for name, tensor in named_weights(self._policy) if id(tensor) not in adapter)
+    def _weights(self) -> Iterator[Weight]:
+        return weights_of(self._policy, without=_adapter_tensors(self._policy))
 
     def check_movable(self, policy: nn.Module) -> None:
         raise ValueError(

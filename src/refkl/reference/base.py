@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -16,10 +15,11 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from refkl.backend import Backend, evaluating, full_shape, gathered, is_partitioned
+from refkl.backend import Backend, Weight, Whole, evaluating
 from refkl.config import ReferenceConfig
+from refkl.reference.fingerprint import combined, digests
 from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
 from refkl.types import MemoryReport, TokenBatch, TokenScores
 
@@ -60,7 +60,7 @@ class Reference(ABC):
         self._device = None if request.config.device is None else torch.device(request.config.device)
         self._recorded: str | None = None
         self.digests: dict[str, str] = {}
-        """SHA-256 of each weight when the fingerprint was last taken: to name the one that changed."""
+        """Of each weight when the fingerprint was last taken: to name the one that changed."""
 
     @classmethod
     @abstractmethod
@@ -71,6 +71,11 @@ class Reference(ABC):
     @abstractmethod
     def cost(cls, request: BuildRequest) -> int:
         """Bytes that it would add on this rank. Auto takes the cheapest that can."""
+
+    @classmethod
+    def auto(cls, request: BuildRequest) -> bool:
+        """Whether auto may take it, where it can; else it has to be asked for by name."""
+        return True
 
     @classmethod
     @abstractmethod
@@ -87,12 +92,15 @@ class Reference(ABC):
         """The module to run, as the reference for as long as this is open; switched back also when scoring raises."""
 
     @abstractmethod
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the reference with its canonical name, in a fixed order; tied ones once."""
+    def _weights(self) -> Iterator[Weight]:
+        """Every weight of the reference, as far as this rank holds it, in a fixed order; tied ones once."""
 
     @abstractmethod
     def _move(self, policy: nn.Module, alpha: float) -> None:
         """theta_ref <- (1 - alpha) theta_ref + alpha theta_policy, all of it or, where that raises, none."""
+
+    def _before_writing(self) -> None:  # noqa: B027 - an optional hook: most hold no copies of their shards
+        """Drop what would hide new weights from the next forward."""
 
     def _owns(self, name: str) -> bool:
         """Whether the weight is the reference's alone, and not the policy's too."""
@@ -169,16 +177,13 @@ class Reference(ABC):
         self._recorded = None
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes, dtypes and bits of all weights, in hex.
+        """64 hex digits that change if and only if the name, shape, dtype or a bit of some weight does.
 
         The same weights have the same fingerprint whatever strategy, device or number of ranks holds them. Where
-        weights are sharded every rank must call: they are gathered one at a time.
+        weights are sharded every rank must call: they exchange one number a weight. See fingerprint.py.
         """
-        self.digests = {}
-        for name, tensor in self._weights():
-            with gathered([tensor]):
-                self.digests[name] = _digest(tensor.detach())
-        self._recorded = _combined(self.digests)
+        self.digests = digests(self._weights())
+        self._recorded = combined(self.digests)
         return self._recorded
 
     @property
@@ -198,13 +203,13 @@ class Reference(ABC):
         """
         folder = Path(folder)
         writes = not dist.is_initialized() or dist.get_rank() == 0
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         sharded = False
-        for name, tensor in self._weights():
-            sharded |= is_partitioned(tensor)
-            with gathered([tensor]):
-                if writes:
-                    weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        for name, local, layout in self._weights():
+            sharded |= layout.sharded
+            whole = layout.join(local)
+            if writes:
+                weights[name] = whole.to("cpu", copy=True).contiguous()
         provenance = {**self.provenance(), "weights": self.digests}
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -230,23 +235,22 @@ class Reference(ABC):
         self.settle()
         self.fingerprint()
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
-            digests = {name: _digest(saved.get_tensor(name)) for name in self.digests if name in saved.keys()}  # noqa: SIM118
             shapes = {name: torch.Size(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-            self._check_saved(shapes, digests, provenance["weights"], folder)
-            for name, tensor in self._weights():
-                if digests[name] != self.digests[name]:
-                    with gathered([tensor], write=True), torch.no_grad():
-                        if not is_partitioned(tensor) or dist.get_rank() == 0:
-                            tensor.data.copy_(saved.get_tensor(name))
+            found = digests(Weight(name, saved.get_tensor(name), Whole(shape)) for name, shape in shapes.items())
+            self._check_saved(shapes, found, provenance["weights"], folder)
+            self._before_writing()
+            for name, local, layout in self._weights():
+                if found[name] != self.digests[name]:
+                    local.copy_(layout.cut(saved.get_tensor(name)))
         self.updates = int(provenance["updates"])
         loaded = self.fingerprint()
         assert loaded == provenance["fingerprint"], "every weight was compared before it was written"
 
     def _check_saved(
-        self, shapes: dict[str, torch.Size], digests: dict[str, str], recorded: dict[str, str], folder: Path
+        self, shapes: dict[str, torch.Size], found: dict[str, str], recorded: dict[str, str], folder: Path
     ) -> None:
-        check_pairs(shapes, {name: full_shape(tensor) for name, tensor in self._weights()}, "the saved reference")
-        for name, digest in digests.items():
+        check_pairs(shapes, {w.name: w.layout.shape for w in self._weights()}, "the saved reference")
+        for name, digest in found.items():
             if digest != recorded[name]:
                 raise ValueError(
                     f"The reference saved in {folder} is not the one that was recorded: {name} was altered."
@@ -282,16 +286,3 @@ def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: 
     for name, shape in own.items():
         if found[name] != shape:
             raise ValueError(f"{what} has {name!r} with shape {list(found[name])}; the reference has {list(shape)}.")
-
-
-def _digest(tensor: Tensor) -> str:
-    """The tensor's dtype and SHA-256 of its dtype, shape and bits."""
-    flat = tensor.cpu().contiguous().view(-1)
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)  # the bits: numpy knows no bfloat16
-    return f"{tensor.dtype} {digest.hexdigest()}"
-
-
-def _combined(digests: dict[str, str]) -> str:
-    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in digests.items()).encode()).hexdigest()

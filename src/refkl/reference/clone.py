@@ -19,8 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from refkl.backend import canonical_name, named_weights, unwrap
+from refkl.backend import Weight, canonical_name, named_weights, unwrap, weights_of
+from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.peft_layers import adapter_parameters, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
@@ -62,13 +64,17 @@ class CloneReference(Reference):
     @classmethod
     def cost(cls, request: BuildRequest) -> int:
         policy = unwrap(request.policy)
-        every = request.config.source != "policy" or _must_copy_all(policy, request)
-        return sum(p.numel() * p.element_size() for p in policy.parameters() if every or p.requires_grad)
+        if request.config.source != "policy" or _must_copy_all(policy, request):
+            copied = list(policy.parameters())
+        else:
+            tuned = adapter_parameters(policy)
+            copied = [p for p in policy.parameters() if p.requires_grad or id(p) in tuned]
+        return sum(t.numel() * t.element_size() for t in (*copied, *policy.buffers()))
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
-        return f"a frozen copy {what} is the reference and adds {cls.cost(request) / 1e6:,.1f} MB ({request.backend})"
+        return f"a frozen copy {what} is the reference and adds {size(cls.cost(request))} ({request.backend})"
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> CloneReference:
@@ -76,7 +82,7 @@ class CloneReference(Reference):
         dtype = getattr(torch, request.config.dtype) if request.config.dtype else None
         if request.config.source == "policy":
             model, shared = _frozen_copy(policy, share=not _must_copy_all(policy, request))
-            source = "the policy as it stood when the reference was built"
+            source = "the policy as it stood when the reference was built" + quantised(policy)
         else:
             source = source_folder(request)
             model, shared = load_pretrained(request, source, dtype), set()
@@ -140,8 +146,8 @@ class CloneReference(Reference):
         """The copy's, unless it is held on a device of its own."""
         return find_head(self.model) if self._device is None else None
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return named_weights(self.model)
+    def _weights(self) -> Iterator[Weight]:
+        return weights_of(self.model)
 
     def _owns(self, name: str) -> bool:
         return name not in self._shared
@@ -202,10 +208,11 @@ def _frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]
     """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept."""
     memo: dict[int, Any] = {}
     shared: set[str] = set()
+    tuned = adapter_parameters(policy)
     for name, parameter in named_weights(policy):
         if not isinstance(parameter, nn.Parameter):
             continue
-        if share and not parameter.requires_grad:
+        if share and not parameter.requires_grad and id(parameter) not in tuned:
             # A Parameter of our own on the same storage: the policy's own object could be unfrozen later.
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
             shared.add(name)

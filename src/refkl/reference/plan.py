@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from torch import nn
 
-from refkl.backend import detect
+from refkl.backend import detect, unwrap
 from refkl.config import ReferenceConfig
 from refkl.messages import unknown
 from refkl.reference.adapter import AdapterReference
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
+from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 STRATEGIES: dict[str, type[Reference]] = {
     "adapter": AdapterReference,
     "zero3": Zero3Reference,
+    "swap": SwapReference,
     "clone": CloneReference,
 }
 
@@ -57,6 +60,7 @@ def build_reference(
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator)
+    _check_adapter_trains(request)
     if config.strategy != "auto":
         if config.strategy not in STRATEGIES:
             raise unknown("strategy", config.strategy, [*STRATEGIES, "auto"])
@@ -66,7 +70,7 @@ def build_reference(
         return chosen.build(request, f"asked for by name; {chosen.why(request)}")
 
     refused = {name: cls.supports(request) for name, cls in STRATEGIES.items()}
-    able = [name for name, why_not in refused.items() if why_not is None]
+    able = [name for name, why_not in refused.items() if why_not is None and STRATEGIES[name].auto(request)]
     if not able:
         raise ValueError(
             f"No strategy can hold a reference for this policy on {request.backend}:\n"
@@ -76,8 +80,21 @@ def build_reference(
     return STRATEGIES[cheapest].build(request, STRATEGIES[cheapest].why(request))
 
 
+def _check_adapter_trains(request: BuildRequest) -> None:
+    inner = unwrap(request.policy)
+    if request.config.source != "policy" or not isinstance(inner, PeftModel):
+        return
+    if not any(p.requires_grad for p in inner.parameters()):
+        raise ValueError(
+            "The policy is a PEFT model of which nothing trains, so it would stay its own reference: its adapter was "
+            "loaded with is_trainable=False, or frozen. Load it with is_trainable=True, or set reference.source to the "
+            "model to compare with."
+        )
+
+
 def _instead(request: BuildRequest) -> str:
     able = [name for name, cls in STRATEGIES.items() if cls.supports(request) is None]
+    able = [name for name in able if STRATEGIES[name].auto(request)] or able
     if not able:
         return "No other strategy can either."
     cheapest = min(able, key=lambda name: STRATEGIES[name].cost(request))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from refkl.backend import local_shard, named_weights, unwrap
+from refkl.backend import Weight, local_shard, named_weights, unwrap, weights_of
 from refkl.backend.zero import (
     active_zero3_config,
     full_shape,
@@ -22,6 +22,7 @@ from refkl.backend.zero import (
     release,
     transformers_zero3,
 )
+from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, check_pairs
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.scoring.forward import base_model
@@ -68,7 +69,7 @@ class Zero3Reference(Reference):
     def why(cls, request: BuildRequest) -> str:
         return (
             f"it is reloaded in parts, so that each rank holds 1/{request.backend.processes} of it, "
-            f"{cls.cost(request) / 1e6:,.1f} MB ({request.backend})"
+            f"{size(cls.cost(request))} ({request.backend})"
         )
 
     @classmethod
@@ -95,8 +96,12 @@ class Zero3Reference(Reference):
             module.training = False
         yield self._engine
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return named_weights(self.model)
+    def _weights(self) -> Iterator[Weight]:
+        return weights_of(self.model)
+
+    def _before_writing(self) -> None:
+        # What a forward left gathered would hide the new shards from the next one.
+        release(self.model.parameters())
 
     def check_movable(self, policy: nn.Module) -> None:
         self._pairs(policy)
@@ -120,8 +125,7 @@ class Zero3Reference(Reference):
     def _move(self, policy: nn.Module, alpha: float) -> None:
         """Shard by shard on each rank: policy and reference are partitioned alike, so nothing is gathered or sent."""
         pairs = self._pairs(policy)
-        # What a forward left gathered would hide the new shards from the next one.
-        release(own for own, _ in pairs)
+        self._before_writing()
         for own, theirs in pairs:
             shard, target = local_shard(own), local_shard(theirs)
             target = target.to(device=shard.device, dtype=shard.dtype)

@@ -1,0 +1,196 @@
+"""How a weight is spread over the ranks: whole on each, a ZeRO-3 partition, or a shard of a DTensor (FSDP2).
+
+A layout takes a whole weight apart and puts it together again, and says which elements of the whole this rank holds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from refkl.backend.modules import named_weights
+from refkl.backend.zero import full_shape, gathered, is_partitioned, local_shard
+
+
+class Run(NamedTuple):
+    """Elements that lie side by side, both in the local part and in the whole."""
+
+    local: int
+    """The first one's place in the local part, flattened."""
+    whole: int
+    """The first one's place in the whole, flattened."""
+    length: int
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """What this rank holds of a weight."""
+
+    shape: torch.Size
+    """Of the whole."""
+
+    sharded = True
+    """Whether no rank holds the whole."""
+    counted = True
+    """Whether this rank's part is to be counted, so that each element is counted once over all ranks."""
+
+    @abstractmethod
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole weight, which every rank has. A view or a copy."""
+
+    @abstractmethod
+    def join(self, local: Tensor) -> Tensor:
+        """The whole weight, on every rank, from the parts; collective where sharded."""
+
+    @abstractmethod
+    def runs(self) -> Iterator[Run]:
+        """Where the elements of this rank's part are in the whole; padding is in none."""
+
+
+class Whole(Layout):
+    """On every rank alike."""
+
+    sharded = False
+
+    def cut(self, whole: Tensor) -> Tensor:
+        return whole
+
+    def join(self, local: Tensor) -> Tensor:
+        return local
+
+    def runs(self) -> Iterator[Run]:
+        yield Run(0, 0, prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Partition(Layout):
+    """ZeRO-3: of the flattened weight each rank holds as much, the last one some padding."""
+
+    size: int
+    """Elements of a rank's part."""
+    group: dist.ProcessGroup
+
+    def cut(self, whole: Tensor) -> Tensor:
+        part = whole.new_zeros(self.size)
+        for run in self.runs():
+            part[: run.length] = whole.reshape(-1)[run.whole : run.whole + run.length]
+        return part
+
+    def join(self, local: Tensor) -> Tensor:
+        local = local.to(communicating_device(self.group)).contiguous()
+        flat = local.new_empty(self.size * self.group.size())
+        dist.all_gather_into_tensor(flat, local, group=self.group)
+        return flat[: prod(self.shape)].view(self.shape)
+
+    def runs(self) -> Iterator[Run]:
+        start = self.group.rank() * self.size
+        length = min(self.size, prod(self.shape) - start)
+        if length > 0:
+            yield Run(0, start, length)
+
+
+@dataclass(frozen=True)
+class Sharded(Layout):
+    """A DTensor, split along dimensions and repeated along others of its mesh."""
+
+    like: DTensor
+    """Of the same shape, mesh and placements; its numbers do not matter."""
+
+    @property
+    def counted(self) -> bool:  # type: ignore[override]
+        at = self.like.device_mesh.get_coordinate()
+        return at is not None and all(
+            at[i] == 0 for i, placement in enumerate(self.like.placements) if isinstance(placement, Replicate)
+        )
+
+    def cut(self, whole: Tensor) -> Tensor:
+        shape, start = self._block()
+        for dim, (length, first) in enumerate(zip(shape, start, strict=True)):
+            whole = whole.narrow(dim, first if length else 0, length)
+        return whole
+
+    def join(self, local: Tensor) -> Tensor:
+        mesh = self.like.device_mesh
+        part = DTensor.from_local(
+            local.to(mesh.device_type),
+            mesh,
+            self.like.placements,
+            run_check=False,
+            shape=self.shape,
+            stride=self.like.stride(),
+        )
+        return part.full_tensor()
+
+    def runs(self) -> Iterator[Run]:
+        shape, start = self._block()
+        if not prod(shape):
+            return
+        # From the last dimension that is split on, elements lie side by side.
+        split = max((dim for dim, n in enumerate(shape) if n != self.shape[dim]), default=0)
+        length = prod(shape[split:])
+        strides = [prod(self.shape[dim + 1 :]) for dim in range(len(shape))]
+        for number in range(prod(shape[:split])):
+            rest, whole = number, 0
+            for dim in reversed(range(split)):
+                rest, index = divmod(rest, shape[dim])
+                whole += (start[dim] + index) * strides[dim]
+            first = start[split] * strides[split] if shape else 0
+            yield Run(number * length, whole + first, length)
+
+    def _block(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of this rank's part, and where it begins in the whole."""
+        for placement in self.like.placements:
+            if not (isinstance(placement, Replicate) or type(placement) is Shard):
+                raise ValueError(
+                    f"A weight of shape {list(self.shape)} is placed as {placement} on its device mesh. Plain shards "
+                    "and replicas are understood: use FSDP2 without tensor parallelism on the same dimension."
+                )
+        shape, start = compute_local_shape_and_global_offset(self.shape, self.like.device_mesh, self.like.placements)
+        return tuple(shape), tuple(start)
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """The layout of a parameter or buffer as it stands."""
+    if is_partitioned(tensor):
+        return Partition(full_shape(tensor), tensor.ds_tensor.ds_numel, tensor.ds_process_group)  # type: ignore[attr-defined]
+    if isinstance(tensor, DTensor):
+        return Sharded(tensor.shape, tensor.detach())  # type: ignore[arg-type] # detached it is a DTensor still
+    return Whole(tensor.shape)
+
+
+class Weight(NamedTuple):
+    """A weight of the reference, as far as this rank holds it."""
+
+    name: str
+    """Canonical."""
+    local: Tensor
+    """This rank's part: what to read, and to write in place."""
+    layout: Layout
+
+
+def weights_of(model: nn.Module, *, without: Collection[int] = ()) -> Iterator[Weight]:
+    """Parameters and persistent buffers, but for those whose id() is in `without`; tied ones once."""
+    for name, tensor in named_weights(model):
+        if id(tensor) in without:
+            continue
+        local = local_shard(tensor).detach()
+        if is_partitioned(tensor) and not local.numel():  # on NVMe, where none of it can be read in place
+            with gathered([tensor]):
+                yield Weight(name, tensor.detach(), Whole(tensor.shape))
+        else:
+            yield Weight(name, local, layout_of(tensor))
+
+
+def communicating_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where a tensor must be for the ranks of a group to exchange it."""
+    on_accelerator = "gloo" not in dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_accelerator else torch.device("cpu")

@@ -1,0 +1,52 @@
+"""What of a model belongs to PEFT's adapters, how they are switched, and what is under them."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def adapter_parameters(policy: nn.Module) -> set[int]:
+    """Parameters of adapters, trained or not: AdaLoRA changes those that hold its ranks."""
+    return {
+        id(parameter)
+        for module in policy.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in (*module.adapter_layer_names, *module.other_param_names)
+        if isinstance(part := getattr(module, name, None), nn.Module)
+        for parameter in part.parameters()
+    }
+
+
+def adapter_buffers(policy: nn.Module) -> set[int]:
+    """Buffers of adapters, such as the projections that VeRA's layers share: nothing changes them."""
+    return {
+        id(buffer)
+        for module in policy.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name, part in module.named_children()
+        if name != "base_layer"
+        for buffer in part.buffers()
+    }
+
+
+def switches(policy: nn.Module) -> dict[str, str]:
+    """Of each adapted layer, which of its adapters are on, and whether they are merged."""
+    return {
+        name: f"{'off' if module.disable_adapters else 'on'} with {list(module.active_adapters)}"
+        + (f", merged {list(module.merged_adapters)}" if module.merged_adapters else "")
+        for name, module in policy.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+
+
+def quantised(policy: nn.Module) -> str:
+    """Words to add to a reference's source where the base that it shares with the policy is quantised, else ""."""
+    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    if config is None:
+        return ""
+    method = getattr(config.quant_method, "value", config.quant_method)
+    return f"; its base is quantised ({method}), and so is the reference"

@@ -1,0 +1,265 @@
+"""`swap`: the policy itself, with what trains of it put back, for the time of a score, to what it was.
+
+Costs a copy of the trained tensors: of the adapter alone for a PEFT policy of any type, however it was made or trained
+before. Nothing is added to the user's model, so what they save is theirs alone. Tensors of ours on the policy's device
+are swapped in by pointer; in host memory, or where the policy is sharded, numbers change places one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from refkl.backend import (
+    Layout,
+    Weight,
+    is_partitioned,
+    layout_of,
+    local_shard,
+    named_weights,
+    reshard,
+    unwrap,
+    weights_of,
+)
+from refkl.messages import size
+from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
+from refkl.scoring import Head, find_head
+from refkl.types import MemoryReport
+
+
+class SwapReference(Reference):
+    """A snapshot of the policy's trained tensors."""
+
+    strategy = "swap"
+
+    def __init__(self, request: BuildRequest, reason: str) -> None:
+        policy = unwrap(request.policy)
+        super().__init__(request, reason, "the policy as it stood when the reference was built" + quantised(policy))
+        # The scored batch goes where the policy is; `device` says where the snapshot is.
+        self._host, self._device = request.config.device == "cpu", None
+        self._policy = policy
+        self._kept: dict[str, Tensor] = {}
+        """This rank's part of each, by canonical name."""
+        self._layouts: dict[str, Layout] = {}
+        for name, tensor in _snapshot_of(policy).items():
+            self._kept[name] = self._place(local_shard(tensor).detach(), copy=True)
+            self._layouts[name] = layout_of(tensor)
+        self._switches = switches(policy)
+
+    @classmethod
+    def supports(cls, request: BuildRequest) -> str | None:
+        policy, config = unwrap(request.policy), request.config
+        if config.source != "policy":
+            return f"it holds what the policy was when built, and reference.source asks for {config.source!r}."
+        if config.dtype is not None:
+            return "its tensors take the policy's place, so reference.dtype cannot be set."
+        if config.device not in (None, "cpu"):
+            return (
+                f"its tensors are swapped into the policy, so reference.device is None (beside the policy) or 'cpu' "
+                f"(in host memory), not {config.device!r}."
+            )
+        if request.backend.name == "fsdp1":
+            return "FSDP1 flattens parameters of which some train and some do not. Use FSDP2."
+        if isinstance(policy, PeftModel) and policy.active_peft_config.is_prompt_learning:
+            return "a learned prompt is no part of the model: the reference is the base, without it."
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        if not trained:
+            return "nothing of the policy trains" + (
+                " (was its adapter loaded with is_trainable=False?)." if isinstance(policy, PeftModel) else "."
+            )
+        if any(is_partitioned(p) and not local_shard(p).numel() for p in trained):
+            return "parameters that ZeRO-3 keeps on NVMe cannot be swapped in place."
+        return None
+
+    @classmethod
+    def cost(cls, request: BuildRequest) -> int:
+        shards = (local_shard(t) for t in _snapshot_of(unwrap(request.policy)).values())
+        return sum(s.numel() * s.element_size() for s in shards)
+
+    @classmethod
+    def auto(cls, request: BuildRequest) -> bool:
+        """Where all of the policy trains, a copy of its own costs as much, and scores without moving anything."""
+        return not all(p.requires_grad for p in unwrap(request.policy).parameters())
+
+    @classmethod
+    def why(cls, request: BuildRequest) -> str:
+        return (
+            f"what trains of the policy is swapped for a copy from when the reference was built, which adds "
+            f"{size(cls.cost(request))} ({request.backend})"
+        )
+
+    @classmethod
+    def build(cls, request: BuildRequest, reason: str) -> SwapReference:
+        reference = cls(request, reason)
+        reference.fingerprint()
+        return reference
+
+    def settle(self) -> None:
+        """Cut, move and cast the snapshot as the policy has been since it was taken."""
+        reshard(self._policy)
+        changed = False
+        current = self._current(self._policy)
+        for name, kept in self._kept.items():
+            if (tensor := current.get(name)) is None:
+                raise ValueError(
+                    f"The policy no longer has {name}, of which the reference holds a copy. Build the reference after "
+                    "the last change to the policy's modules."
+                )
+            local, layout = local_shard(tensor), layout_of(tensor)
+            if type(layout) is not type(self._layouts[name]):
+                kept = layout.cut(self._layouts[name].join(kept)).clone()
+            self._layouts[name] = layout
+            if kept.shape != local.shape:
+                raise ValueError(
+                    f"{name} has shape {list(local.shape)} in the policy and {list(kept.shape)} in the reference: it "
+                    "changed after the reference was built (was the vocabulary resized?). Build it after that."
+                )
+            changed |= kept.dtype != local.dtype
+            self._kept[name] = self._place(kept.to(local.dtype), like=local)
+        if changed and self._recorded is not None:
+            self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+
+    @contextmanager
+    def _active(self) -> Iterator[nn.Module]:
+        self._check_policy()
+        tensors = self._current(self._policy)
+        _release(tensors.values())
+        with ExitStack() as stack:
+            stack.callback(_release, tensors.values())  # what a forward gathered of ours is not the policy's
+            for name, tensor in tensors.items():
+                if tensor.requires_grad and tensor.is_leaf and not is_partitioned(tensor):
+                    stack.callback(tensor.register_hook(_refuse_backward).remove)
+                self._exchange(tensor, name)
+                stack.callback(self._exchange, tensor, name)
+            yield self._policy
+
+    def head(self) -> Head | None:
+        """The policy's, or if that trains one that holds our copy; None if the copy is not where the policy is."""
+        head = find_head(self._policy)
+        names = {id(tensor): name for name, tensor in self._current(self._policy).items()}
+        ours = [None if t is None else names.get(id(t)) for t in (head.module.weight, head.module.bias)]
+        if ours == [None, None]:
+            return head
+        if self._host or any(name is not None and self._layouts[name].sharded for name in ours):
+            return None
+        with torch.device("meta"):
+            module = nn.Linear(1, 1, bias=head.module.bias is not None)
+        for part, name in zip(("weight", "bias"), ours, strict=True):
+            theirs = getattr(head.module, part)
+            if theirs is not None:
+                held = theirs.detach() if name is None else self._kept[name]
+                setattr(module, part, nn.Parameter(held, requires_grad=False))
+        return replace(head, module=module)
+
+    def _weights(self) -> Iterator[Weight]:
+        tensors = self._current(self._policy)
+        for name, kept in self._kept.items():
+            yield Weight(name, kept, self._layouts[name])
+        yield from weights_of(self._policy, without={id(t) for t in tensors.values()})
+
+    def _current(self, policy: nn.Module) -> dict[str, Tensor]:
+        """The policy's tensors of which there is a copy here."""
+        return {name: tensor for name, tensor in named_weights(policy) if name in self._kept}
+
+    def _owns(self, name: str) -> bool:
+        return name in self._kept
+
+    def check_movable(self, policy: nn.Module) -> None:
+        self._pairs(policy)
+
+    def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        theirs = self._current(unwrap(policy))
+        own_shapes = {name: layout.shape for name, layout in self._layouts.items()}
+        check_pairs({name: layout_of(t).shape for name, t in theirs.items()}, own_shapes, "the policy")
+        return [(kept, local_shard(theirs[name])) for name, kept in self._kept.items()]
+
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        """Part by part on each rank, on the host if that is where the snapshot is: nothing is gathered or sent."""
+        reshard(unwrap(policy))
+        for own, theirs in self._pairs(policy):
+            target = theirs.detach().to(device=own.device, dtype=own.dtype)
+            if alpha == 1.0 or not own.is_floating_point():
+                own.copy_(target)
+            else:
+                own.lerp_(target, alpha)
+
+    def memory(self) -> MemoryReport:
+        """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
+        size = sum(t.untyped_storage().nbytes() for t in self._kept.values())
+        return MemoryReport(host=size, device=0) if self._host else MemoryReport(host=0, device=size)
+
+    def provenance(self) -> dict[str, Any]:
+        return {**super().provenance(), "swapped": sorted(self._kept)}
+
+    def _place(self, tensor: Tensor, *, like: Tensor | None = None, copy: bool = False) -> Tensor:
+        """A tensor of the snapshot where it is to be: beside the policy's, or in host memory (pinned for a GPU)."""
+        device = (tensor if like is None else like).device
+        if not self._host:
+            return tensor.to(device, copy=copy)
+        moved = tensor.to("cpu", copy=copy)
+        return moved.pin_memory() if device.type == "cuda" and not moved.is_pinned() else moved
+
+    def _exchange(self, tensor: Tensor, name: str) -> None:
+        """What the policy has and what we hold change places."""
+        kept = self._kept[name]
+        if not self._host and not self._layouts[name].sharded:
+            # By pointer: the policy's own storage is untouched, also for a backward pass that is still to come.
+            theirs = tensor.data
+            tensor.data = kept
+            self._kept[name] = theirs
+            return
+        local = local_shard(tensor).detach()
+        theirs = local.clone()
+        local.copy_(kept)
+        kept.copy_(theirs)
+
+    def _check_policy(self) -> None:
+        """Raise ValueError if the policy with our tensors in it would be something else than what was captured."""
+        for name, tensor in named_weights(self._policy):
+            if tensor.requires_grad and name not in self._kept:
+                raise ValueError(
+                    f"{name} trains now, but did not when the reference was built, so the reference "
+                    "has no copy of it. Unfreeze before build_reference."
+                )
+        now = switches(self._policy)
+        for name, before in self._switches.items():
+            if now.get(name) != before:
+                raise ValueError(
+                    f"The adapter at {name} was {before} when the reference was built and is {now.get(name)}: the "
+                    "reference cannot be scored so. Switch, merge or unmerge adapters before build_reference, or back."
+                )
+
+
+def _snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
+    """What a snapshot must hold, by canonical name: what trains, the adapters' other parameters (AdaLoRA's ranks), and
+    persistent buffers, which a forward in training mode may change."""
+    tuned, constant = adapter_parameters(policy), adapter_buffers(policy)
+    return {
+        name: tensor
+        for name, tensor in named_weights(policy)
+        if (
+            tensor.requires_grad or id(tensor) in tuned
+            if isinstance(tensor, nn.Parameter)
+            else id(tensor) not in constant
+        )
+    }
+
+
+def _release(tensors: Any) -> None:
+    from refkl.backend.zero import release
+
+    release(tensors)
+
+
+def _refuse_backward(grad: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "A backward pass through the policy began while the reference's weights were swapped into it: its gradients "
+        "would be another model's. Leave the reference's context first."
+    )
