@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,12 +90,33 @@ def test_contract(name: str, check: Callable[[Case], None], tmp_path: Path) -> N
     check(_case(strategy, policy(), tmp_path))
 
 
-def test_contract_under_zero3(tmp_path: Path) -> None:
+# backend, strategy, policy, when it is built, and what the reference holds on a rank of what trains
+LAUNCHES = [
+    ("multi", "clone", "full", "before", 1.0),
+    ("multi", "swap", "lora", "after", 1.0),
+    ("zero2", "swap", "full", "before", 1.0),
+    ("zero2", "swap", "lora", "after", 1.0),
+    ("zero3", "zero3", "full", "before", 0.5),
+    ("zero3", "swap", "lora", "before", 0.5),
+    ("zero3", "swap", "full", "after", 0.5),
+    ("fsdp2", "swap", "lora", "before", 0.5),
+    ("fsdp2", "swap", "full", "after", 0.5),
+]
+
+
+@pytest.mark.parametrize(("backend", "strategy", "policy", "when", "share"), LAUNCHES)
+def test_contract_on_two_processes(
+    backend: str, strategy: str, policy: str, when: str, share: float, tmp_path: Path
+) -> None:
     llama(attention_dropout=0.5).save_pretrained(tmp_path / "model")
-    output = accelerate_launch("zero3", "tests/scripts/zero3_contract.py", str(tmp_path), flags=OWN_LOOP)
+    launch, flags = (backend, OWN_LOOP) if backend.startswith("zero") else ("multi", ())
+    arguments = ("tests/scripts/contract_run.py", backend, strategy, policy, when, str(tmp_path))
+    output = accelerate_launch(launch, *arguments, flags=flags)
     for check in CHECKS:
         assert f"passed {check.__name__}\n" in output
-    assert "each rank holds half: True" in output
+    found = re.search(r"strategies: \['(\w+)'\]; share of what trains: ([\d.]+)", output)
+    assert found is not None and found[1] == strategy
+    assert float(found[2]) == pytest.approx(share, abs=0.02)
 
 
 def test_every_strategy_has_a_row() -> None:

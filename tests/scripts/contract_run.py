@@ -1,0 +1,145 @@
+"""The contract of a strategy on two processes, under the backend that it is launched with.
+
+accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scripts/contract_run.py \
+    BACKEND STRATEGY POLICY WHEN FOLDER
+
+BACKEND: multi, zero2, zero3, fsdp2 (launched as multi: accelerate does not run FSDP on a CPU, torch does).
+STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE". POLICY: full, lora. WHEN: before, after (accelerator.prepare).
+FOLDER has the model that the policy starts from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from contract import CHECKS, Case, plain_copy
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaForCausalLM
+
+from refkl import ReferenceConfig, build_reference, trainable_parameters
+from refkl.backend import layout_of, unwrap
+
+LR = 0.05
+
+
+@dataclass
+class Run:
+    backend: str
+    strategy: str
+    policy: str
+    when: str
+    folder: Path
+
+    def make_policy(self) -> nn.Module:
+        """Loaded as a user does; under ZeRO-3 each rank gets its part. With "lora", an adapter that was trained."""
+        torch.manual_seed(0)
+        base = LlamaForCausalLM.from_pretrained(self.folder / "model")
+        if self.policy == "full":
+            return base
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        torch.manual_seed(0)
+        model = get_peft_model(base, config)
+        with _gathered(model):
+            torch.manual_seed(1)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    nn.init.normal_(parameter, std=0.5)
+        return model.eval()
+
+    def make_case(self, accelerator: Accelerator) -> Case:
+        with _not_partitioned(self.backend):
+            plain = plain_copy(self.make_policy())
+        policy = self.make_policy()
+        optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)
+        name, _, device = self.strategy.partition(":")
+        config = ReferenceConfig(strategy=name, device=device or None)
+        reference = None
+        if self.when == "before":
+            reference = build_reference(policy, config, accelerator)
+        if self.backend == "fsdp2":
+            for layer in policy.get_base_model().model.layers if self.policy == "lora" else policy.model.layers:
+                fully_shard(layer)
+            wrapped = fully_shard(policy)
+            optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)
+        else:
+            wrapped, optimizer = accelerator.prepare(policy, optimizer)
+        if reference is None:
+            reference = build_reference(wrapped, config, accelerator)
+        if name != "auto":
+            assert reference.strategy == name
+
+        def step(loss: Tensor) -> None:
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Case(wrapped, reference, plain, step, reference.strategy != "adapter", self.folder, LR)
+
+
+def held_share(case: Case) -> float:
+    """Bytes that the reference adds on this rank, over those of what trains of the policy."""
+    trained = [p for p in unwrap(case.policy).parameters() if p.requires_grad]
+    whole = sum(layout_of(p).shape.numel() * p.element_size() for p in trained)
+    return case.reference.memory().total / whole
+
+
+@contextlib.contextmanager
+def _not_partitioned(backend: str) -> Iterator[None]:
+    if backend != "zero3":
+        yield
+        return
+    import transformers.integrations.deepspeed as integration
+
+    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    try:
+        import deepspeed
+
+        with deepspeed.zero.Init(enabled=False):
+            yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
+
+@contextlib.contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+        yield
+
+
+def main() -> None:
+    backend, strategy, policy, when, folder = sys.argv[1:]
+    run = Run(backend, strategy, policy, when, Path(folder))
+    # As transformers' use_cpu does; Accelerator() alone would not.
+    PartialState(cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2, accelerator.num_processes
+    if backend.startswith("zero"):
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 3
+    strategies = set()
+    for check in CHECKS:
+        case = run.make_case(accelerator)
+        check(case)
+        strategies.add(case.reference.strategy)
+        accelerator.print(f"passed {check.__name__}", flush=True)
+        share = held_share(case)
+        accelerator.free_memory()
+    accelerator.print(f"strategies: {sorted(strategies)}; share of what trains: {share:.3f}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
