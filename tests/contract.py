@@ -18,7 +18,7 @@ from support import batch
 from torch import Tensor, nn
 
 from refkl import Reference, TokenBatch, score_tokens
-from refkl.backend import named_weights, unwrap, weights_of
+from refkl.backend import local_shard, named_weights, reshard, unwrap, weights_of
 
 
 @dataclass
@@ -78,8 +78,10 @@ def check_nothing_leaks(case: Case) -> None:
     if own is not None:
         case.train()
         assert all(not p.requires_grad and p.grad is None for p in own.parameters())
-        trained = {p.untyped_storage().data_ptr() for p in unwrap(case.policy).parameters() if p.requires_grad}
-        held = {p.untyped_storage().data_ptr() for p in own.parameters() if p.numel()}
+        inner = unwrap(case.policy)
+        reshard(inner)
+        trained = {local_shard(p).untyped_storage().data_ptr() for p in inner.parameters() if p.requires_grad}
+        held = {local_shard(p).untyped_storage().data_ptr() for p in own.parameters()}
         assert not (trained - {0}) & held
 
 

@@ -99,6 +99,8 @@ LAUNCHES = [
     ("zero3", "zero3", "full", "before", 0.5),
     ("zero3", "swap", "lora", "before", 0.5),
     ("zero3", "swap", "full", "after", 0.5),
+    ("fsdp2", "fsdp2", "full", "after", 0.5),
+    ("fsdp2", "adapter", "fresh", "after", 0.0),
     ("fsdp2", "swap", "lora", "before", 0.5),
     ("fsdp2", "swap", "full", "after", 0.5),
 ]

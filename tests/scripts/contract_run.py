@@ -4,7 +4,8 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
     BACKEND STRATEGY POLICY WHEN FOLDER
 
 BACKEND: multi, zero2, zero3, fsdp2 (launched as multi: accelerate does not run FSDP on a CPU, torch does).
-STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE". POLICY: full, lora. WHEN: before, after (accelerator.prepare).
+STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE".
+POLICY: full, lora (trained before), fresh (a new LoRA). WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
 """
 
@@ -26,6 +27,7 @@ from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference, trainable_parameters
 from refkl.backend import layout_of, unwrap
+from refkl.scoring.head import base_model
 
 LR = 0.05
 
@@ -47,6 +49,8 @@ class Run:
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
         torch.manual_seed(0)
         model = get_peft_model(base, config)
+        if self.policy == "fresh":
+            return model.eval()
         with _gathered(model):
             torch.manual_seed(1)
             for name, parameter in model.named_parameters():
@@ -65,7 +69,7 @@ class Run:
         if self.when == "before":
             reference = build_reference(policy, config, accelerator)
         if self.backend == "fsdp2":
-            for layer in policy.get_base_model().model.layers if self.policy == "lora" else policy.model.layers:
+            for layer in base_model(policy).model.layers:
                 fully_shard(layer)
             wrapped = fully_shard(policy)
             optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)

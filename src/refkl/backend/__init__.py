@@ -1,8 +1,8 @@
 """What a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. The only place that knows these wrappers."""
 
 from refkl.backend.detect import Backend, check_launch, detect
-from refkl.backend.fsdp import reshard
-from refkl.backend.layout import Layout, Weight, Whole, layout_of, weights_of
+from refkl.backend.fsdp import is_sharded, own_class, reshard, shard_like
+from refkl.backend.layout import Layout, Weight, Whole, layout_of, weights_of, whole
 from refkl.backend.modules import canonical_name, evaluating, named_weights, unwrap
 from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard
 
@@ -19,10 +19,14 @@ __all__ = [
     "full_shape",
     "gathered",
     "is_partitioned",
+    "is_sharded",
     "layout_of",
     "local_shard",
     "named_weights",
+    "own_class",
     "reshard",
+    "shard_like",
     "unwrap",
     "weights_of",
+    "whole",
 ]

@@ -167,6 +167,14 @@ def layout_of(tensor: Tensor) -> Layout:
     return Whole(tensor.shape)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter or buffer, on every rank; collective where it is sharded."""
+    if is_partitioned(tensor) and not local_shard(tensor).numel():  # on NVMe
+        with gathered([tensor]):
+            return tensor.detach().clone()
+    return layout_of(tensor).join(local_shard(tensor).detach())
+
+
 class Weight(NamedTuple):
     """A weight of the reference, as far as this rank holds it."""
 

@@ -3,6 +3,7 @@
 from refkl.reference.adapter import AdapterReference
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
+from refkl.reference.fsdp2 import FSDP2Reference
 from refkl.reference.pair import score_pair
 from refkl.reference.plan import STRATEGIES, build_reference, register_strategy
 from refkl.reference.swap import SwapReference
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterReference",
     "BuildRequest",
     "CloneReference",
+    "FSDP2Reference",
     "Reference",
     "SwapReference",
     "Zero3Reference",

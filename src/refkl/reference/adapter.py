@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import Weight, evaluating, gathered, is_partitioned, unwrap, weights_of
+from refkl.backend import Weight, evaluating, is_partitioned, unwrap, weights_of, whole
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.peft_layers import quantised
 from refkl.scoring import Head, find_head
@@ -40,8 +40,8 @@ class AdapterReference(Reference):
         policy = unwrap(request.policy)
         if not isinstance(policy, PeftModel):
             return f"the policy is a {type(policy).__name__} and has no PEFT adapter to switch off."
-        if request.backend.name.startswith("fsdp"):
-            return "switching adapters off under FSDP is not supported yet."
+        if request.backend.name == "fsdp1":
+            return "FSDP1 flattens adapter and base into one parameter. Use FSDP2."
         config = request.config
         if config.source != "policy":
             return f"it holds the policy's own base, and reference.source asks for {config.source!r}."
@@ -180,16 +180,14 @@ def _trained_wrapper(module: nn.Module) -> str | None:
         base = dict(module.original_module.named_parameters())
         for adapter in module.active_adapters:
             for name, parameter in module.modules_to_save[adapter].named_parameters():
-                with gathered([parameter, base[name]]):
-                    if not torch.equal(parameter.detach(), base[name].detach()):
-                        return f"modules_to_save.{adapter}.{name}"
+                if not torch.equal(whole(parameter), whole(base[name])):
+                    return f"modules_to_save.{adapter}.{name}"
     if isinstance(module, TrainableTokensLayer):
         weight = module.get_base_layer().get_parameter("weight")
         for adapter in module.active_adapters:
             rows: Tensor = module.trainable_tokens_delta[adapter]
-            with gathered([weight, rows]):
-                if not torch.equal(rows.detach(), weight.detach()[module.token_indices[adapter]]):
-                    return f"trainable_tokens_delta.{adapter}"
+            if not torch.equal(whole(rows), whole(weight)[module.token_indices[adapter]]):
+                return f"trainable_tokens_delta.{adapter}"
     return None
 
 
@@ -199,12 +197,11 @@ def _trained_lora(layer: LoraLayer) -> str | None:
         for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             factors = [d[adapter] for d in (getattr(layer, first), getattr(layer, second)) if adapter in d]
             weights = [f if isinstance(f, Tensor) else f.weight for f in factors]
-            with gathered(weights):
-                # The product is zero if one of the factors is.
-                if weights and all(bool(w.detach().any()) for w in weights):
-                    return f"{second}.{adapter}"
+            # The product is zero if one of the factors is.
+            if weights and all(bool(whole(w).any()) for w in weights):
+                return f"{second}.{adapter}"
         for module in (layer.lora_B[adapter],) if adapter in layer.lora_B else ():
             bias = getattr(module, "bias", None)
-            if bias is not None and bool(bias.detach().any()):
+            if bias is not None and bool(whole(bias).any()):
                 return f"lora_B.{adapter}.bias"
     return None

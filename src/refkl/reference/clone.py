@@ -59,7 +59,7 @@ class CloneReference(Reference):
             except ValueError as error:
                 return str(error)
             return None
-        return _foreign_forward(unwrap(request.policy))
+        return foreign_forward(unwrap(request.policy))
 
     @classmethod
     def cost(cls, request: BuildRequest) -> int:
@@ -81,7 +81,7 @@ class CloneReference(Reference):
         policy = unwrap(request.policy)
         dtype = getattr(torch, request.config.dtype) if request.config.dtype else None
         if request.config.source == "policy":
-            model, shared = _frozen_copy(policy, share=not _must_copy_all(policy, request))
+            model, shared = frozen_copy(policy, share=not _must_copy_all(policy, request))
             source = "the policy as it stood when the reference was built" + quantised(policy)
         else:
             source = source_folder(request)
@@ -204,7 +204,7 @@ def _must_copy_all(policy: nn.Module, request: BuildRequest) -> bool:
     return merged or config.dtype is not None or config.device is not None
 
 
-def _frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]]:
+def frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]]:
     """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept."""
     memo: dict[int, Any] = {}
     shared: set[str] = set()
@@ -225,7 +225,7 @@ def _frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]
     return model, shared
 
 
-def _foreign_forward(policy: nn.Module) -> str | None:
+def foreign_forward(policy: nn.Module) -> str | None:
     """A sentence if some module's forward was replaced in a way that a copy cannot undo."""
     for name, module in policy.named_modules():
         holder = _holder(vars(module).get("forward"))

@@ -13,6 +13,7 @@ from refkl.messages import unknown
 from refkl.reference.adapter import AdapterReference
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
+from refkl.reference.fsdp2 import FSDP2Reference
 from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 STRATEGIES: dict[str, type[Reference]] = {
     "adapter": AdapterReference,
     "zero3": Zero3Reference,
+    "fsdp2": FSDP2Reference,
     "swap": SwapReference,
     "clone": CloneReference,
 }

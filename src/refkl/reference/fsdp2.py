@@ -1,0 +1,172 @@
+"""`fsdp2`: a frozen model of its own, sharded layer by layer as the policy is, so that each rank holds 1/world of it.
+
+FSDP2 refuses a deep copy. Built after the policy was sharded, the reference is made from the policy's configuration
+without memory, sharded like it, and filled from this rank's shards: nothing is gathered or sent. Built before, it is a
+plain copy that is sharded at the first score, when there is a plan to follow.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
+from refkl.backend import weights_of as shards_of
+from refkl.messages import size
+from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.clone import foreign_forward, frozen_copy
+from refkl.types import MemoryReport
+
+
+class FSDP2Reference(Reference):
+    """A sharded copy."""
+
+    strategy = "fsdp2"
+
+    def __init__(self, request: BuildRequest, reason: str, model: nn.Module) -> None:
+        super().__init__(request, reason, "the policy as it stood when the reference was built")
+        self.model = model
+        """The copy, with the policy's parameter names."""
+        self._policy = weakref.ref(unwrap(request.policy))
+
+    @classmethod
+    def supports(cls, request: BuildRequest) -> str | None:
+        policy, config = unwrap(request.policy), request.config
+        if request.backend.name != "fsdp2":
+            return f"it is sharded by FSDP2, and this is {request.backend}."
+        if config.source != "policy":
+            return f"it is filled from the policy, and reference.source asks for {config.source!r}."
+        if config.dtype is not None or config.device is not None:
+            return "FSDP2 places its shards in the policy's dtype: reference.dtype and .device cannot be set."
+        if isinstance(policy, PeftModel):
+            return "the policy's base does not train, and a copy of it would be one too many."
+        if any(p.is_meta for p in policy.parameters()):
+            return (
+                "the policy has no weights yet on this rank (fsdp_cpu_ram_efficient_loading). Build the reference "
+                "after accelerator.prepare."
+            )
+        return foreign_forward(policy)
+
+    @classmethod
+    def cost(cls, request: BuildRequest) -> int:
+        policy = unwrap(request.policy)
+        total = sum(p.numel() * p.element_size() for p in policy.parameters())  # a DTensor's numel is the whole's
+        return total // request.backend.processes + sum(b.numel() * b.element_size() for b in policy.buffers())
+
+    @classmethod
+    def why(cls, request: BuildRequest) -> str:
+        return (
+            f"it is sharded as the policy is, so that each rank holds 1/{request.backend.processes} of it, "
+            f"{size(cls.cost(request))} ({request.backend})"
+        )
+
+    @classmethod
+    def build(cls, request: BuildRequest, reason: str) -> FSDP2Reference:
+        policy = unwrap(request.policy)
+        if is_sharded(policy):
+            reshard(policy)
+            model = _sharded_twin(policy)
+        else:
+            model, _ = frozen_copy(policy, share=False)
+        model.requires_grad_(False)
+        model.eval()
+        reference = cls(request, reason, model)
+        reference.fingerprint()
+        return reference
+
+    def settle(self) -> None:
+        """Once the policy has been sharded, be sharded like it."""
+        policy = self._policy()
+        if policy is None or is_sharded(self.model) or not is_sharded(policy):
+            return
+        reshard(policy)
+        first = next(policy.parameters())
+        offloaded = first.device.type == "cpu" and self._accelerator is not None
+        device = self._accelerator.device if offloaded and self._accelerator is not None else first.device
+        self.model.to(device=device, dtype=first.dtype)
+        before = self.digests
+        shard_like(self.model, policy)
+        self.model.requires_grad_(False)
+        if next(iter(before.values())).split()[0] != str(first.dtype):
+            self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+
+    @contextmanager
+    def _active(self) -> Iterator[nn.Module]:
+        for module in self.model.modules():
+            module.training = False
+        try:
+            yield self.model
+        finally:
+            reshard(self.model)
+
+    def _weights(self) -> Iterator[Weight]:
+        return shards_of(self.model)
+
+    def check_movable(self, policy: nn.Module) -> None:
+        self._pairs(policy)
+
+    def _pairs(self, policy: nn.Module) -> list[tuple[Weight, Weight]]:
+        inner = unwrap(policy)
+        reshard(inner)
+        own, theirs = ({w.name: w for w in shards_of(m)} for m in (self.model, inner))
+        shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (theirs, own)]
+        check_pairs(shapes[0], shapes[1], "the policy")
+        for name, weight in own.items():
+            if weight.local.shape != theirs[name].local.shape:
+                raise ValueError(
+                    f"This rank's part of {name} is {list(theirs[name].local.shape)} in the policy and "
+                    f"{list(weight.local.shape)} in the reference: score once after accelerator.prepare, which shards "
+                    "the reference as the policy is."
+                )
+        return [(weight, theirs[name]) for name, weight in own.items()]
+
+    def _move(self, policy: nn.Module, alpha: float) -> None:
+        """Shard by shard on each rank: nothing is gathered or sent."""
+        for own, theirs in self._pairs(policy):
+            target = theirs.local.to(device=own.local.device, dtype=own.local.dtype)
+            if alpha == 1.0 or not own.local.is_floating_point():
+                own.local.copy_(target)
+            else:
+                own.local.lerp_(target, alpha)
+
+    def memory(self) -> MemoryReport:
+        """Bytes of this rank's shards."""
+        sizes = {"device": 0, "host": 0}
+        accelerated = self._accelerator is not None and self._accelerator.device.type != "cpu"
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            part = local_shard(tensor)
+            where = "host" if accelerated and part.device.type == "cpu" else "device"
+            sizes[where] += part.numel() * part.element_size()
+        return MemoryReport(**sizes)
+
+
+def _sharded_twin(policy: nn.Module) -> nn.Module:
+    """A model of the policy's class and configuration, sharded as it is, with the numbers of this rank's shards."""
+    with torch.device("meta"):
+        model = own_class(policy)(copy.deepcopy(policy.config))
+    theirs = dict(named_weights(policy))
+    own_shapes = {name: tensor.shape for name, tensor in named_weights(model)}
+    try:
+        check_pairs({name: t.shape for name, t in theirs.items()}, own_shapes, "the policy")
+    except ValueError as error:
+        raise ValueError(
+            f"The policy is not what its configuration makes: {error} Build the reference before the policy is "
+            "sharded, or use reference.strategy 'swap'."
+        ) from None
+    for name, tensor in named_weights(model):
+        tensor.data = tensor.data.to(theirs[name].dtype)
+    shard_like(model, policy)
+    model.to_empty(device=local_shard(next(policy.parameters())).device)
+    buffers = dict(policy.named_buffers())
+    with torch.no_grad():
+        for name, tensor in named_weights(model):
+            local_shard(tensor).copy_(local_shard(theirs[name]))
+        for name, buffer in model.named_buffers():  # rotary frequencies too, which no checkpoint holds
+            buffer.data = buffers[name].detach().clone()
+    return model
