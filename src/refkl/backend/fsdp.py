@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -38,12 +41,26 @@ def shard_like(model: nn.Module, policy: nn.Module) -> None:
         if id(state) in seen:
             continue
         seen.add(id(state))
-        for group in state._fsdp_param_groups:
-            units = [modules[names[unit]] for unit in group.modules]
-            fully_shard(
-                units if len(units) > 1 else modules[name],
-                mesh=group.mesh_info.mesh,
-                reshard_after_forward=True,
-                mp_policy=group.mp_policy,
-                offload_policy=group.offload_policy,
+        groups = state._fsdp_param_groups
+        if len(groups) > 1:
+            raise ValueError(
+                f"{name or 'The policy'} is sharded over several meshes at once. Use reference.strategy 'swap', which "
+                "follows any sharding."
             )
+        # A root whose parameters are all in units inside it has no group of its own, and is still what they hang on.
+        like = groups[0] if groups else next(iter(_groups(policy)))
+        units = [modules[names[unit]] for unit in groups[0].modules] if groups else [modules[name]]
+        fully_shard(
+            units if len(units) > 1 else units[0],
+            mesh=like.mesh_info.mesh,
+            reshard_after_forward=True,
+            mp_policy=like.mp_policy,
+            offload_policy=like.offload_policy,
+        )
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's groups of parameters that are sharded and gathered together."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups

@@ -114,7 +114,8 @@ def _linear_head(model: nn.Module) -> nn.Linear:
         )
     check_forward(module)
     weight = module.weight
-    if isinstance(weight, DTensor):
+    # FSDP2 leaves the root's own weights gathered after some forwards: they are plain then, and DTensors again later.
+    if isinstance(weight, DTensor) or getattr(module, "_is_fsdp_managed_module", False):
         raise HeadError(
             f"{kind} whose weight is sharded (DTensor: FSDP2 or tensor parallel). Score through the logits."
         )
