@@ -67,11 +67,27 @@ def active_zero3_config(accelerator: Accelerator | None) -> dict[str, Any] | Non
     return plugin.deepspeed_config if plugin is not None and plugin.zero_stage == 3 else None
 
 
+def run_config(policy: nn.Module, accelerator: Accelerator | None) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of this run, of whatever stage: the accelerator's, or that of the policy's engine."""
+    from accelerate.state import AcceleratorState
+
+    if not is_deepspeed_available():
+        return None
+    state = accelerator.state if accelerator is not None else None
+    if state is None and AcceleratorState._shared_state:
+        state = AcceleratorState()
+    if state is not None and state.deepspeed_plugin is not None:
+        return state.deepspeed_plugin.deepspeed_config
+    engine = getattr(policy, "_config", None)
+    return getattr(engine, "_param_dict", None)
+
+
 def inference_config(training: dict[str, Any]) -> dict[str, Any]:
     """A ZeRO-3 configuration for a model that never trains, from that of the run.
 
-    No optimizer. No parameter persists gathered and none is kept for reuse: each forward reads the partitions, so that
-    an update of the partitions is all that an update takes. Parameter offload stays as the user set it.
+    No optimizer, whatever stage the run has. No parameter persists gathered and none is kept for reuse: each forward
+    reads the partitions, so that an update of the partitions is all that an update takes. Parameter offload stays as
+    the user set it.
     """
     stage = training.get("zero_optimization", {})
     zero: dict[str, Any] = {
@@ -104,6 +120,22 @@ def transformers_zero3(config: dict[str, Any]) -> Iterator[None]:
     finally:
         del own
         integration._hf_deepspeed_config_weak_ref = before
+
+
+def partitioned(kind: type[nn.Module], config: Any, dtype: torch.dtype, zero: dict[str, Any]) -> nn.Module:
+    """A transformers model from its configuration, partitioned while it is made, with whatever numbers it gets."""
+    import deepspeed
+    from transformers import initialization
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with initialization.no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero):
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()  # type: ignore[operator]
+    return model
 
 
 def inference_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:

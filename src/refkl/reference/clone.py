@@ -241,6 +241,23 @@ def foreign_forward(policy: nn.Module) -> str | None:
     return None
 
 
+def replaced_forward(policy: nn.Module) -> str | None:
+    """A sentence if some module's forward is not its class's, nor one that a library put there to train it: a model
+    made from the policy's configuration would lack it."""
+    for name, module in policy.named_modules():
+        forward = vars(module).get("forward")
+        if forward is None:
+            continue
+        function = getattr(forward, "__func__", forward)
+        where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if where.split(".")[0] not in ("trl", "accelerate", "transformers", "torch", "deepspeed", "peft"):
+            return (
+                f"the forward of {name or 'the policy'} was replaced by one of {where}, which a model made from the "
+                "policy's configuration would not have. Use reference.strategy 'swap'."
+            )
+    return None
+
+
 def _holder(forward: Any) -> types.FunctionType | None:
     """The function, of those that `forward` is wrapped from, that closes over a module; a copy would go on using it.
 

@@ -20,7 +20,7 @@ from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_cl
 from refkl.backend import weights_of as shards_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, check_pairs
-from refkl.reference.clone import foreign_forward, frozen_copy
+from refkl.reference.clone import foreign_forward, frozen_copy, replaced_forward
 from refkl.types import MemoryReport
 
 
@@ -51,7 +51,7 @@ class FSDP2Reference(Reference):
                 "the policy has no weights yet on this rank (fsdp_cpu_ram_efficient_loading). Build the reference "
                 "after accelerator.prepare."
             )
-        return foreign_forward(policy)
+        return replaced_forward(policy) if is_sharded(policy) else foreign_forward(policy)
 
     @classmethod
     def cost(cls, request: BuildRequest) -> int:

@@ -1,29 +1,33 @@
-"""`zero3`: under DeepSpeed ZeRO-3, reloaded from pretrained weights into partitioned parameters.
+"""`zero3`: a model of its own in parameters that DeepSpeed ZeRO-3 partitions, so that each rank holds 1/world of it.
 
-Each rank holds 1/world of it. A deep copy of a partitioned policy would be a model of placeholders.
+A deep copy of a partitioned policy would be a model of placeholders. This one is made from the policy's configuration
+and filled from this rank's parts of the policy, or from weights on disk: nothing is gathered.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from refkl.backend import Weight, local_shard, named_weights, unwrap, weights_of
+from refkl.backend import Weight, gathered, layout_of, local_shard, named_weights, unwrap, weights_of, whole
 from refkl.backend.zero import (
-    active_zero3_config,
     full_shape,
     inference_config,
     inference_engine,
     is_partitioned,
+    partitioned,
     release,
+    run_config,
     transformers_zero3,
 )
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.clone import replaced_forward
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.scoring.forward import base_model
 from refkl.types import MemoryReport
@@ -42,22 +46,29 @@ class Zero3Reference(Reference):
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
-        if request.backend.name != "zero3":
+        if not request.backend.name.startswith("zero"):
             return f"it partitions under DeepSpeed ZeRO-3, and this is {request.backend}."
-        if active_zero3_config(request.accelerator) is None:
-            return "the policy is partitioned, but there is no accelerator with a ZeRO-3 configuration to follow."
+        if run_config(request.policy, request.accelerator) is None:
+            return "the policy is partitioned, but there is no accelerator or engine with a configuration to follow."
         if request.config.device is not None or request.config.dtype is not None:
             return "DeepSpeed places its partitions in the run's dtype: reference.device and .dtype cannot be set."
         if request.config.source == "policy" and base_model(request.policy) is not unwrap(request.policy):
             return (
-                "the policy has a PEFT adapter that is not provably off, which weights from disk do not have. Set "
-                "reference.source to 'pretrained' to compare with the base without it."
+                "the policy has a PEFT adapter, whose base does not train: a copy of it would be one too many. Set "
+                "reference.source to 'pretrained' to compare with the base without the adapter."
             )
+        if request.config.source == "policy":
+            return replaced_forward(unwrap(request.policy))
         try:
             source_folder(request)
         except ValueError as error:
             return str(error)
         return None
+
+    @classmethod
+    def auto(cls, request: BuildRequest) -> bool:
+        """A policy that is whole on each rank (ZeRO-1, ZeRO-2) has room for a copy that needs no gathering."""
+        return request.backend.name == "zero3"
 
     @classmethod
     def cost(cls, request: BuildRequest) -> int:
@@ -68,25 +79,27 @@ class Zero3Reference(Reference):
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         return (
-            f"it is reloaded in parts, so that each rank holds 1/{request.backend.processes} of it, "
+            f"it is partitioned, so that each rank holds 1/{request.backend.processes} of it, "
             f"{size(cls.cost(request))} ({request.backend})"
         )
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> Zero3Reference:
-        training = active_zero3_config(request.accelerator)
+        training = run_config(request.policy, request.accelerator)
         assert training is not None, "supports() lets no other backend in"
         config = inference_config(training)
-        folder = source_folder(request)
-        with transformers_zero3(config):
-            model = load_pretrained(request, folder, dtype=None)
         if request.config.source == "policy":
-            _check_unchanged(unwrap(request.policy), model, folder)
+            source = "the policy as it stood when the reference was built"
+            model = _from_memory(unwrap(request.policy), config)
+        else:
+            source = source_folder(request)
+            with transformers_zero3(config):
+                model = load_pretrained(request, source, dtype=None)
         model.requires_grad_(False)
         model.eval()
         for parameter in model.parameters():
             parameter.ds_persist = False  # type: ignore[attr-defined]
-        reference = cls(request, reason, inference_engine(model, config), folder)
+        reference = cls(request, reason, inference_engine(model, config), source)
         reference.fingerprint()
         return reference
 
@@ -107,28 +120,23 @@ class Zero3Reference(Reference):
         self._pairs(policy)
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Own and policy's weights, of which each rank holds matching parts."""
+        """Own and policy's weights."""
         own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
         own_shapes, their_shapes = ({name: full_shape(t) for name, t in w.items()} for w in (own, theirs))
         check_pairs(their_shapes, own_shapes, "the policy")
         for name, tensor in own.items():
-            if is_partitioned(tensor) != is_partitioned(theirs[name]):
-                raise ValueError(f"{name} is partitioned in one of policy and reference, not in both.")
-            mine, other = local_shard(tensor), local_shard(theirs[name])
-            if mine.shape != other.shape or not other.numel():
-                raise ValueError(
-                    f"This rank's part of {name} is {list(other.shape)} in the policy and {list(mine.shape)} in the "
-                    "reference. Parameters offloaded to NVMe cannot be synced."
-                )
+            if any(is_partitioned(t) and not local_shard(t).numel() for t in (tensor, theirs[name])):
+                raise ValueError(f"{name} is offloaded to NVMe, and cannot be synced from there.")
         return [(tensor, theirs[name]) for name, tensor in own.items()]
 
     def _move(self, policy: nn.Module, alpha: float) -> None:
-        """Shard by shard on each rank: policy and reference are partitioned alike, so nothing is gathered or sent."""
+        """Part by part on each rank: nothing is gathered or sent, be the policy partitioned alike or whole."""
         pairs = self._pairs(policy)
         self._before_writing()
         for own, theirs in pairs:
-            shard, target = local_shard(own), local_shard(theirs)
-            target = target.to(device=shard.device, dtype=shard.dtype)
+            shard, layout = local_shard(own), layout_of(own)
+            target = local_shard(theirs) if is_partitioned(theirs) == is_partitioned(own) else layout.cut(theirs)
+            target = target.detach().to(device=shard.device, dtype=shard.dtype)
             if alpha == 1.0 or not shard.is_floating_point():
                 shard.copy_(target)
             else:
@@ -145,43 +153,34 @@ class Zero3Reference(Reference):
         return MemoryReport(device=sizes["device"], host=sizes["cpu"])
 
 
-def _check_unchanged(policy: nn.Module, fresh: nn.Module, folder: str) -> None:
-    """Raise ValueError if the policy in memory is not what `folder` holds: its reload would be another reference."""
-    theirs, fresh_weights = dict(named_weights(policy)), dict(named_weights(fresh))
-    if extra := sorted(theirs.keys() - fresh_weights.keys()):
+def _from_memory(policy: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """A partitioned model of the policy's class and configuration with the numbers of its parts on this rank."""
+    model = partitioned(type(policy), copy.deepcopy(policy.config), next(policy.parameters()).dtype, config)
+    theirs = dict(named_weights(policy))
+    own_shapes = {name: full_shape(tensor) for name, tensor in named_weights(model)}
+    try:
+        check_pairs({name: full_shape(t) for name, t in theirs.items()}, own_shapes, "the policy")
+    except ValueError as error:
         raise ValueError(
-            f"{extra[0]} is in the policy and not in {folder}: the policy is another model. Save the policy and set "
-            "reference.source to that folder."
-        )
-    for name, own in fresh_weights.items():
-        if name not in theirs or full_shape(theirs[name]) != full_shape(own):
-            difference = "is missing" if name not in theirs else f"has shape {list(full_shape(theirs[name]))}"
-            raise ValueError(
-                f"{name} {difference} in the policy, and in {folder} it has shape {list(full_shape(own))}: the "
-                "policy is another model. Set reference.source to the folder of the model to compare with."
-            )
-        if not _equal(theirs[name], own):
-            raise ValueError(
-                f"{name} was changed after the policy was loaded from {folder}, so weights from there are not the "
-                "policy's. Save the policy and set reference.source to that folder, or set reference.source to "
-                "'pretrained' if the weights on disk are the reference that you want."
-            )
+            f"The policy is not what its configuration makes: {error} Use reference.strategy 'swap', or set "
+            "reference.source to the folder of the model to compare with."
+        ) from None
+    buffers = dict(policy.named_buffers())
+    with torch.no_grad():
+        for name, own in named_weights(model):
+            _fill(own, theirs[name])
+        for name, buffer in model.named_buffers():  # rotary frequencies too, which no checkpoint holds
+            buffer.data = buffers[name].detach().clone()
+    return model
 
 
-def _equal(theirs: Tensor, own: Tensor) -> bool:
-    """Whether the two hold the same numbers on every rank, compared in the coarser of their dtypes."""
-    coarse = (
-        min(theirs.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).bits) if own.is_floating_point() else None
-    )
-    if is_partitioned(theirs) == is_partitioned(own):
-        pair = local_shard(theirs), local_shard(own)
-        same = torch.equal(*(x.to(device=own.device, dtype=coarse or own.dtype) for x in pair))
-    else:
-        from refkl.backend import gathered
-
-        with gathered([theirs, own]):
-            same = torch.equal(*(x.data.to(device=own.device, dtype=coarse or own.dtype) for x in (theirs, own)))
-    verdict = torch.tensor(float(same), device=own.device)
-    if dist.is_initialized():
-        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
-    return bool(verdict.item())
+def _fill(own: Tensor, theirs: Tensor) -> None:
+    """This rank's part of a weight from the policy's part, or where it is not partitioned alike from the whole."""
+    part = local_shard(own)
+    if is_partitioned(own) and not part.numel():  # on NVMe
+        numbers = whole(theirs)
+        with gathered([own], write=True):
+            own.data.copy_(numbers)
+        return
+    alike = is_partitioned(theirs) == is_partitioned(own) and local_shard(theirs).shape == part.shape
+    part.copy_(local_shard(theirs) if alike else layout_of(own).cut(whole(theirs)))
