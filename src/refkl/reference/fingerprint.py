@@ -1,9 +1,10 @@
 """Which numbers a reference has: a fingerprint that any changed element changes, the same however they are sharded.
 
-A weight's elements side by side are words of 64 bits, each with a key that depends on its place: Σ word(i) · key(i) mod
-2^64 is the weight's sum. Keys are odd, so they have inverses, and no change within one word is lost; changes of several
-cancel by chance once in 2^64. A sum does not care who adds which part of it: ranks add up their own elements, and
-exchange one number a weight. It is there to find mistakes, and does not stand up to somebody who looks for a collision.
+A weight's elements side by side are words of 32 bits, each with a 64-bit key that depends on its place: Σ word(i) ·
+key(i) mod 2^64 is the weight's sum. Keys are odd, so they have inverses, and no change within one word is lost; changes
+of several cancel by chance alone. (Words of 64 bits would be quicker, but 2^63 times an odd number is 2^63: two flipped
+signs would cancel.) A sum does not care who adds which part of it: ranks add up their own elements, and exchange one
+number a weight. It is there to find mistakes, and does not stand up to somebody who looks for a collision.
 
     key(i) = inner(i mod B) · outer(i div B),   both from SplitMix64 and made odd   (Steele, Lea, Flood, OOPSLA 2014)
 """
@@ -60,11 +61,11 @@ def content_sum(local: Tensor, layout: Layout) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for run in layout.runs():
         part = data[run.local * size : (run.local + run.length) * size]
-        first, before = divmod(run.whole * size, 8)
-        after = -(before + len(part)) % 8
-        if before or after or part.storage_offset() % 8:
+        first, before = divmod(run.whole * size, 4)
+        after = -(before + len(part)) % 4
+        if before or after or part.storage_offset() % 4:
             part = nn.functional.pad(part, (before, after))
-        total += _sum_of_words(part.view(torch.int64), first)
+        total += _sum_of_words(part.view(torch.int32), first)
     return total
 
 
@@ -78,7 +79,7 @@ def _sum_of_words(words: Tensor, first: int) -> Tensor:
     for number in range(len(sums)):
         low, high = max(start + number * _BLOCK, first), min(start + (number + 1) * _BLOCK, last + 1)
         at, count = low - start - number * _BLOCK, high - low
-        product = torch.mul(words[low - first : high - first], inner[at : at + count], out=buffer[:count])
+        product = buffer[:count].copy_(words[low - first : high - first]).mul_(inner[at : at + count])
         torch.sum(product, 0, out=sums[number])
     outer = _odd(torch.arange(len(sums), device=words.device) + (first // _BLOCK + _OUTER))
     return (sums * outer).sum()
