@@ -21,10 +21,12 @@ LAYERS = {
     "backend": set(),
     "scoring": {"types", "kl", "backend"},
     "reference": {"types", "kl", "backend", "scoring", "config", "messages"},
+    "guards": {"types", "kl", "messages", "backend", "scoring", "reference"},
     "sync": {"config", "reference"},
     "trl": {"types", "config", "freeze", "penalty", "scoring", "reference", "sync"},
+    "planner": {"config", "messages", "backend", "reference"},
     "demo": set(),
-    "cli": {"config", "messages", "freeze", "backend", "trl", "__init__"},
+    "cli": {"config", "messages", "freeze", "guards", "types", "backend", "planner", "trl", "__init__"},
 }
 
 

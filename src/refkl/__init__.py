@@ -9,6 +9,7 @@ output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, 
 from refkl import kl
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.freeze import freeze, frozen_parameters, trainable_parameters
+from refkl.guards import Finding, check_reference
 from refkl.penalty import KLPenalty, global_normalizer
 from refkl.reference import STRATEGIES, BuildRequest, Reference, build_reference, register_strategy, score_pair
 from refkl.scoring import score_tokens
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "STRATEGIES",
     "BuildRequest",
+    "Finding",
     "KLConfig",
     "KLOutput",
     "KLPenalty",
@@ -32,6 +34,7 @@ __all__ = [
     "TokenBatch",
     "TokenScores",
     "build_reference",
+    "check_reference",
     "freeze",
     "frozen_parameters",
     "global_normalizer",

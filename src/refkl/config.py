@@ -36,15 +36,19 @@ class ReferenceConfig:
     """Which model is the reference, and how it is held."""
 
     strategy: str = "auto"
-    """"auto" or a name in STRATEGIES ("clone", "adapter", "zero3"). Auto: a PEFT policy with a fresh adapter takes
-    "adapter", ZeRO-3 takes "zero3", all else "clone"."""
+    """"auto" or a name in STRATEGIES ("adapter", "swap", "clone", "zero3", "fsdp2"). Auto: a PEFT policy with a fresh
+    adapter takes "adapter"; any other of which part trains "swap"; else ZeRO-3 takes "zero3", FSDP2 "fsdp2" and all
+    else "clone"."""
     source: str = "policy"
     """"policy": the policy as it stands when the reference is built. "pretrained": the weights that the policy was
     loaded from, also where it has been changed since. Anything else is a model folder to take weights from."""
     dtype: DtypeName | None = None
     """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
     device: str | None = None
-    """Where "clone" is held, as in "cuda:1"; None follows the policy."""
+    """Where "clone" is held, as in "cuda:1"; for "swap", "cpu" is host memory. None follows the policy."""
+    cache: str | None = None
+    """A folder: log-probabilities that were scored once are kept there and not scored again, whatever the strategy, in
+    this run or a later one. For preference data and repeated prompts; exact divergences are refused then."""
 
     def __post_init__(self) -> None:
         _offered("reference", self)
@@ -52,6 +56,8 @@ class ReferenceConfig:
             raise ValueError("reference.strategy is empty: use 'auto' or the name of a strategy.")
         if not self.source:
             raise ValueError("reference.source is empty: use 'policy', 'pretrained' or a model folder.")
+        if self.cache == "":
+            raise ValueError("reference.cache is empty: name a folder, or leave it out.")
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import SupportsFloat
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -12,13 +13,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def size(count: float) -> str:
+def size(count: SupportsFloat) -> str:
     """Bytes as people read them: "3.6 kB", "28.0 GB"."""
+    left = float(count)
     for unit in ("bytes", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
+        if left < 999.5:
+            return f"{left:.0f} bytes" if unit == "bytes" else f"{left:.1f} {unit}"
+        left /= 1000
+    return f"{left:,.1f} GB"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:

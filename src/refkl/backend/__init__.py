@@ -1,10 +1,10 @@
 """What a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. The only place that knows these wrappers."""
 
 from refkl.backend.detect import Backend, check_launch, detect
-from refkl.backend.fsdp import is_sharded, own_class, reshard, shard_like
+from refkl.backend.fsdp import is_sharded, mixed_precision, own_class, reshard, shard_like
 from refkl.backend.layout import Layout, Weight, Whole, layout_of, weights_of, whole
 from refkl.backend.modules import canonical_name, evaluating, named_weights, unwrap
-from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard
+from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard, set_micro_batch
 
 __all__ = [
     "Backend",
@@ -22,9 +22,11 @@ __all__ = [
     "is_sharded",
     "layout_of",
     "local_shard",
+    "mixed_precision",
     "named_weights",
     "own_class",
     "reshard",
+    "set_micro_batch",
     "shard_like",
     "unwrap",
     "weights_of",

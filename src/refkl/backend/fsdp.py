@@ -21,6 +21,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def mixed_precision(model: nn.Module) -> list[str]:
+    """The dtypes that FSDP2 casts parameters to for a forward, where it does."""
+    dtypes = {group.mp_policy.param_dtype for group in _groups(model)}
+    return sorted(str(dtype) for dtype in dtypes if dtype is not None)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before FSDP2 put its own in front of it."""
     classes = (c for c in type(module).__mro__ if issubclass(c, nn.Module))

@@ -147,6 +147,13 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return engine
 
 
+def set_micro_batch(accelerator: Accelerator, size: int) -> None:
+    """Fill in what accelerate takes from a data loader, for a model that is prepared without one."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.deepspeed_config.get("train_micro_batch_size_per_gpu") == "auto":
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = size
+
+
 def check_can_save(accelerator: Accelerator) -> None:
     """Raise ValueError for a ZeRO-3 run that could not write its trained model: DeepSpeed only warns, at the end."""
     config = active_zero3_config(accelerator)

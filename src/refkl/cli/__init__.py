@@ -1,4 +1,4 @@
-"""The command line: `refkl train CONFIG.yaml`, `refkl export RUN`, `refkl report RUN …`."""
+"""The command line: `refkl train`, `refkl check`, `refkl plan`, `refkl export`, `refkl report`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from collections.abc import Sequence
 USAGE = """\
 usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
        refkl train --help [--method grpo|dpo]        every key, with what it means
+       refkl check CONFIG.yaml [--key value ...]     is the reference the right one? looks, and trains nothing
+       refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
+                                                     what a run takes on each rank; needs no weights
        refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
        refkl report RUN [RUN ...] [--output FILE]    reward and KL of runs in one picture
        refkl --version"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an input that cannot be used, 130 for a run that was stopped."""
+    """Run a command; returns the exit status: 0, 1 for a check that found a fault, 2 for an input that cannot be used,
+    130 for a run that was stopped."""
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
@@ -25,6 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from refkl.cli.train import train
 
             return train(parse_run(rest))
+        if command == "check":
+            from refkl.cli.check import check
+            from refkl.cli.settings import parse_run
+
+            return check(parse_run(rest))
+        if command == "plan":
+            from refkl.cli.plan import plan_command
+
+            return plan_command(rest)
         if command == "export":
             from refkl.cli.export import export_command
 
@@ -43,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from refkl.messages import unknown
 
-        raise unknown("command", command, ["train", "export", "report"])
+        raise unknown("command", command, ["train", "check", "plan", "export", "report"])
     except (ValueError, ModuleNotFoundError) as error:
         if os.environ.get("REFKL_TRACEBACK"):
             raise

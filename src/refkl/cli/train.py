@@ -26,7 +26,7 @@ def train(run: ParsedRun) -> int:
     rewards = [load_reward(r) for r in config.reward]
     args = run.trainer_config()
     args.disable_tqdm = True  # the run's own progress bar shows reward and KL
-    trainer = _trainer(run, args, data, rewards)
+    trainer = make_trainer(run, args, data, rewards)
     accelerator = trainer.accelerator
     found = detect(trainer.model, accelerator)
     check_launch(found, expected=config.launch.backend, processes=config.launch.processes)
@@ -70,7 +70,8 @@ def train(run: ParsedRun) -> int:
     return 130 if stopper.stopped else 0
 
 
-def _trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
+def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
+    """The trainer that the configuration asks for, its reference built."""
     from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
     config = run.config

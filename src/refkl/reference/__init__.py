@@ -5,7 +5,8 @@ from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
 from refkl.reference.fsdp2 import FSDP2Reference
 from refkl.reference.pair import score_pair
-from refkl.reference.plan import STRATEGIES, build_reference, register_strategy
+from refkl.reference.plan import STRATEGIES, build_reference, choose, register_strategy
+from refkl.reference.shape import Cost, Shape, Step
 from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
 
@@ -14,11 +15,15 @@ __all__ = [
     "AdapterReference",
     "BuildRequest",
     "CloneReference",
+    "Cost",
     "FSDP2Reference",
     "Reference",
+    "Shape",
+    "Step",
     "SwapReference",
     "Zero3Reference",
     "build_reference",
+    "choose",
     "register_strategy",
     "score_pair",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from refkl.backend import Weight, evaluating, is_partitioned, unwrap, weights_of, whole
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.peft_layers import quantised
+from refkl.reference.shape import Cost
 from refkl.scoring import Head, find_head
 
 
@@ -47,11 +48,12 @@ class AdapterReference(Reference):
             return f"it holds the policy's own base, and reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
             return "it shares the policy's weights, so reference.dtype and reference.device cannot be set."
-        return _not_provably_off(policy)
+        return _not_provably_off(policy, fresh=request.planned)
 
     @classmethod
-    def cost(cls, request: BuildRequest) -> int:
-        return 0
+    def cost(cls, request: BuildRequest) -> Cost:
+        shape = request.shape
+        return Cost(flops=shape.forward(e for e in shape.entries if e.base), moved=shape.gathered())
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
@@ -74,6 +76,9 @@ class AdapterReference(Reference):
         """The policy's own: one that an adapter changes is not found."""
         return find_head(self._policy)
 
+    def _free(self) -> bool:
+        return False
+
     def _owns(self, name: str) -> bool:
         return False
 
@@ -90,7 +95,8 @@ class AdapterReference(Reference):
         self.check_movable(policy)
 
 
-def _not_provably_off(policy: PeftModel) -> str | None:
+def _not_provably_off(policy: PeftModel, *, fresh: bool) -> str | None:
+    """A sentence unless off is the policy as it stands; `fresh`: known to be so, without a look at values."""
     if len(policy.active_adapters) != 1 or policy.active_peft_config.is_prompt_learning:
         return (
             f"it needs exactly one active adapter that changes layers, and found {policy.active_adapters} of type "
@@ -102,7 +108,7 @@ def _not_provably_off(policy: PeftModel) -> str | None:
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     if not trained & adapter:
         return "the policy's adapter does not train (was it loaded with is_trainable=False?)."
-    return _base_trains(policy) or _not_fresh(policy)
+    return _base_trains(policy) or (None if fresh else _not_fresh(policy))
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,9 @@ from torch import nn
 
 from refkl.backend import Backend, Weight, Whole, evaluating
 from refkl.config import ReferenceConfig
+from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
+from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
 from refkl.types import MemoryReport, TokenBatch, TokenScores
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "reference.safetensors"
 PROVENANCE_FILE = "reference.json"
+_WITHOUT_CACHE = "Build the reference without cache, or score log-probabilities."
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,17 @@ class BuildRequest:
     config: ReferenceConfig
     backend: Backend
     accelerator: Accelerator | None
+    step: Step = field(default_factory=Step)
+    """What is scored per step; without it a cost is of bytes held alone."""
+    planned: bool = False
+    """Whether the policy is a plan, without weights: an adapter of it is fresh."""
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What a cost is counted from."""
+        on_cpu = next(self.policy.parameters()).device.type == "cpu"
+        stays = self.accelerator is None or self.accelerator.device.type == "cpu"
+        return shape_of(self.policy, self.backend, self.step, on_host=on_cpu and stays)
 
 
 class Reference(ABC):
@@ -57,10 +72,18 @@ class Reference(ABC):
         self.updates = 0
         """How often it has been moved by `update`."""
         self._accelerator = request.accelerator
+        self.config = request.config
+        """What was asked for."""
         self._device = None if request.config.device is None else torch.device(request.config.device)
+        self.cache = None if request.config.cache is None else ScoreCache(request.config.cache)
+        """Where its scores are kept, if `reference.cache` names a folder; `cache.stats` counts."""
+        self.freed = False
+        """Whether its weights were freed, so that it answers from the cache alone."""
+        self._described: tuple[str, dict[str, Any]] | None = None
         self._recorded: str | None = None
         self.digests: dict[str, str] = {}
         """Of each weight when the fingerprint was last taken: to name the one that changed."""
+        self._verified = 0
 
     @classmethod
     @abstractmethod
@@ -69,8 +92,8 @@ class Reference(ABC):
 
     @classmethod
     @abstractmethod
-    def cost(cls, request: BuildRequest) -> int:
-        """Bytes that it would add on this rank. Auto takes the cheapest that can."""
+    def cost(cls, request: BuildRequest) -> Cost:
+        """What it would add on a rank, counted from `request.shape`. Auto takes the cheapest that can."""
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
@@ -102,6 +125,10 @@ class Reference(ABC):
     def _before_writing(self) -> None:  # noqa: B027 - an optional hook: most hold no copies of their shards
         """Drop what would hide new weights from the next forward."""
 
+    def _free(self) -> bool:
+        """Drop the weights that are the reference's alone; False if there are none, so that it can still be run."""
+        raise ValueError(f"strategy {self.strategy!r} cannot free its weights.")
+
     def _owns(self, name: str) -> bool:
         """Whether the weight is the reference's alone, and not the policy's too."""
         return True
@@ -125,19 +152,120 @@ class Reference(ABC):
             hidden: also the states that enter the output head.
 
         Raises:
-            ValueError: as `score_tokens`; or the reference can no longer be told from the policy.
+            ValueError: as `score_tokens`; or the reference can no longer be told from the policy; or it has a cache and
+                hidden states are asked for; or its weights were freed and a row is not there.
         """
-        with self._scoring(batch) as (model, moved):
-            scored = score_model(model, moved, temperature=temperature, entropy=entropy, hidden=hidden)
-            scores = scored.scores.to(batch.input_ids.device)
+
+        def run(batch: TokenBatch) -> TokenScores:
+            with self._scoring(batch) as (model, moved):
+                scored = score_model(model, moved, temperature=temperature, entropy=entropy, hidden=hidden)
+                return scored.scores.to(batch.input_ids.device)
+
+        if self.cache is None:
+            return replace(run(batch), fingerprint=self.stamp)
+        if hidden:
+            raise ValueError("hidden states are not kept by reference.cache. " + _WITHOUT_CACHE)
+        about = self._about(batch)
+        options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "together": self._sharded()}
+        scores = self.cache.score(batch, about, None if self.freed else run, **options)
         return replace(scores, fingerprint=self.stamp)
+
+    def fill(
+        self, batches: Iterable[TokenBatch], *, temperature: float = 1.0, entropy: bool = False, free: bool = False
+    ) -> CacheStats:
+        """Score batches for the cache alone; what is there already is not scored again, so a stopped one goes on.
+
+        Every rank calls, each with batches of its own; a progress bar shows in a terminal.
+
+        Args:
+            batches: what will be scored; how rows are put together, and padding, are no matter.
+            temperature, entropy: as they will be asked for.
+            free: then free the weights, as `free` does.
+
+        Raises:
+            ValueError: no cache; as `score` and `free`.
+        """
+        cache = self._need_cache("fill")
+        if not self.freed:
+            self.settle()  # whether it is sharded is known then
+        for batch in each(batches, together=self._sharded()):
+            self.score(batch, temperature=temperature, entropy=entropy)
+        cache.write()
+        if dist.is_initialized():
+            dist.barrier()  # what the others scored is on disk, and may be asked for here
+        if free:
+            self.free()
+        return cache.stats
+
+    def free(self) -> None:
+        """Drop the reference's own weights; from then on it answers from the cache alone. "adapter" has none to drop.
+
+        Raises:
+            ValueError: no cache; a reference that has been moved, which checkpoints must hold.
+        """
+        cache = self._need_cache("free")
+        if self.freed:
+            return
+        if self.updates:
+            raise ValueError("A reference that has been moved cannot be freed: a resumed run needs its weights.")
+        self.settle()
+        self._description(self.stamp or self.fingerprint())
+        cache.write()
+        self.freed = self._free()
+
+    def _need_cache(self, what: str) -> ScoreCache:
+        if self.cache is None:
+            raise ValueError(f"reference.{what} is for a reference with a cache: set reference.cache to a folder.")
+        return self.cache
+
+    def _about(self, batch: TokenBatch) -> dict[str, Any]:
+        """What its scores depend on, beside the batch. Collective after an update, if sharded."""
+        if not self.freed:
+            self.settle()
+        device = (self._device or batch.input_ids.device).type
+        with self._autocast():
+            cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        # After an update there is no stamp: what was scored before it must not answer.
+        stamp = self.stamp or self.fingerprint()
+        return {"fingerprint": stamp, "autocast": cast, **self._description(stamp)}
+
+    def _description(self, stamp: str) -> dict[str, Any]:
+        if self._described is None or self._described[0] != stamp:
+            with self._active() as model:
+                self._described = stamp, describe(model)
+        return self._described[1]
+
+    def _sharded(self) -> bool:
+        """Whether a score is collective: no rank holds all of the weights."""
+        several = dist.is_initialized() and dist.get_world_size() > 1 and not self.freed
+        return several and any(weight.layout.sharded for weight in self._weights())
+
+    def _check_held(self, what: str) -> None:
+        if self.freed:
+            raise ValueError(
+                f"The reference's weights were freed once its cache was full, so it cannot {what}. Build it anew, and "
+                "leave the weights."
+            )
 
     @contextmanager
     def logits(self, batch: TokenBatch) -> Iterator[ScoredLogits]:
         """The reference's logits for the scored tokens, in full, with the reference active for as long as this is
-        open."""
+        open.
+
+        Raises:
+            ValueError: it has a cache, which holds no logits.
+        """
+        self.check_exact()
         with self._scoring(batch) as (model, moved):
             yield completion_logits(model, moved)
+
+    def check_exact(self) -> None:
+        """Raise ValueError if it cannot give what an exact divergence needs."""
+        if self.cache is not None:
+            raise ValueError(
+                "an exact divergence needs the reference's hidden states or logits, and reference.cache keeps "
+                "log-probabilities alone. " + _WITHOUT_CACHE
+            )
 
     def head(self) -> Head | None:
         """The reference's output head, where its weights can be read at any time, on the policy's device; else None.
@@ -153,9 +281,11 @@ class Reference(ABC):
     def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
         """The module to run and the batch where it is: no grad, dropout off, nothing left changed."""
         self.settle()
-        autocast = nullcontext() if self._accelerator is None else self._accelerator.autocast()
-        with self._active() as model, torch.no_grad(), evaluating(model), autocast:
+        with self._active() as model, torch.no_grad(), evaluating(model), self._autocast():
             yield model, batch if self._device is None else batch.to(self._device)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._accelerator is None else self._accelerator.autocast()
 
     def update(self, policy: nn.Module, alpha: float = 1.0) -> None:
         """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
@@ -170,6 +300,7 @@ class Reference(ABC):
         """
         if not 0.0 < alpha <= 1.0:
             raise ValueError(f"alpha must be in (0, 1], got {alpha}.")
+        self._check_held("be moved")
         self.settle()
         with torch.no_grad():
             self._move(policy, alpha)
@@ -181,15 +312,52 @@ class Reference(ABC):
 
         The same weights have the same fingerprint whatever strategy, device or number of ranks holds them. Where
         weights are sharded every rank must call: they exchange one number a weight. See fingerprint.py.
+        Once the weights are freed, what it was.
         """
+        if self.freed:
+            assert self._recorded is not None, "free() took it"
+            return self._recorded
         self.digests = digests(self._weights())
         self._recorded = combined(self.digests)
         return self._recorded
+
+    def verify(self, count: int | None = None) -> None:
+        """Find a weight that changed since the fingerprint was taken, with no `update` or `load` to explain it.
+
+        Args:
+            count: how many weights to look at, the next ones at each call; None looks at all. Where weights are sharded
+                every rank must call.
+
+        Raises:
+            ValueError: one has changed; it is named. Right after an update there is nothing to compare with: the
+                fingerprint is taken instead.
+        """
+        if self.freed:
+            return
+        self.settle()
+        if self._recorded is None:
+            self.fingerprint()
+            return
+        names = sorted(self.digests)
+        if count is not None:
+            start, self._verified = self._verified % len(names), self._verified + count
+            names = [*names, *names][start : start + min(count, len(names))]
+        chosen = set(names)
+        found = digests(w for w in self._weights() if w.name in chosen)
+        if changed := [name for name, digest in found.items() if digest != self.digests[name]]:
+            raise ValueError(
+                f"The reference changed though nothing was to update it: {changed[0]} is another "
+                f"({len(changed)} of the {len(found)} weights looked at)."
+            )
 
     @property
     def stamp(self) -> str | None:
         """The fingerprint when it was last taken, which scores carry; None from an update until it is taken again."""
         return self._recorded
+
+    def _home(self) -> torch.device:
+        """Where the accelerator has models run; without one, a CPU."""
+        return torch.device("cpu") if self._accelerator is None else self._accelerator.device
 
     def memory(self) -> MemoryReport:
         """Bytes that the reference adds on this rank."""
@@ -200,7 +368,11 @@ class Reference(ABC):
 
         Rank 0 writes, each file under a temporary name first, so that there is a whole one or none. Where weights are
         sharded every rank must call; else the others may, and do nothing.
+
+        Raises:
+            ValueError: the weights were freed.
         """
+        self._check_held("be saved")
         folder = Path(folder)
         writes = not dist.is_initialized() or dist.get_rank() == 0
         weights: dict[str, torch.Tensor] = {}
@@ -228,6 +400,7 @@ class Reference(ABC):
                 differ from this reference's; a weight that the policy shares and that is another there. Nothing is
                 changed then.
         """
+        self._check_held("be loaded into")
         folder = Path(folder)
         if not ((folder / WEIGHTS_FILE).is_file() and (folder / PROVENANCE_FILE).is_file()):
             raise ValueError(f"{folder} holds no saved reference ({WEIGHTS_FILE} and {PROVENANCE_FILE}).")
@@ -275,6 +448,19 @@ class Reference(ABC):
             "updates": self.updates,
             "fingerprint": self.fingerprint(),
         }
+
+
+def bytes_held(tensors: Iterable[torch.Tensor], home: torch.device) -> MemoryReport:
+    """Bytes of the tensors' storages, each counted once: on the host, if they are on a CPU that is not where the model
+    runs (`home`)."""
+    sizes, seen = {"device": 0, "host": 0}, set()
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if (key := (tensor.device, storage.data_ptr())) not in seen and storage.nbytes():
+            seen.add(key)
+            where = "host" if tensor.device.type == "cpu" and home.type != "cpu" else "device"
+            sizes[where] += storage.nbytes()
+    return MemoryReport(**sizes)
 
 
 def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:

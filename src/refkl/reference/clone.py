@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from refkl.backend import Weight, canonical_name, named_weights, unwrap, weights_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.peft_layers import adapter_parameters, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
+from refkl.reference.shape import BATCH_BYTES, Cost
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
 
@@ -62,19 +63,26 @@ class CloneReference(Reference):
         return foreign_forward(unwrap(request.policy))
 
     @classmethod
-    def cost(cls, request: BuildRequest) -> int:
-        policy = unwrap(request.policy)
-        if request.config.source != "policy" or _must_copy_all(policy, request):
-            copied = list(policy.parameters())
+    def cost(cls, request: BuildRequest) -> Cost:
+        shape, config = request.shape, request.config
+        if config.source != "policy":
+            copied = [e for e in shape.entries if e.base]
+        elif _must_copy_all(unwrap(request.policy), request):
+            copied = list(shape.entries)
         else:
-            tuned = adapter_parameters(policy)
-            copied = [p for p in policy.parameters() if p.requires_grad or id(p) in tuned]
-        return sum(t.numel() * t.element_size() for t in (*copied, *policy.buffers()))
+            copied = [e for e in shape.entries if e.trained or e.tuned or e.buffer]
+        held = shape.held(copied, "whole", getattr(torch, config.dtype) if config.dtype else None)
+        if config.device is None:
+            return Cost(device=held, flops=shape.forward())
+        moved = BATCH_BYTES * shape.step.tokens
+        if config.device == "cpu" and not shape.on_host:
+            return Cost(host=held, host_flops=shape.forward(), moved=moved)
+        return Cost(device=held, flops=shape.forward(), moved=moved)
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
-        return f"a frozen copy {what} is the reference and adds {size(cls.cost(request))} ({request.backend})"
+        return f"a frozen copy {what} is the reference and adds {size(cls.cost(request).total)} ({request.backend})"
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> CloneReference:
@@ -149,10 +157,15 @@ class CloneReference(Reference):
     def _weights(self) -> Iterator[Weight]:
         return weights_of(self.model)
 
+    def _free(self) -> bool:
+        self.model, self._shared = nn.Module(), set()
+        return True
+
     def _owns(self, name: str) -> bool:
         return name not in self._shared
 
     def check_movable(self, policy: nn.Module) -> None:
+        self._check_held("be moved")
         self._pairs(policy)
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -181,16 +194,9 @@ class CloneReference(Reference):
         """Bytes of storages that the reference holds and the policy does not."""
         policy = self._policy()
         theirs = [] if policy is None else [*policy.parameters(), *policy.buffers()]
-        on_host = bool(theirs) and theirs[0].device.type == "cpu"
-        seen = {_storage(t) for t in theirs}
-        sizes = {"device": 0, "host": 0}
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if _storage(tensor) not in seen:
-                seen.add(_storage(tensor))
-                # A policy that is on the CPU itself has the CPU for its device.
-                where = "host" if tensor.device.type == "cpu" and not on_host else "device"
-                sizes[where] += tensor.untyped_storage().nbytes()
-        return MemoryReport(**sizes)
+        shared = {_storage(t) for t in theirs}
+        own = (t for t in (*self.model.parameters(), *self.model.buffers()) if _storage(t) not in shared)
+        return bytes_held(own, theirs[0].device if theirs else torch.device("cpu"))
 
 
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:

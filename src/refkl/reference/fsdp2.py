@@ -19,8 +19,9 @@ from torch import nn
 from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
 from refkl.backend import weights_of as shards_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.clone import foreign_forward, frozen_copy, replaced_forward
+from refkl.reference.shape import Cost
 from refkl.types import MemoryReport
 
 
@@ -46,7 +47,7 @@ class FSDP2Reference(Reference):
             return "FSDP2 places its shards in the policy's dtype: reference.dtype and .device cannot be set."
         if isinstance(policy, PeftModel):
             return "the policy's base does not train, and a copy of it would be one too many."
-        if any(p.is_meta for p in policy.parameters()):
+        if not request.planned and any(p.is_meta for p in policy.parameters()):
             return (
                 "the policy has no weights yet on this rank (fsdp_cpu_ram_efficient_loading). Build the reference "
                 "after accelerator.prepare."
@@ -54,16 +55,15 @@ class FSDP2Reference(Reference):
         return replaced_forward(policy) if is_sharded(policy) else foreign_forward(policy)
 
     @classmethod
-    def cost(cls, request: BuildRequest) -> int:
-        policy = unwrap(request.policy)
-        total = sum(p.numel() * p.element_size() for p in policy.parameters())  # a DTensor's numel is the whole's
-        return total // request.backend.processes + sum(b.numel() * b.element_size() for b in policy.buffers())
+    def cost(cls, request: BuildRequest) -> Cost:
+        shape = request.shape
+        return Cost(device=shape.held(shape.entries), flops=shape.forward(), moved=shape.gathered())
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         return (
             f"it is sharded as the policy is, so that each rank holds 1/{request.backend.processes} of it, "
-            f"{size(cls.cost(request))} ({request.backend})"
+            f"{size(cls.cost(request).total)} ({request.backend})"
         )
 
     @classmethod
@@ -83,7 +83,7 @@ class FSDP2Reference(Reference):
     def settle(self) -> None:
         """Once the policy has been sharded, be sharded like it."""
         policy = self._policy()
-        if policy is None or is_sharded(self.model) or not is_sharded(policy):
+        if self.freed or policy is None or is_sharded(self.model) or not is_sharded(policy):
             return
         reshard(policy)
         first = next(policy.parameters())
@@ -108,7 +108,12 @@ class FSDP2Reference(Reference):
     def _weights(self) -> Iterator[Weight]:
         return shards_of(self.model)
 
+    def _free(self) -> bool:
+        self.model = nn.Module()
+        return True
+
     def check_movable(self, policy: nn.Module) -> None:
+        self._check_held("be moved")
         self._pairs(policy)
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Weight, Weight]]:
@@ -137,13 +142,8 @@ class FSDP2Reference(Reference):
 
     def memory(self) -> MemoryReport:
         """Bytes of this rank's shards."""
-        sizes = {"device": 0, "host": 0}
-        accelerated = self._accelerator is not None and self._accelerator.device.type != "cpu"
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            part = local_shard(tensor)
-            where = "host" if accelerated and part.device.type == "cpu" else "device"
-            sizes[where] += part.numel() * part.element_size()
-        return MemoryReport(**sizes)
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return bytes_held((local_shard(t) for t in tensors), self._home())
 
 
 def _sharded_twin(policy: nn.Module) -> nn.Module:

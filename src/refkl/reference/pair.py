@@ -48,11 +48,13 @@ def score_pair(
             `top_k` as in kl.divergence.
 
     Raises:
-        ValueError: an unknown divergence; vocabularies of different size; as `score_tokens`.
+        ValueError: an unknown divergence; one from a reference with a cache; vocabularies of different size; as
+            `score_tokens`.
     """
     if divergence is None:
         ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
         return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
+    reference.check_exact()
     how = Divergence(divergence, jsd_weight, order, top_k)
     head = _common_head(policy, reference)
     if head is None:

@@ -71,15 +71,30 @@ def build_reference(
         chosen = STRATEGIES[config.strategy]
         return chosen.build(request, f"asked for by name; {chosen.why(request)}")
 
+    chosen = STRATEGIES[choose(request)]
+    return chosen.build(request, chosen.why(request))
+
+
+def choose(request: BuildRequest) -> str:
+    """The strategy that auto takes, for a policy in memory or a planned one: of those that can, the cheapest.
+
+    Raises:
+        ValueError: none can, with the reason of each.
+    """
     refused = {name: cls.supports(request) for name, cls in STRATEGIES.items()}
     able = [name for name, why_not in refused.items() if why_not is None and STRATEGIES[name].auto(request)]
     if not able:
         raise ValueError(
             f"No strategy can hold a reference for this policy on {request.backend}:\n"
-            + "\n".join(f"  {name}: {why_not}" for name, why_not in refused.items())
+            + "\n".join(f"  {name}: {why_not}" for name, why_not in refused.items() if why_not is not None)
         )
-    cheapest = min(able, key=lambda name: STRATEGIES[name].cost(request))
-    return STRATEGIES[cheapest].build(request, STRATEGIES[cheapest].why(request))
+    return _cheapest(able, request)
+
+
+def _cheapest(names: list[str], request: BuildRequest) -> str:
+    """By bytes on the device, then on the host; of equals the first."""
+    costs = {name: STRATEGIES[name].cost(request) for name in names}
+    return min(names, key=lambda name: (costs[name].device, costs[name].host))
 
 
 def _check_adapter_trains(request: BuildRequest) -> None:
@@ -99,5 +114,4 @@ def _instead(request: BuildRequest) -> str:
     able = [name for name in able if STRATEGIES[name].auto(request)] or able
     if not able:
         return "No other strategy can either."
-    cheapest = min(able, key=lambda name: STRATEGIES[name].cost(request))
-    return f"Use {cheapest!r} instead."
+    return f"Use {_cheapest(able, request)!r} instead."

@@ -28,8 +28,9 @@ from refkl.backend import (
     weights_of,
 )
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
+from refkl.reference.shape import Cost
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
 
@@ -79,9 +80,19 @@ class SwapReference(Reference):
         return None
 
     @classmethod
-    def cost(cls, request: BuildRequest) -> int:
-        shards = (local_shard(t) for t in _snapshot_of(unwrap(request.policy)).values())
-        return sum(s.numel() * s.element_size() for s in shards)
+    def cost(cls, request: BuildRequest) -> Cost:
+        shape, host = request.shape, request.config.device == "cpu"
+        kept = [e for e in shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]
+        held, largest = shape.held(kept), max(shape.held([e]) for e in kept)
+        # In and out, and each time there and back.
+        moved = shape.gathered() + (4 * held if host and shape.step.tokens else 0)
+        return Cost(
+            device=0 if host else held,
+            host=held if host else 0,
+            scoring=0 if shape.spread == "whole" and not host else largest,
+            flops=shape.forward(),
+            moved=moved,
+        )
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
@@ -92,7 +103,7 @@ class SwapReference(Reference):
     def why(cls, request: BuildRequest) -> str:
         return (
             f"what trains of the policy is swapped for a copy from when the reference was built, which adds "
-            f"{size(cls.cost(request))} ({request.backend})"
+            f"{size(cls.cost(request).total)} ({request.backend})"
         )
 
     @classmethod
@@ -168,10 +179,15 @@ class SwapReference(Reference):
         """The policy's tensors of which there is a copy here."""
         return {name: tensor for name, tensor in named_weights(policy) if name in self._kept}
 
+    def _free(self) -> bool:
+        self._kept, self._layouts = {}, {}
+        return True
+
     def _owns(self, name: str) -> bool:
         return name in self._kept
 
     def check_movable(self, policy: nn.Module) -> None:
+        self._check_held("be moved")
         self._pairs(policy)
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -192,8 +208,8 @@ class SwapReference(Reference):
 
     def memory(self) -> MemoryReport:
         """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
-        size = sum(t.untyped_storage().nbytes() for t in self._kept.values())
-        return MemoryReport(host=size, device=0) if self._host else MemoryReport(host=0, device=size)
+        held = bytes_held(self._kept.values(), self._home())
+        return MemoryReport(host=held.total, device=0) if self._host else held
 
     def provenance(self) -> dict[str, Any]:
         return {**super().provenance(), "swapped": sorted(self._kept)}

@@ -26,9 +26,10 @@ from refkl.backend.zero import (
     transformers_zero3,
 )
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.clone import replaced_forward
 from refkl.reference.pretrained import load_pretrained, source_folder
+from refkl.reference.shape import Cost
 from refkl.scoring.forward import base_model
 from refkl.types import MemoryReport
 
@@ -71,10 +72,10 @@ class Zero3Reference(Reference):
         return request.backend.name == "zero3"
 
     @classmethod
-    def cost(cls, request: BuildRequest) -> int:
-        parameters = list(base_model(request.policy).parameters())
-        total = sum(full_shape(p).numel() * p.element_size() for p in parameters)
-        return total // request.backend.processes
+    def cost(cls, request: BuildRequest) -> Cost:
+        shape = request.shape
+        held = shape.held((e for e in shape.entries if e.base), "flat")
+        return Cost(device=held, flops=shape.forward(), moved=shape.gathered("flat"))
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
@@ -116,7 +117,12 @@ class Zero3Reference(Reference):
         # What a forward left gathered would hide the new shards from the next one.
         release(self.model.parameters())
 
+    def _free(self) -> bool:
+        self.model = self._engine = nn.Module()
+        return True
+
     def check_movable(self, policy: nn.Module) -> None:
+        self._check_held("be moved")
         self._pairs(policy)
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -144,13 +150,12 @@ class Zero3Reference(Reference):
 
     def memory(self) -> MemoryReport:
         """Bytes of this rank's partitions, and of anything that a forward left gathered."""
-        sizes = {"cpu": 0, "device": 0}
-        accelerated = self._accelerator is not None and self._accelerator.device.type != "cpu"
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            for part in (local_shard(tensor), tensor.data) if is_partitioned(tensor) else (tensor,):
-                where = "cpu" if accelerated and part.device.type == "cpu" else "device"
-                sizes[where] += part.numel() * part.element_size()
-        return MemoryReport(device=sizes["device"], host=sizes["cpu"])
+        parts = [
+            part
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+            for part in ((local_shard(tensor), tensor.data) if is_partitioned(tensor) else (tensor,))
+        ]
+        return bytes_held(parts, self._home())
 
 
 def _from_memory(policy: nn.Module, config: dict[str, Any]) -> nn.Module:

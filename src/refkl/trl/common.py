@@ -175,8 +175,13 @@ class KLTrainerMixin(Trainer):
             self.penalty.controller.coef = coef  # a setting, not a state: what this run asks for holds
 
 
+_LOOK_EVERY, _LOOK_AT = 50, 4
+"""Every so many optimizer steps so many of the reference's weights are compared with its fingerprint."""
+
+
 class _PenaltySteps(TrainerCallback):
-    """Closes the penalty's window at each optimizer step, and lets the reference follow the prepared policy."""
+    """Closes the penalty's window at each optimizer step, lets the reference follow the prepared policy, and sees to it
+    that nothing else moves the reference."""
 
     def __init__(self, trainer: KLTrainerMixin) -> None:
         self.trainer = trainer
@@ -189,3 +194,5 @@ class _PenaltySteps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, value in self.trainer.penalty.step(self.trainer.accelerator).items():
             self.trainer._metrics["train"][name].append(value)
+        if state.global_step % _LOOK_EVERY == 0:
+            self.trainer.reference.verify(_LOOK_AT)

@@ -57,7 +57,7 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         if config is not None and config.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs is TRL's own cache of reference scores, which refkl does not use. Leave it "
-                "False."
+                "False, and name a folder in reference.cache."
             )
         model = trainer_args(DPOTrainer, args, kwargs, "model")
         sync = settled_sync(config, sync)

@@ -1,0 +1,373 @@
+"""What a run takes on each rank, before there is one: the arithmetic of `refkl plan`.
+
+A policy is made on torch's meta device, from its configuration alone, and the strategies are asked what they ask of a
+real one. Of training state the planner counts, per trained parameter,
+
+    in 16 bits   2 weights + 2 gradients + 12 optimizer (fp32 copy and AdamW's two moments)
+    in fp32      4 weights + 4 gradients +  8 optimizer (AdamW's two moments)
+
+which is 16 bytes either way (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1). Activations are those of
+Korthikanti et al. 2022 (arXiv:2205.05198, section 4), in 16 bits, without attention scores, which fused attention never
+stores:
+
+    without gradient checkpointing   34·s·b·h a layer
+    with it                          2·s·b·h a layer, and 34·s·b·h for the one that is computed again
+
+with s tokens a sequence, b sequences and h the hidden size. Logits are not counted: a fused head never makes them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+import torch
+from accelerate.utils import is_deepspeed_available
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from refkl.backend import Backend
+from refkl.config import BackendName, DtypeName, ReferenceConfig
+from refkl.messages import size, unknown
+from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from refkl.reference.shape import Spread
+
+Training = Literal["full", "lora"]
+
+COUNTED_ON = 0.9
+"""Share of a device's memory that a plan may fill. The rest is the CUDA context's, the allocator's, and that of layers
+gathered and gradients sent in buckets."""
+LARGE = 20e9
+"""Parameters from which on parameters are partitioned, however much memory there is."""
+
+_GRADIENTS: dict[str, Spread] = {"zero2": "flat", "zero3": "flat", "fsdp1": "flat", "fsdp2": "rows"}
+_OPTIMIZER: dict[str, Spread] = {"zero1": "flat", **_GRADIENTS}
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """What is to be planned."""
+
+    model: PreTrainedConfig
+    """The policy's configuration."""
+    world_size: int = 1
+    """Ranks."""
+    backend: str | None = None
+    """A backend, or None to compare those that can run on so many ranks."""
+    method: Training | None = None
+    """"full" or "lora"; None compares both."""
+    dtype: DtypeName = "bfloat16"
+    """Of the weights that train in full, and of those under an adapter."""
+    batch_size: int = 1
+    """Sequences that a rank scores and trains on at once."""
+    seq_len: int = 1024
+    """Tokens of a sequence."""
+    memory: int = 80 * 2**30
+    """Bytes of a device."""
+    gradient_checkpointing: bool = True
+    """Whether activations are computed again in the backward pass."""
+    lora_rank: int = 16
+    """For "lora"."""
+    lora_target: list[str] = field(default_factory=lambda: ["all-linear"])
+    """For "lora": the modules that get an adapter."""
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "batch_size", "seq_len", "memory", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_option(name)} must be at least 1, got {getattr(self, name)}.")
+        for name, known in (("backend", BackendName), ("method", Training), ("dtype", DtypeName)):
+            if getattr(self, name) not in (None, *get_args(known)):
+                raise unknown(_option(name), getattr(self, name), get_args(known))
+        if self.backend == "plain" and self.world_size > 1:
+            raise ValueError(f"--backend plain is one process, and --world-size is {self.world_size}. Use ddp.")
+        if (self.backend or "").startswith("zero") and not is_deepspeed_available():
+            raise ValueError(f"--backend {self.backend} is DeepSpeed's, which is not installed: pip install deepspeed.")
+
+    @property
+    def backends(self) -> list[str]:
+        """Those to compare, the ones that send least first."""
+        if self.backend is not None:
+            return [self.backend]
+        if self.world_size == 1:
+            return ["plain"]
+        return ["ddp", "zero2", "zero3"] if is_deepspeed_available() else ["ddp", "fsdp2"]
+
+    @property
+    def available(self) -> float:
+        """Bytes of a device that a plan may fill."""
+        return COUNTED_ON * self.memory
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the arithmetic: bytes on a rank, and what they are the product of."""
+
+    name: str
+    bytes: int
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy under one option."""
+
+    strategy: str
+    option: str
+    """As `reference.KEY=VALUE` would set it; "" is the defaults."""
+    cost: Cost
+    device: int
+    """Bytes on a device in all: policy, training state, reference."""
+    fits: bool
+    auto: bool
+    """Whether auto takes it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method on one backend: what a rank holds beside the reference, and what each strategy adds."""
+
+    method: Training
+    backend: Backend
+    parameters: int
+    trained: int
+    terms: tuple[Term, ...]
+    """Policy, gradients, optimizer, activations."""
+    rows: tuple[Row, ...]
+    refused: dict[str, str]
+    """Strategies that cannot, with the reason."""
+    reason: str
+    """Why auto takes what it takes."""
+
+    @property
+    def auto(self) -> Row:
+        """What auto takes."""
+        return next(row for row in self.rows if row.auto)
+
+    @property
+    def best(self) -> Row | None:
+        """What auto takes, or where that does not fit the quickest that does; None if none does."""
+        able = [row for row in self.rows if row.fits]
+        return min(able, key=lambda r: (not r.auto, r.cost.host_flops, r.cost.moved, r.device), default=None)
+
+
+def make_plans(config: PlanConfig) -> list[Plan]:
+    """Every method on every backend that was asked for.
+
+    Raises:
+        ValueError: no causal language model has such a configuration; no strategy can work on that backend.
+    """
+    methods = [config.method] if config.method else list(get_args(Training))
+    return [_plan(config, method, backend) for method in methods for backend in config.backends]
+
+
+def recommend(config: PlanConfig, plans: Sequence[Plan]) -> tuple[Plan | None, str]:
+    """The plan to take, if one fits, and why, in a sentence or two with the arithmetic.
+
+    Full fine-tuning before LoRA; of backends the one that sends least, but partitioned parameters over 20 billion.
+    """
+    order = sorted(plans, key=lambda p: (p.method != "full", _late(p)))
+    least = min(plans, key=lambda p: min(row.device for row in p.rows))
+    for plan in order:
+        if (row := plan.best) is not None:
+            return plan, " ".join(filter(None, (_lead(config, plan, plans), _sum(config, plan, row))))
+    row = min(least.rows, key=lambda r: r.device)
+    return None, (
+        f"Nothing fits. Least of all takes {_words(least, row)}: {_added(least, row)}, and "
+        f"{size(config.available)} can be filled. Use more ranks, shorter sequences or a smaller model."
+    )
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of "80GiB", "80 GB", "0.5TiB".
+
+    Raises:
+        ValueError: no number with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"--memory must be a number with a unit, such as 80GiB, 80GB or 512MiB; got {text!r}.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1))
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """The configuration in a model folder or a config.json.
+
+    Raises:
+        ValueError: none there.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {path!r} is neither a model folder nor a config.json: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _plan(config: PlanConfig, method: Training, name: str) -> Plan:
+    policy, backend = _policy(config, method, name), Backend(name, config.world_size)
+    text = config.model.get_text_config()
+    step = Step(config.batch_size, config.seq_len, text.num_hidden_layers, text.hidden_size)
+
+    def request(reference: ReferenceConfig) -> BuildRequest:
+        return BuildRequest(policy, reference, backend, _accelerator(name), step, planned=True)
+
+    default = request(ReferenceConfig())
+    auto, terms = choose(default), _terms(config, default.shape)
+    own = sum(term.bytes for term in terms)
+    rows, refused = [], {}
+    for strategy, cls in STRATEGIES.items():
+        if (why_not := cls.supports(default)) is not None:
+            refused[strategy] = why_not
+        for option, reference in _options(config.dtype):
+            if cls.supports(asked := request(reference)) is None:
+                cost = cls.cost(asked)
+                device = own + cost.device + cost.scoring
+                fits = device <= config.available
+                rows.append(Row(strategy, option, cost, device, fits, auto=strategy == auto and not option))
+    parameters = default.shape.parameters
+    return Plan(
+        method,
+        backend,
+        default.shape.elements(parameters, "whole"),
+        default.shape.elements((e for e in parameters if e.trained), "whole"),
+        terms,
+        tuple(rows),
+        refused,
+        STRATEGIES[auto].why(default),
+    )
+
+
+def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
+    """What can be put on top of a strategy, one at a time; each strategy says which it takes."""
+    yield "", ReferenceConfig()
+    yield "device=cpu", ReferenceConfig(device="cpu")
+    for other in get_args(DtypeName):
+        if other != dtype:
+            yield f"dtype={other}", ReferenceConfig(dtype=other)
+
+
+def _policy(config: PlanConfig, method: Training, backend: str) -> nn.Module:
+    """The policy without memory, with the dtypes that it trains in."""
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what nobody is going to run
+        try:
+            policy: nn.Module = AutoModelForCausalLM.from_config(config.model, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"No causal language model: {str(error).splitlines()[0]}") from None
+        if method == "lora":
+            target = config.lora_target[0] if config.lora_target == ["all-linear"] else config.lora_target
+            lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, target_modules=target)
+            policy = get_peft_model(policy, lora)
+    # PEFT makes adapters in fp32; DeepSpeed casts all of a model.
+    return policy.to(dtype) if backend.startswith("zero") else policy
+
+
+def _accelerator(backend: str) -> Accelerator | None:
+    """What a strategy asks of an accelerator, before there are processes to make one of: its DeepSpeed settings."""
+    if not backend.startswith("zero"):
+        return None
+    stage = int(backend[-1])
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {"stage": stage}})
+    stand_in = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), device=torch.device("meta"))
+    return cast("Accelerator", stand_in)
+
+
+def _terms(config: PlanConfig, shape: Shape) -> tuple[Term, ...]:
+    """What a rank holds beside the reference."""
+    name, ranks = shape.backend.name, shape.backend.processes
+    trained = [e for e in shape.parameters if e.trained]
+
+    def product(number: int, each: str, spread: Spread) -> str:
+        return f"{count(number)} x {each}" + ("" if spread == "whole" or ranks == 1 else f" / {ranks} ranks")
+
+    weights = shape.held(shape.entries)
+    elements, size_of = shape.elements(trained, "whole"), trained[0].dtype.itemsize
+    gradients, optimizer = (table.get(name, "whole") for table in (_GRADIENTS, _OPTIMIZER))
+    per = 12 if size_of < 4 else 8
+    what = "fp32 copy and two moments" if per == 12 else "two moments"
+    everything = shape.elements(shape.parameters, "whole")
+    each = f"{shape.held(shape.parameters, 'whole') / everything:.3g} bytes"
+    return (
+        Term("policy", weights, product(everything, each, shape.spread)),
+        Term("gradients", shape.held(trained, gradients), product(elements, f"{size_of} bytes", gradients)),
+        Term(
+            "optimizer",
+            shape.elements(trained, optimizer) * per,
+            product(elements, f"{per} bytes ({what})", optimizer),
+        ),
+        _activations(config, shape.step),
+    )
+
+
+def _activations(config: PlanConfig, step: Step) -> Term:
+    width = getattr(torch, config.dtype).itemsize
+    block = step.tokens * step.hidden
+    kept, full = width, 17 * width  # of one layer, a token and a hidden unit
+    if config.gradient_checkpointing:
+        total = (step.layers * kept + full) * block
+        sizes = f"({step.layers} layers x {kept} + {full}) bytes"
+    else:
+        total, sizes = step.layers * full * block, f"{step.layers} layers x {full} bytes"
+    return Term("activations", total, f"{step.tokens:,} tokens x {step.hidden:,} wide x {sizes}")
+
+
+def _late(plan: Plan) -> bool:
+    """Whether others come first: large models are to be partitioned."""
+    return plan.parameters > LARGE and not _partitions(plan)
+
+
+def _partitions(plan: Plan) -> bool:
+    return plan.backend.name in ("zero3", "fsdp1", "fsdp2")
+
+
+def _lead(config: PlanConfig, plan: Plan, plans: Sequence[Plan]) -> str:
+    """Why not something else."""
+    said = []
+    if plan.parameters > LARGE and _partitions(plan) and len({p.backend for p in plans}) > 1:
+        said.append(f"Over {LARGE / 1e9:.0f} billion parameters, partition them.")
+    full = [p for p in plans if p.method == "full"]
+    if plan.method == "lora" and full:
+        least = min(full, key=lambda p: min(row.device for row in p.rows))
+        row = min(least.rows, key=lambda r: r.device)
+        said.append(f"Full fine-tuning does not fit: {_words(least, row)} takes {_added(least, row)}.")
+    elif plan.method == "full" and not _partitions(plan):
+        said.append("There is memory for two copies, the policy and the reference.")
+    return " ".join(said)
+
+
+def _sum(config: PlanConfig, plan: Plan, row: Row) -> str:
+    words = _words(plan, row)
+    return f"{words[0].upper()}{words[1:]}: {_added(plan, row)}, of {size(config.available)} that can be filled."
+
+
+def _words(plan: Plan, row: Row) -> str:
+    method = "full fine-tuning" if plan.method == "full" else "LoRA"
+    option = f" ({row.option})" if row.option else ""
+    return f"{method} on {plan.backend} with reference {row.strategy}{option}"
+
+
+def _added(plan: Plan, row: Row) -> str:
+    parts = [f"{size(term.bytes)} {term.name}" for term in plan.terms]
+    return " + ".join([*parts, f"{size(row.cost.device + row.cost.scoring)} reference"]) + f" = {size(row.device)}"
+
+
+def count(number: int) -> str:
+    """A number of parameters as people read it: "8.03 B"."""
+    for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2f} {letter}"
+    return str(number)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
