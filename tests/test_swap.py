@@ -185,7 +185,7 @@ def test_switching_adapters_is_found() -> None:
 
 
 def test_adalora_that_cuts_its_ranks_leaves_the_reference_alone() -> None:
-    policy = ADAPTERS["AdaLoRA"]().eval()
+    policy = moved(ADAPTERS["AdaLoRA"]()).eval()
     references = [build_reference(policy, "swap"), build_reference(policy, "clone")]
     right = score_tokens(policy, batch()).logp
     tensors = [p for n, p in policy.named_parameters() if "ranknum" in n]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -9,27 +11,20 @@ from torch import nn
 
 
 def adapter_parameters(policy: nn.Module) -> set[int]:
-    """Parameters of adapters, trained or not: AdaLoRA changes those that hold its ranks."""
-    return {
-        id(parameter)
-        for module in policy.modules()
-        if isinstance(module, BaseTunerLayer)
-        for name in (*module.adapter_layer_names, *module.other_param_names)
-        if isinstance(part := getattr(module, name, None), nn.Module)
-        for parameter in part.parameters()
-    }
+    """ids of the adapters' parameters, trained or not: AdaLoRA changes those that hold its ranks."""
+    return {id(parameter) for part in _adapter_parts(policy) for parameter in part.parameters()}
 
 
 def adapter_buffers(policy: nn.Module) -> set[int]:
-    """Buffers of adapters, such as the projections that VeRA's layers share: nothing changes them."""
-    return {
-        id(buffer)
-        for module in policy.modules()
-        if isinstance(module, BaseTunerLayer)
-        for name, part in module.named_children()
-        if name != "base_layer"
-        for buffer in part.buffers()
-    }
+    """ids of the adapters' buffers, such as the projections that VeRA's layers share: nothing changes them."""
+    return {id(buffer) for part in _adapter_parts(policy) for buffer in part.buffers()}
+
+
+def _adapter_parts(policy: nn.Module) -> Iterator[nn.Module]:
+    """What an adapted layer has beside the layer that it adapts."""
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            yield from (part for name, part in module.named_children() if name != "base_layer")
 
 
 def switches(policy: nn.Module) -> dict[str, str]:
