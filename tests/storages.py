@@ -11,6 +11,12 @@ import torch
 from torch import UntypedStorage, nn
 from torch.distributed.tensor import DTensor
 
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "llama": {"small": {}, "large": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}},
+    "gpt2": {"small": {}, "large": {"n_embd": 128, "n_layer": 5}},
+}
+"""What the tiny models of support.py are made with, to be counted."""
+
 
 @contextmanager
 def counting(policy: nn.Module) -> Iterator[Callable[[], int]]:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from launching import accelerate_launch, run
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from support import batch, byte_tokenizer, llama, scored
 from test_trl import COMMON, PAIRS
 from torch import nn
@@ -245,7 +246,13 @@ def test_what_scales_an_adapter_is_in_the_key(tmp_path: Path) -> None:
         assert torch.equal(reference.score(TOKENS).logp, build_reference(policy, "clone").score(TOKENS).logp)
         assert reference.cache.stats.misses == 3
         reference.cache.write()
-    # Where the adapter is off it does not matter, and the strategy never does.
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", 3.0)
+    reference = cached(policy, tmp_path)
+    assert torch.equal(reference.score(TOKENS).logp, build_reference(policy, "clone").score(TOKENS).logp)
+    assert reference.cache.stats.misses == 3
+    # Where the adapter is off it does not matter.
     for alpha in (8, 16):
         reference = cached(lora(alpha), tmp_path, "adapter")
         reference.score(TOKENS)

@@ -113,6 +113,15 @@ def test_each_fault_is_found_by_its_own_check(name: str) -> None:
     assert found in findings[check].found and findings[check].advice
 
 
+def test_a_cache_does_not_hide_a_fault(tmp_path: Path) -> None:
+    policy = llama()
+    reference = build_reference(policy, ReferenceConfig(strategy="clone", cache=str(tmp_path)))
+    _noise(policy, reference)
+    findings = {f.check: f for f in check_reference(policy, reference, batch())}
+    assert findings["the reference has no dropout"].verdict == "fault"
+    assert reference.cache is not None and reference.cache.stats.misses == 0
+
+
 def test_a_reference_in_the_optimizer_is_found() -> None:
     policy = llama()
     reference = build_reference(policy, "clone")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import pytest
 import torch
 from launching import accelerate_launch
 from peft import LoraConfig, get_peft_model
-from storages import counting
-from support import batch, gpt2, llama
+from storages import SIZES, counting
+from support import MODELS, batch, llama
 from torch import nn
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import BltConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, ViTConfig
 
 import refkl
 from refkl import ReferenceConfig, build_reference
@@ -122,7 +121,7 @@ def test_a_policy_in_memory_costs_what_its_plan_says() -> None:
     planned = plan(model=policy.config, backend="fsdp2", ranks=4, dtype="float32")
     for strategy in ("fsdp2", "swap"):
         request = BuildRequest(policy, ReferenceConfig(), Backend("fsdp2", 4), None, Step(1, 1024, 2, 32))
-        assert replace(row(planned, strategy).cost) == refkl.STRATEGIES[strategy].cost(request)
+        assert row(planned, strategy).cost == refkl.STRATEGIES[strategy].cost(request)
 
 
 def test_auto_in_a_run_takes_what_the_plan_says() -> None:
@@ -149,12 +148,6 @@ def test_a_strategy_of_ones_own_is_planned_too(monkeypatch: pytest.MonkeyPatch) 
 
 # The 5 %: predicted from the configuration, measured by counting.
 
-SIZES: dict[str, dict[str, dict[str, int]]] = {
-    "llama": {"small": {}, "large": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}},
-    "gpt2": {"small": {}, "large": {"n_embd": 128, "n_layer": 5}},
-}
-MAKE = {"llama": llama, "gpt2": gpt2}
-
 
 def lora(policy: Any) -> nn.Module:
     return get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
@@ -166,7 +159,7 @@ def lora(policy: Any) -> nn.Module:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_predicted_bytes_are_what_is_counted(method: str, family: str, size: str, dtype: Any) -> None:
     """Every row of the plan, on its own beside the policy."""
-    policy: nn.Module = MAKE[family](**SIZES[family][size])
+    policy: nn.Module = MODELS[family](**SIZES[family][size])
     kept = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     policy.to(getattr(torch, dtype))
     for name, buffer in policy.named_buffers():  # as from_pretrained leaves rotary frequencies
@@ -316,6 +309,7 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("--backend fsdp1", "FSDP1 flattens parameters"),
         ("--wold-size 2", "no option --wold-size. Did you mean '--world-size'?"),
         ("--method lora --lora-target nowhere", "{'nowhere'} not found in the base model"),
+        ("--lora-target nowhere", "Set --lora-target, or --method full to leave LoRA out."),
         ("--model /nowhere", "--model '/nowhere' is neither a model folder nor a config.json"),
     ],
 )
@@ -324,6 +318,14 @@ def test_wrong_input_says_what_to_do(
 ) -> None:
     assert main(["plan", "--model", folder, *arguments.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_no_causal_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    BltConfig().save_pretrained(tmp_path / "blt")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    for name, message in (("blt", "num_hidden_layers"), ("vit", "makes no causal language model")):
+        assert main(["plan", "--model", str(tmp_path / name), "--method", "full"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_no_model_and_no_deepspeed(

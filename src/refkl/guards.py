@@ -76,7 +76,7 @@ def check_reference(
     def of_reference(tokens: TokenBatch) -> Tensor:
         return reference.score(tokens, temperature=temperature).logp
 
-    with _seeded():
+    with _seeded(), _without_cache(reference):
         findings.append(_step_zero(inner, reference, batch, of_policy, of_reference))
         findings.append(_reference_dropout(inner, batch, of_reference))
         findings.append(_policy_dropout(inner, batch, of_policy))
@@ -308,6 +308,18 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+@contextmanager
+def _without_cache(reference: Reference) -> Iterator[None]:
+    """What is looked up would be equal whatever the model does."""
+    if reference.freed:
+        raise ValueError("The reference's weights were freed: there is nothing left to check.")
+    cache, reference.cache = reference.cache, None
+    try:
+        yield
+    finally:
+        reference.cache = cache
 
 
 @contextmanager

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from refkl.reference.shape import Spread
 
-Training = Literal["full", "lora"]
+Tuning = Literal["full", "lora"]
 
 COUNTED_ON = 0.9
 """Share of a device's memory that a plan may fill. The rest is the CUDA context's, the allocator's, and that of layers
@@ -63,7 +63,7 @@ class PlanConfig:
     """Ranks."""
     backend: str | None = None
     """A backend, or None to compare those that can run on so many ranks."""
-    method: Training | None = None
+    method: Tuning | None = None
     """"full" or "lora"; None compares both."""
     dtype: DtypeName = "bfloat16"
     """Of the weights that train in full, and of those under an adapter."""
@@ -84,7 +84,7 @@ class PlanConfig:
         for name in ("world_size", "batch_size", "seq_len", "memory", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_option(name)} must be at least 1, got {getattr(self, name)}.")
-        for name, known in (("backend", BackendName), ("method", Training), ("dtype", DtypeName)):
+        for name, known in (("backend", BackendName), ("method", Tuning), ("dtype", DtypeName)):
             if getattr(self, name) not in (None, *get_args(known)):
                 raise unknown(_option(name), getattr(self, name), get_args(known))
         if self.backend == "plain" and self.world_size > 1:
@@ -135,7 +135,7 @@ class Row:
 class Plan:
     """One method on one backend: what a rank holds beside the reference, and what each strategy adds."""
 
-    method: Training
+    method: Tuning
     backend: Backend
     parameters: int
     trained: int
@@ -165,7 +165,7 @@ def make_plans(config: PlanConfig) -> list[Plan]:
     Raises:
         ValueError: no causal language model has such a configuration; no strategy can work on that backend.
     """
-    methods = [config.method] if config.method else list(get_args(Training))
+    methods = [config.method] if config.method else list(get_args(Tuning))
     return [_plan(config, method, backend) for method in methods for backend in config.backends]
 
 
@@ -212,10 +212,13 @@ def read_config(path: str) -> PreTrainedConfig:
         ) from None
 
 
-def _plan(config: PlanConfig, method: Training, name: str) -> Plan:
+def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
     policy, backend = _policy(config, method, name), Backend(name, config.world_size)
     text = config.model.get_text_config()
-    step = Step(config.batch_size, config.seq_len, text.num_hidden_layers, text.hidden_size)
+    try:
+        step = Step(config.batch_size, config.seq_len, text.num_hidden_layers, text.hidden_size)
+    except AttributeError as error:
+        raise ValueError(f"--model: activations are counted from layers and their width, and {error}.") from None
 
     def request(reference: ReferenceConfig) -> BuildRequest:
         return BuildRequest(policy, reference, backend, _accelerator(name), step, planned=True)
@@ -255,19 +258,22 @@ def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
             yield f"dtype={other}", ReferenceConfig(dtype=other)
 
 
-def _policy(config: PlanConfig, method: Training, backend: str) -> nn.Module:
+def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
     """The policy without memory, with the dtypes that it trains in."""
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what nobody is going to run
         try:
             policy: nn.Module = AutoModelForCausalLM.from_config(config.model, dtype=dtype)
-        except ValueError as error:
-            raise ValueError(f"No causal language model: {str(error).splitlines()[0]}") from None
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"--model makes no causal language model: {str(error).splitlines()[0]}") from None
         if method == "lora":
             target = config.lora_target[0] if config.lora_target == ["all-linear"] else config.lora_target
             lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, target_modules=target)
-            policy = get_peft_model(policy, lora)
+            try:
+                policy = get_peft_model(policy, lora)
+            except ValueError as error:
+                raise ValueError(f"{error} Set --lora-target, or --method full to leave LoRA out.") from None
     # PEFT makes adapters in fp32; DeepSpeed casts all of a model.
     return policy.to(dtype) if backend.startswith("zero") else policy
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from storages import counting
-from support import batch, gpt2, llama
+from storages import SIZES, counting
+from support import MODELS, batch, llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -19,12 +19,6 @@ from refkl import ReferenceConfig, build_reference
 from refkl.backend import reshard, unwrap
 from refkl.backend.zero import release
 from refkl.planner import Plan, PlanConfig, make_plans
-
-SIZES: dict[str, dict[str, Any]] = {
-    "llama": {"small": {}, "large": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}},
-    "gpt2": {"small": {}, "large": {"n_embd": 128, "n_layer": 5}},
-}
-MAKE: dict[str, Any] = {"llama": llama, "gpt2": gpt2}
 
 
 def shard(policy: Any) -> nn.Module:
@@ -45,7 +39,7 @@ def plans(backend: str) -> dict[tuple[str, str], Plan]:
     found = {}
     for family, sizes in SIZES.items():
         for size, overrides in sizes.items():
-            model = MAKE[family](**overrides).config
+            model = MODELS[family](**overrides).config
             config = PlanConfig(model=model, method="full", backend=backend, world_size=2, dtype="float32")
             found[family, size] = make_plans(config)[0]
     return found
@@ -62,7 +56,7 @@ def main() -> None:
     build_reference(llama(), "swap", accelerator)  # the keys of fingerprints are made once a process
     for (family, size), plan in planned.items():
         for strategy in (backend, "swap"):
-            bare = MAKE[family](**SIZES[family][size])
+            bare = MODELS[family](**SIZES[family][size])
             if backend == "zero3":
                 policy = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))[0]
             else:

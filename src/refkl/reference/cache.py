@@ -82,8 +82,8 @@ class ScoreCache:
     @property
     def stats(self) -> CacheStats:
         """Hits, misses, rows and bytes so far."""
-        rows, size = (0, 0) if self._store is None else (len(self._store), self._store.bytes)
-        return CacheStats(self._hits, self._misses, rows, size)
+        rows, held = (0, 0) if self._store is None else (len(self._store), self._store.bytes)
+        return CacheStats(self._hits, self._misses, rows, held)
 
     def write(self) -> None:
         """Write what is not on disk yet; done anyway every half minute of scoring, and at the end of the process."""
@@ -121,13 +121,13 @@ class ScoreCache:
             raise ValueError(self._not_there(batch, missing, temperature, entropy))
         if run is not None and (_on_any_rank(bool(missing)) if together else missing):
             part = rows_of(batch, missing) if missing else _nothing(batch.input_ids.device)
-            scores = run(part)
+            scores = run(part).to("cpu")
             fresh = {}
-            for row, key in zip(range(len(missing)), (keys[row] for row in missing), strict=True):
-                scored = part.completion_mask[row].to(scores.logp.device)
-                entropies = scores.logp.new_empty(0) if scores.entropy is None else scores.entropy[row][scored]
-                assert key is not None
-                fresh[key] = Row(scores.logp[row][scored].cpu().numpy(), entropies.cpu().numpy())
+            for place, mask in enumerate(part.completion_mask.cpu()[: len(missing)]):
+                key = keys[missing[place]]
+                assert key is not None, "only rows with a key are missed"
+                entropies = scores.logp.new_empty(0) if scores.entropy is None else scores.entropy[place][mask]
+                fresh[key] = Row(scores.logp[place][mask].numpy(), entropies.numpy())
             store.add(fresh)
             rows |= fresh
         self._misses += len(missing)
