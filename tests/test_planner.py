@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -328,15 +329,18 @@ def test_a_configuration_that_is_no_causal_language_model(tmp_path: Path, capsys
         assert message in capsys.readouterr().err
 
 
-def test_no_model_and_no_deepspeed(
-    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 2
     assert "needs a model's configuration: --model" in capsys.readouterr().err
-    monkeypatch.setattr("refkl.planner.is_deepspeed_available", lambda: False)
-    assert main(["plan", "--model", folder, "--world-size", "8", "--backend", "zero3"]) == 2
-    assert "pip install deepspeed" in capsys.readouterr().err
-    assert PlanConfig(model=LlamaConfig(), world_size=8).backends == ["ddp", "fsdp2"]
+
+
+def test_zero_is_planned_where_deepspeed_is_not_installed(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a laptop, for a cluster."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert main(["plan", "--model", folder, "--world-size", "8", "--backend", "zero3", "--method", "full"]) == 0
+    assert "auto: zero3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import SupportsFloat
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -13,7 +12,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def size(count: SupportsFloat) -> str:
+def size(count: float) -> str:
     """Bytes as people read them: "3.6 kB", "28.0 GB"."""
     left = float(count)
     for unit in ("bytes", "kB", "MB"):

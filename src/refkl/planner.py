@@ -22,11 +22,9 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from accelerate.utils import is_deepspeed_available
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -37,8 +35,6 @@ from refkl.messages import size, unknown
 from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from refkl.reference.shape import Spread
 
 Tuning = Literal["full", "lora"]
@@ -89,8 +85,6 @@ class PlanConfig:
                 raise unknown(_option(name), getattr(self, name), get_args(known))
         if self.backend == "plain" and self.world_size > 1:
             raise ValueError(f"--backend plain is one process, and --world-size is {self.world_size}. Use ddp.")
-        if (self.backend or "").startswith("zero") and not is_deepspeed_available():
-            raise ValueError(f"--backend {self.backend} is DeepSpeed's, which is not installed: pip install deepspeed.")
 
     @property
     def backends(self) -> list[str]:
@@ -99,7 +93,7 @@ class PlanConfig:
             return [self.backend]
         if self.world_size == 1:
             return ["plain"]
-        return ["ddp", "zero2", "zero3"] if is_deepspeed_available() else ["ddp", "fsdp2"]
+        return ["ddp", "zero2", "zero3"]
 
     @property
     def available(self) -> float:
@@ -221,7 +215,7 @@ def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
         raise ValueError(f"--model: activations are counted from layers and their width, and {error}.") from None
 
     def request(reference: ReferenceConfig) -> BuildRequest:
-        return BuildRequest(policy, reference, backend, _accelerator(name), step, planned=True)
+        return BuildRequest(policy, reference, backend, None, step, planned=True)
 
     default = request(ReferenceConfig())
     auto, terms = choose(default), _terms(config, default.shape)
@@ -276,16 +270,6 @@ def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
                 raise ValueError(f"{error} Set --lora-target, or --method full to leave LoRA out.") from None
     # PEFT makes adapters in fp32; DeepSpeed casts all of a model.
     return policy.to(dtype) if backend.startswith("zero") else policy
-
-
-def _accelerator(backend: str) -> Accelerator | None:
-    """What a strategy asks of an accelerator, before there are processes to make one of: its DeepSpeed settings."""
-    if not backend.startswith("zero"):
-        return None
-    stage = int(backend[-1])
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {"stage": stage}})
-    stand_in = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), device=torch.device("meta"))
-    return cast("Accelerator", stand_in)
 
 
 def _terms(config: PlanConfig, shape: Shape) -> tuple[Term, ...]:

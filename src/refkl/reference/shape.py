@@ -53,10 +53,6 @@ class Cost:
         """Bytes held on device and host together."""
         return self.device + self.host
 
-    def __float__(self) -> float:
-        """The total: what a cost reads as in a sentence (`refkl.messages.size`)."""
-        return float(self.total)
-
 
 @dataclass(frozen=True)
 class Step:

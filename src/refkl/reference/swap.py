@@ -27,6 +27,7 @@ from refkl.backend import (
     unwrap,
     weights_of,
 )
+from refkl.backend.zero import release
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
@@ -141,9 +142,9 @@ class SwapReference(Reference):
     def _active(self) -> Iterator[nn.Module]:
         self._check_policy()
         tensors = self._current(self._policy)
-        _release(tensors.values())
+        release(tensors.values())
         with ExitStack() as stack:
-            stack.callback(_release, tensors.values())  # what a forward gathered of ours is not the policy's
+            stack.callback(release, tensors.values())  # what a forward gathered of ours is not the policy's
             for name, tensor in tensors.items():
                 if tensor.requires_grad and tensor.is_leaf and not is_partitioned(tensor):
                     stack.callback(tensor.register_hook(_refuse_backward).remove)
@@ -266,12 +267,6 @@ def _snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
             else id(tensor) not in constant
         )
     }
-
-
-def _release(tensors: Any) -> None:
-    from refkl.backend.zero import release
-
-    release(tensors)
 
 
 def _refuse_backward(grad: Tensor) -> NoReturn:

@@ -49,7 +49,7 @@ class Zero3Reference(Reference):
     def supports(cls, request: BuildRequest) -> str | None:
         if not request.backend.name.startswith("zero"):
             return f"it partitions under DeepSpeed ZeRO-3, and this is {request.backend}."
-        if run_config(request.policy, request.accelerator) is None:
+        if not request.planned and run_config(request.policy, request.accelerator) is None:
             return "the policy is partitioned, but there is no accelerator or engine with a configuration to follow."
         if request.config.device is not None or request.config.dtype is not None:
             return "DeepSpeed places its partitions in the run's dtype: reference.device and .dtype cannot be set."
@@ -81,7 +81,7 @@ class Zero3Reference(Reference):
     def why(cls, request: BuildRequest) -> str:
         return (
             f"it is partitioned, so that each rank holds 1/{request.backend.processes} of it, "
-            f"{size(cls.cost(request))} ({request.backend})"
+            f"{size(cls.cost(request).total)} ({request.backend})"
         )
 
     @classmethod
