@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,14 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from refkl.backend import Backend, Weight, Whole, evaluating
+from refkl.backend import Backend, Weight, evaluating
 from refkl.config import ReferenceConfig
 from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
+from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
 from refkl.types import MemoryReport, TokenBatch, TokenScores
@@ -29,8 +26,6 @@ from refkl.types import MemoryReport, TokenBatch, TokenScores
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-WEIGHTS_FILE = "reference.safetensors"
-PROVENANCE_FILE = "reference.json"
 _WITHOUT_CACHE = "Build the reference without cache, or score log-probabilities."
 
 
@@ -373,24 +368,7 @@ class Reference(ABC):
             ValueError: the weights were freed.
         """
         self._check_held("be saved")
-        folder = Path(folder)
-        writes = not dist.is_initialized() or dist.get_rank() == 0
-        weights: dict[str, torch.Tensor] = {}
-        sharded = False
-        for name, local, layout in self._weights():
-            sharded |= layout.sharded
-            whole = layout.join(local)
-            if writes:
-                weights[name] = whole.to("cpu", copy=True).contiguous()
-        provenance = {**self.provenance(), "weights": self.digests}
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / f"{WEIGHTS_FILE}.tmp", metadata={"format": "pt"})
-            os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
-            (folder / f"{PROVENANCE_FILE}.tmp").write_text(json.dumps(provenance, indent=2) + "\n")
-            os.replace(folder / f"{PROVENANCE_FILE}.tmp", folder / PROVENANCE_FILE)
-        if sharded:
-            dist.barrier()
+        write_saved(Path(folder), self._weights(), lambda: {**self.provenance(), "weights": self.digests})
 
     def load(self, folder: str | Path) -> None:
         """Take over what `save` wrote; every rank calls, each for its own copy or part.
@@ -401,43 +379,17 @@ class Reference(ABC):
                 changed then.
         """
         self._check_held("be loaded into")
-        folder = Path(folder)
-        if not ((folder / WEIGHTS_FILE).is_file() and (folder / PROVENANCE_FILE).is_file()):
-            raise ValueError(f"{folder} holds no saved reference ({WEIGHTS_FILE} and {PROVENANCE_FILE}).")
-        provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+        saved = Saved(Path(folder))
         self.settle()
         self.fingerprint()
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
-            shapes = {name: torch.Size(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-            found = digests(Weight(name, saved.get_tensor(name), Whole(shape)) for name, shape in shapes.items())
-            self._check_saved(shapes, found, provenance["weights"], folder)
-            self._before_writing()
-            for name, local, layout in self._weights():
-                if found[name] != self.digests[name]:
-                    local.copy_(layout.cut(saved.get_tensor(name)))
-        self.updates = int(provenance["updates"])
+        shapes = {weight.name: weight.layout.shape for weight in self._weights()}
+        check_pairs(saved.shapes, shapes, "the saved reference")
+        changed = saved.changed(self.digests, self._owns)
+        self._before_writing()
+        saved.copy_into(weight for weight in self._weights() if weight.name in changed)
+        self.updates = int(saved.provenance["updates"])
         loaded = self.fingerprint()
-        assert loaded == provenance["fingerprint"], "every weight was compared before it was written"
-
-    def _check_saved(
-        self, shapes: dict[str, torch.Size], found: dict[str, str], recorded: dict[str, str], folder: Path
-    ) -> None:
-        check_pairs(shapes, {w.name: w.layout.shape for w in self._weights()}, "the saved reference")
-        for name, digest in found.items():
-            if digest != recorded[name]:
-                raise ValueError(
-                    f"The reference saved in {folder} is not the one that was recorded: {name} was altered."
-                )
-            if digest.split()[0] != self.digests[name].split()[0]:
-                raise ValueError(
-                    f"The reference saved in {folder} holds {name} as {digest.split()[0]}, this one as "
-                    f"{self.digests[name].split()[0]}. Set reference.dtype to the saved one's."
-                )
-            if digest != self.digests[name] and not self._owns(name):
-                raise ValueError(
-                    f"{name} is shared with the policy, and the reference saved in {folder} has another: it belongs to "
-                    "a policy with another base. Load that base, or set reference.source to where it is."
-                )
+        assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"
 
     def provenance(self) -> dict[str, Any]:
         """What to record of this reference: strategy, reason, source, updates, fingerprint (collective if sharded)."""
