@@ -115,7 +115,8 @@ def _linear_head(model: nn.Module) -> nn.Linear:
     check_forward(module)
     weight = module.weight
     # FSDP2 leaves the root's own weights gathered after some forwards: they are plain then, and DTensors again later.
-    if isinstance(weight, DTensor) or getattr(module, "_is_fsdp_managed_module", False):
+    managed = getattr(module, "_is_fsdp_managed_module", False) and not isinstance(model, FullyShardedDataParallel)
+    if isinstance(weight, DTensor) or managed:
         raise HeadError(
             f"{kind} whose weight is sharded (DTensor: FSDP2 or tensor parallel). Score through the logits."
         )
