@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from support import batch, llama
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from trl.trainer.utils import add_fused_lm_head
 
 from refkl import ReferenceConfig, build_reference, freeze, score_tokens, trainable_parameters
@@ -219,3 +221,17 @@ def test_fingerprint_sees_any_changed_weight_and_nothing_else() -> None:
         assert reference.fingerprint() != first
         flat[-1] = kept
     assert reference.fingerprint() == first
+
+
+def test_a_policy_that_is_sharded_later_is_told_when_to_build(tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        policy = llama()
+        reference = build_reference(policy)
+        assert reference.strategy == "clone"
+        fully_shard(policy, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"sharded by FSDP2 after .* Build it after fully_shard"):
+            reference.score(batch())
+        assert build_reference(policy).strategy == "fsdp2"
+    finally:
+        torch.distributed.destroy_process_group()

@@ -109,7 +109,6 @@ MORE = [
     ("zero3", "adapter", "fresh", "after", 0.0),
     ("fsdp2", "swap", "full", "after", 0.5),
     ("fsdp2", "adapter", "fresh", "after", 0.0),
-    ("fsdp2", "clone", "full", "before", 1.0),
     ("fsdp2-accelerate", "fsdp2", "full", "after", 0.5),
     ("fsdp2-bf16", "fsdp2", "full", "after", 0.5),
     ("fsdp2-bf16", "swap", "lora", "before", 0.5),

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from refkl.backend import Weight, canonical_name, named_weights, unwrap, weights_of
+from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.peft_layers import adapter_parameters, quantised
@@ -110,6 +110,11 @@ class CloneReference(Reference):
             return
         self._check_still_frozen(policy)
         first = next(policy.parameters())
+        if is_sharded(policy):
+            raise ValueError(
+                "The policy was sharded by FSDP2 after this reference was built, which is a whole copy on each rank. "
+                "Build it after fully_shard, or give build_reference the accelerator that shards the policy."
+            )
         if self._placed == (first.device, first.dtype):
             return
         weights = dict(named_weights(policy))
