@@ -15,7 +15,9 @@ from refkl.cli.settings import parse_run, peft_config
 from refkl.config import is_import_path
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STRATEGY = {"quickstart": "adapter", "no_kl": "adapter", "full_finetune": "clone", "zero3": "zero3", "dpo": "clone"}
+STRATEGY = {"quickstart": "adapter", "no_kl": "adapter", "full_finetune": "clone", "dpo": "clone"} | {
+    name: name for name in ("swap", "zero3", "fsdp2")
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

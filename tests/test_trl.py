@@ -165,7 +165,7 @@ def test_making_the_trainer_leaves_the_policy_as_it_is(options: dict[str, Any], 
     before = policy(input_ids=ids).logits
     trainer = dpo(KLDPOTrainer, policy, tmp_path)
     assert torch.equal(policy(input_ids=ids).logits, before)
-    assert trainer.reference.strategy == "clone" and set(policy.peft_config) == {"default"}
+    assert trainer.reference.strategy == "swap" and set(policy.peft_config) == {"default"}
     assert "add_adapter" not in vars(policy) and "get_parameter" not in vars(policy)
     trainer.train()
     assert logged(trainer, "kl")[0] == 0.0
