@@ -58,6 +58,7 @@ def main() -> None:
     reference.score(batch(seed=rank))
     assert len(forwards) == 1
     reference.updates = 0  # only to go on with the rest
+    dist.barrier()  # or the first to fill scores what the other is still to ask for
     # As many batches as a rank has: 3 and 1. Then both can ask for what either filled.
     stats = reference.fill([batch(seed=10 * rank + n) for n in range(3 - 2 * rank)], free=True)
     assert reference.freed and reference.memory().total == 0, reference.memory()
