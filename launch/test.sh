@@ -4,6 +4,7 @@
 #   bash launch/test.sh                      # installs into .venv (once), then runs the tests
 #   bash launch/test.sh -k estimators -x     # anything after it goes to pytest
 #   bash launch/test.sh --slow               # the long ones too
+#   bash launch/test.sh -n 0                 # in one process, with output as it comes; two workers otherwise
 #
 # Needs a C++ compiler: the DeepSpeed tests compile one small op, once. PYTHON, REFKL_VENV and pip's own variables are
 # honoured (launch/common.sh says how).
@@ -16,5 +17,7 @@ refkl_environment dev,demo,deepspeed
 export HF_HUB_OFFLINE=1
 # launchers and compilers that the tests start (accelerate, deepspeed, ninja) are looked up on PATH
 export PATH="$REFKL_VENV/bin:$PATH"
-say "python -m pytest $*"
-exec "$PY" -m pytest "$@"
+# the tests' tensors are tiny: a thread for each worker is quicker than two that wait for each other
+export OMP_NUM_THREADS=1
+say "python -m pytest -n 2 --dist loadgroup $*"
+exec "$PY" -m pytest -n 2 --dist loadgroup "$@"

@@ -17,8 +17,9 @@ import torch
 from support import batch
 from torch import Tensor, nn
 
-from refkl import Reference, TokenBatch, score_tokens
+from refkl import Reference, TokenBatch, score_pair, score_tokens
 from refkl.backend import local_shard, named_weights, reshard, unwrap, weights_of
+from refkl.scoring import completion_logits
 
 
 @dataclass
@@ -164,6 +165,33 @@ def check_a_step_with_a_score_in_it(case: Case) -> None:
     assert (right - before).abs().max() > 1e-3
     rounding = 2e-5 if next(twin.parameters()).dtype == torch.float32 else 0.1
     torch.testing.assert_close(found, right, rtol=0, atol=rounding)
+
+
+def check_a_pair_is_a_score_of_each(case: Case) -> None:
+    """Log-probabilities as scored alone, and the divergence of the full distributions, after the policy has moved."""
+    tokens = batch(padding="left")
+    case.train()
+    reference = case.reference.score(tokens).logp
+    with torch.no_grad():
+        policy = score_tokens(case.policy, tokens).logp
+        log_p, log_q = (torch.log_softmax(_logits(m, tokens).double(), -1) for m in (case.policy, case.plain))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert kl[tokens.completion_mask].max() > 1e-3
+    pair = score_pair(case.policy, case.reference, tokens)
+    exact = score_pair(case.policy, case.reference, tokens, divergence="reverse_kl")
+    assert torch.equal(pair.reference.logp, reference) and torch.equal(pair.policy.logp.detach(), policy)
+    bf16 = next(case.plain.parameters()).dtype == torch.bfloat16
+    close: dict[str, float] = {"rtol": 0.1 if bf16 else 1e-4, "atol": 0.05 if bf16 else 2e-5}
+    assert exact.divergence is not None
+    torch.testing.assert_close(exact.policy.logp.detach(), policy, **close)
+    torch.testing.assert_close(exact.reference.logp, reference, **close)
+    torch.testing.assert_close(exact.divergence.detach().double(), kl, **close)
+
+
+def _logits(model: nn.Module, tokens: TokenBatch) -> Tensor:
+    """[B, T, V] that predict each token, 0 where it is not scored."""
+    scored = completion_logits(model, tokens)
+    return scored.call.spread(scored.logits)
 
 
 def check_update_mixes_weights(case: Case) -> None:

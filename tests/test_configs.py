@@ -16,7 +16,7 @@ from refkl.config import is_import_path
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STRATEGY = {"quickstart": "adapter", "no_kl": "adapter", "full_finetune": "clone", "dpo": "clone"} | {
-    name: name for name in ("swap", "zero3", "fsdp2")
+    name: name for name in ("swap", "zero3", "fsdp2", "shared_trunk")
 }
 
 

@@ -56,8 +56,17 @@ POLICIES: dict[str, tuple[str | ReferenceConfig, Callable[[], nn.Module]]] = {
     "swap of tied, partly frozen from the host": (HOST, _partly_frozen),
     "swap of a trained adapter from the host": (HOST, _trained_lora),
     "swap from the host with gradient checkpointing": (HOST, lambda: _checkpointing(llama())),
+    "shared_trunk": ("shared_trunk", lambda: _frozen_below()),
+    "shared_trunk with gradient checkpointing": ("shared_trunk", lambda: _checkpointing(_frozen_below())),
+    "shared_trunk in bf16": ("shared_trunk", lambda: _frozen_below().bfloat16()),
     "swap in bf16": ("swap", lambda: llama(attention_dropout=0.5).bfloat16()),
 }
+
+
+def _frozen_below() -> nn.Module:
+    policy = llama(attention_dropout=0.5, num_hidden_layers=3)
+    freeze(policy, ["model.embed_tokens", "model.layers.0", "model.layers.1"])
+    return policy
 
 
 def _ia3() -> nn.Module:
@@ -103,6 +112,8 @@ MORE = [
     ("zero2", "swap", "full", "before", 1.0),
     ("multi", "clone", "full", "before", 1.0),
     ("multi", "adapter", "fresh", "before", 0.0),
+    ("multi", "shared_trunk", "upper", "before", 1.0),
+    ("zero2", "shared_trunk", "upper", "after", 1.0),
     ("zero2", "swap", "lora", "after", 1.0),
     ("zero2", "clone", "full", "after", 1.0),
     ("zero3", "swap", "full", "after", 0.5),

@@ -36,9 +36,9 @@ class ReferenceConfig:
     """Which model is the reference, and how it is held."""
 
     strategy: str = "auto"
-    """"auto" or a name in STRATEGIES ("adapter", "swap", "clone", "zero3", "fsdp2"). Auto: a PEFT policy with a fresh
-    adapter takes "adapter"; any other of which part trains "swap"; else ZeRO-3 takes "zero3", FSDP2 "fsdp2" and all
-    else "clone"."""
+    """"auto" or a name in STRATEGIES ("adapter", "swap", "clone", "shared_trunk", "zero3", "fsdp2"). Auto: a PEFT
+    policy with a fresh adapter takes "adapter"; any other of which part trains "swap"; else ZeRO-3 takes "zero3", FSDP2
+    "fsdp2" and all else "clone"."""
     source: str = "policy"
     """"policy": the policy as it stands when the reference is built. "pretrained": the weights that the policy was
     loaded from, also where it has been changed since. Anything else is a model folder to take weights from."""

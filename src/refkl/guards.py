@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from refkl.backend import evaluating, full_shape, local_shard, named_weights, reshard, unwrap
+from refkl.backend import dropout_rates, evaluating, full_shape, local_shard, named_weights, reshard, unwrap
 from refkl.kl import estimate
 from refkl.messages import size
 from refkl.reference import Reference
@@ -271,19 +271,12 @@ def _kl(logp: Tensor, ref_logp: Tensor, batch: TokenBatch) -> float:
 
 
 def _dropouts(model: nn.Module) -> list[str]:
-    """Where dropout is: modules, and numbers that a layer reads, which helpers that look for nn.Dropout miss."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            if module.p > 0:
-                found.append(f"{name}: {module.p:g}")
-            continue
-        found += [
-            f"{name}.{key}: {value:g}"
-            for key, value in vars(module).items()
-            if "drop" in key and isinstance(value, float) and value > 0
-        ]
-    return found
+    """Where dropout is, and how much of it."""
+    return [
+        f"{name}: {rate:g}" if key == "p" else f"{name}.{key}: {rate:g}"
+        for name, module in model.named_modules()
+        for key, rate in dropout_rates(module).items()
+    ]
 
 
 def _width(model: nn.Module) -> int | None:

@@ -6,7 +6,8 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
 BACKEND: multi, zero2, zero3; launched as multi, fsdp2 (torch's fully_shard by hand) and fsdp2-accelerate, which
 accelerate does not run on a CPU unless it is told that this is none. A suffix -bf16 or -offload sets FSDP's policies.
 STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE".
-POLICY: full, lora (trained before), fresh (a new LoRA). WHEN: before, after (accelerator.prepare).
+POLICY: full, upper (all above a frozen layer), lora (trained before), fresh (a new LoRA).
+WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
 """
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
-from refkl import ReferenceConfig, build_reference, trainable_parameters
+from refkl import ReferenceConfig, build_reference, freeze, trainable_parameters
 from refkl.backend import layout_of, unwrap
 from refkl.scoring.head import base_model
 
@@ -48,7 +49,8 @@ class Run:
         """Loaded as a user does; under ZeRO-3 each rank gets its part. With "lora", an adapter that was trained."""
         torch.manual_seed(0)
         base = LlamaForCausalLM.from_pretrained(self.folder / "model")
-        if self.policy == "full":
+        if self.policy in ("full", "upper"):
+            freeze(base, [] if self.policy == "full" else ["model.embed_tokens", "model.layers.0"])
             return base
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
         torch.manual_seed(0)

@@ -64,3 +64,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def dropout_rates(module: nn.Module) -> dict[str, float]:
+    """The module's own rates above 0: an nn.Dropout's, and numbers that a layer reads, which helpers that look for
+    nn.Dropout miss (attention_dropout)."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return {"p": module.p} if module.p > 0 else {}
+    return {key: v for key, v in vars(module).items() if "drop" in key and isinstance(v, float) and v > 0}

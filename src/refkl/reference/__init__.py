@@ -7,6 +7,7 @@ from refkl.reference.fsdp2 import FSDP2Reference
 from refkl.reference.pair import score_pair
 from refkl.reference.plan import STRATEGIES, build_reference, choose, register_strategy
 from refkl.reference.shape import Cost, Shape, Step
+from refkl.reference.shared_trunk import SharedTrunkReference
 from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
 
@@ -19,6 +20,7 @@ __all__ = [
     "FSDP2Reference",
     "Reference",
     "Shape",
+    "SharedTrunkReference",
     "Step",
     "SwapReference",
     "Zero3Reference",

@@ -262,6 +262,10 @@ class Reference(ABC):
                 "log-probabilities alone. " + _WITHOUT_CACHE
             )
 
+    def paired(self, policy: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
+        """Open around a score of the policy and one of the reference on the same batch, for what they can share."""
+        return nullcontext()
+
     def head(self) -> Head | None:
         """The reference's output head, where its weights can be read at any time, on the policy's device; else None.
 

@@ -52,15 +52,24 @@ def score_pair(
             `score_tokens`.
     """
     if divergence is None:
-        ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
-        return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
+        with reference.paired(policy, batch):
+            ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
+            return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
     reference.check_exact()
     how = Divergence(divergence, jsd_weight, order, top_k)
+    with reference.paired(policy, batch):
+        return _with_divergence(policy, reference, batch, temperature, entropy, how)
+
+
+def _with_divergence(
+    policy: nn.Module, reference: Reference, batch: TokenBatch, temperature: float, entropy: bool, how: Divergence
+) -> PairScores:
     head = _common_head(policy, reference)
     if head is None:
         return _through_logits(policy, reference, batch, temperature, entropy, how)
     ref_scores = reference.score(batch, temperature=temperature, entropy=entropy, hidden=True)
-    against = Against(ref_scores, head, divergence, {"jsd_weight": jsd_weight, "order": order, "top_k": top_k})
+    options = {"jsd_weight": how.weight, "order": how.order, "top_k": how.top_k}
+    against = Against(ref_scores, head, how.kind, options)
     try:
         scored = score_model(policy, batch, temperature=temperature, entropy=entropy, against=against)
     except HeadError:

@@ -14,6 +14,7 @@ from refkl.reference.adapter import AdapterReference
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
 from refkl.reference.fsdp2 import FSDP2Reference
+from refkl.reference.shared_trunk import SharedTrunkReference
 from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
 
@@ -26,6 +27,7 @@ STRATEGIES: dict[str, type[Reference]] = {
     "fsdp2": FSDP2Reference,
     "swap": SwapReference,
     "clone": CloneReference,
+    "shared_trunk": SharedTrunkReference,
 }
 
 

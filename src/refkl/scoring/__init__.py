@@ -2,7 +2,7 @@
 
 from refkl.scoring.find import find_head
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits
-from refkl.scoring.head import Head, HeadError
+from refkl.scoring.head import Head, HeadError, decoder_layers
 from refkl.scoring.score import Against, Scored, score_model, score_tokens, scores_from
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Scored",
     "ScoredLogits",
     "completion_logits",
+    "decoder_layers",
     "find_head",
     "score_model",
     "score_tokens",

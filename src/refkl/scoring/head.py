@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from refkl.backend import full_shape, unwrap
 
@@ -82,6 +83,17 @@ def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside wrappers and PEFT."""
     inner = unwrap(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The layers that the hidden states pass one after the other; None for a model without a list of them."""
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
+        return None
+    decoder = base.get_decoder()
+    # One inside another is a layer's own, such as its experts.
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return max(lists, key=len, default=None)
 
 
 FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[int, float, float | None, int]] = weakref.WeakKeyDictionary()

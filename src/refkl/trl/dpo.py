@@ -69,20 +69,20 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._window = [_scored_mask(batch) for batch in batches] if self.penalty.coef else []
+        self._window = [_tokens(batch).completion_mask for batch in batches] if self.penalty.coef else []
         return batches, items
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         policy, reference = _PolicyView(model, self.use_weighting), _ReferenceView(self.reference)
         self.ref_model = reference  # type: ignore[assignment]  # TRL's loss does nothing but call it
         try:
-            result = super()._compute_loss(policy, inputs, return_outputs)
+            with self.reference.paired(model, _tokens(inputs)):
+                result = super()._compute_loss(policy, inputs, return_outputs)
         finally:
             self.ref_model = None
         assert policy.scores is not None and reference.scores is not None, "TRL scores both in its loss"
-        output = self._penalise(
-            policy.scores.logp, reference.scores.logp, _scored_mask(inputs), 1.0, normalizer=self._normalizer()
-        )
+        mask, normalizer = _tokens(inputs).completion_mask, self._normalizer()
+        output = self._penalise(policy.scores.logp, reference.scores.logp, mask, 1.0, normalizer=normalizer)
         if not self.penalty.coef:
             return result
         if return_outputs:
@@ -141,8 +141,8 @@ def _batch(inputs: dict[str, Any], labels: Tensor | None) -> TokenBatch:
     return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, model_inputs=own)
 
 
-def _scored_mask(inputs: dict[str, Any]) -> Tensor:
-    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]).completion_mask
+def _tokens(inputs: dict[str, Any]) -> TokenBatch:
+    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
 
 
 class _Statistics:

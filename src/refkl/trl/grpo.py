@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
+from refkl.backend import dropout_rates
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.reference import Reference
 from refkl.scoring import score_model
@@ -67,7 +68,7 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         self._policy_logp: Tensor | None = None
         self._rewarded: dict[str, Any] | None = None
         self._attach(reference, kl or _as_trl(beta, self.loss_type, self.max_completion_length), sync)
-        if not self.args.disable_dropout and any(_drops(module) for module in self.model.modules()):
+        if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
             logger.warning(
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
                 "at zero. Set disable_dropout=True."
@@ -237,9 +238,3 @@ def _scored(inputs: dict[str, Any]) -> Tensor:
     """[B, C], 1 = a token that the policy sampled; what a tool put in is not."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _drops(module: nn.Module) -> bool:
-    """True for a module with dropout, also where it is a float that the layer reads (attention_dropout)."""
-    floats = (value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float))
-    return (isinstance(module, nn.Dropout) and module.p > 0) or any(value > 0 for value in floats)
