@@ -23,7 +23,7 @@ LAYERS = {
     "reference": {"types", "kl", "backend", "scoring", "config", "messages"},
     "guards": {"types", "kl", "messages", "backend", "scoring", "reference"},
     "sync": {"config", "reference"},
-    "trl": {"types", "config", "backend", "freeze", "penalty", "scoring", "reference", "sync"},
+    "trl": {"types", "config", "backend", "freeze", "guards", "penalty", "scoring", "reference", "sync"},
     "planner": {"config", "messages", "backend", "reference"},
     "demo": set(),
     "cli": {"config", "messages", "freeze", "guards", "types", "backend", "planner", "trl", "__init__"},

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +228,40 @@ def test_refkl_check_on_two_processes(launch: str, tmp_path: Path) -> None:
     assert output.count("nothing wrong was found") == 1 and "258 tokens, 258 logits" in output
 
 
+def _trainer(policy: nn.Module, folder: Path, reward: Callable[..., list[float]], **more: Any) -> KLGRPOTrainer:
+    options = {"num_generations": 4, "max_completion_length": 4, "max_steps": 3, "use_cpu": True, "bf16": False}
+    quiet = {"report_to": "none", "save_strategy": "no", "per_device_train_batch_size": 4, "logging_steps": 1}
+    return KLGRPOTrainer(
+        policy,
+        reward_funcs=reward,
+        args=GRPOConfig(output_dir=str(folder), **options, **quiet),
+        train_dataset=Dataset.from_list([{"prompt": "hello"}] * 8),
+        processing_class=byte_tokenizer(),
+        kl=KLConfig(coef=0.1),
+        **more,
+    )
+
+
+def test_a_training_does_not_begin_with_a_fault(tmp_path: Path) -> None:
+    """The cheap checks are made when the optimizer is there, before the first rollout."""
+    rollouts = []
+
+    def reward(completions: list[str], **columns: object) -> list[float]:
+        rollouts.append(len(completions))
+        return [float(len(text)) for text in completions]
+
+    trainer = _trainer(llama(), tmp_path, reward, reference="clone")
+    trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), *trainer.reference.model.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"the optimizer does not hold the reference: .* refkl\.trainable_parameters"):
+        trainer.train()
+    narrow = llama(vocab_size=200)
+    with pytest.raises(ValueError, match="the tokenizer has 258 tokens and the policy 200 logits"):
+        _trainer(narrow, tmp_path, reward).train()
+    assert not rollouts
+    _trainer(llama(), tmp_path, reward).train()
+    assert rollouts
+
+
 def test_a_training_looks_at_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward that writes to a weight which the reference shares ends the run, and the weight is named."""
     monkeypatch.setattr("refkl.trl.common._LOOK_EVERY", 1)
@@ -238,15 +273,5 @@ def test_a_training_looks_at_its_reference(tmp_path: Path, monkeypatch: pytest.M
         policy.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
         return [float(len(text)) for text in completions]
 
-    options = {"num_generations": 4, "max_completion_length": 4, "max_steps": 3, "use_cpu": True, "bf16": False}
-    quiet = {"report_to": "none", "save_strategy": "no", "per_device_train_batch_size": 4, "logging_steps": 1}
-    trainer = KLGRPOTrainer(
-        policy,
-        reward_funcs=writes,
-        args=GRPOConfig(output_dir=str(tmp_path), **options, **quiet),
-        train_dataset=Dataset.from_list([{"prompt": "hello"}] * 8),
-        processing_class=byte_tokenizer(),
-        kl=KLConfig(coef=0.1),
-    )
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is another"):
-        trainer.train()
+        _trainer(policy, tmp_path, writes).train()

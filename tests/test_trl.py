@@ -15,7 +15,7 @@ from support import byte_tokenizer, gpt2, llama
 from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference
+from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": ["hello", "hi there", "abc", "what"] * 4})
@@ -108,6 +108,28 @@ def test_dpo_is_trls(tmp_path: Path) -> None:
     for key in ("loss", "rewards/margins", "logps/chosen", "entropy", "logits/chosen", "mean_token_accuracy"):
         assert logged(ours, key) == pytest.approx(logged(theirs, key), abs=2e-5, rel=1e-4), key
     assert logged(ours, "kl")[0] == 0.0 and logged(ours, "kl")[1] > 1e-3
+
+
+def test_dpo_runs_a_shared_trunk_once(tmp_path: Path) -> None:
+    """The same losses as with a clone, from one pass of the frozen layers a step where there were two."""
+    logs, runs = [], []
+    for strategy in ("clone", "shared_trunk"):
+        torch.manual_seed(0)
+        policy = llama(num_hidden_layers=3)
+        freeze(policy, ["model.embed_tokens", "model.layers.0", "model.layers.1"])
+        trainer = dpo(KLDPOTrainer, policy, tmp_path, None, reference=strategy)
+        counts = [0, 0]
+        for model in (policy, trainer.reference.model):
+            for place in (0, 2):
+                model.model.layers[place].self_attn.register_forward_pre_hook(
+                    lambda *_, place=place // 2, counts=counts: counts.__setitem__(place, counts[place] + 1)
+                )
+        trainer.train()
+        logs.append(logged(trainer, "loss"))
+        runs.append(counts)
+    assert logs[0] == logs[1] and logs[0][-1] < logs[0][0]
+    # Two forwards find the heads; the first pair's proof is one pass below and two above.
+    assert runs == [[8, 8], [6, 10]]
 
 
 def test_reward_and_kl_of_the_loss_change_with_the_coefficient(tmp_path: Path) -> None:

@@ -38,6 +38,29 @@ class Finding:
     """What to do; empty for "ok"."""
 
 
+def check_held(
+    policy: nn.Module,
+    reference: Reference,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    vocabulary: int | None = None,
+) -> list[Finding]:
+    """What can be seen without a forward: shared memory, gradients, the optimizer, bytes, the vocabulary.
+
+    Args:
+        policy, reference, optimizer, vocabulary: as in `check_reference`.
+    """
+    inner = unwrap(policy)
+    reshard(inner)
+    findings = [_shared(inner, reference), _frozen(reference)]
+    if optimizer is not None:
+        findings.append(_in_optimizer(optimizer, reference))
+    findings.append(_memory(reference))
+    if vocabulary is not None:
+        findings.append(_vocabulary(inner, reference, vocabulary))
+    return findings
+
+
 def check_reference(
     policy: nn.Module,
     reference: Reference,
@@ -61,13 +84,7 @@ def check_reference(
         One finding a check, in a fixed order.
     """
     inner = unwrap(policy)
-    reshard(inner)
-    findings = [_shared(inner, reference), _frozen(reference)]
-    if optimizer is not None:
-        findings.append(_in_optimizer(optimizer, reference))
-    findings.append(_memory(reference))
-    if vocabulary is not None:
-        findings.append(_vocabulary(inner, reference, vocabulary))
+    findings = check_held(policy, reference, optimizer=optimizer, vocabulary=vocabulary)
 
     def of_policy(tokens: TokenBatch) -> Tensor:
         with torch.no_grad():

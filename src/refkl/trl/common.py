@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.freeze import trainable_parameters
+from refkl.guards import check_held
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.sync import SyncReferenceCallback
@@ -189,7 +190,22 @@ class _PenaltySteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.reference.settle()
+        """The optimizer is there by now: look at who holds what, before the first step.
+
+        Raises:
+            ValueError: a fault that `check_held` found.
+        """
+        reference = self.trainer.reference
+        if reference.freed:
+            return
+        reference.settle()
+        tokenizer = kwargs.get("processing_class")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+        vocabulary = None if tokenizer is None else len(tokenizer)
+        held = check_held(self.trainer.model, reference, optimizer=kwargs.get("optimizer"), vocabulary=vocabulary)
+        for finding in held:
+            if finding.verdict == "fault":
+                raise ValueError(f"{finding.check}: {finding.found}; {finding.advice}.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, value in self.trainer.penalty.step(self.trainer.accelerator).items():
