@@ -13,6 +13,7 @@ from launching import ROOT, run
 SOURCE = ROOT / "src" / "refkl"
 LAYERS = {
     "messages": set(),
+    "versions": set(),
     "types": set(),
     "kl": {"types", "messages"},
     "freeze": {"messages"},
@@ -20,13 +21,13 @@ LAYERS = {
     "penalty": {"types", "kl", "config"},
     "backend": set(),
     "scoring": {"types", "kl", "backend"},
-    "reference": {"types", "kl", "backend", "scoring", "config", "messages"},
+    "reference": {"types", "kl", "backend", "scoring", "config", "messages", "versions"},
     "guards": {"types", "kl", "messages", "backend", "scoring", "reference"},
     "sync": {"config", "reference"},
     "trl": {"types", "config", "backend", "freeze", "guards", "penalty", "scoring", "reference", "sync"},
     "planner": {"config", "messages", "backend", "reference"},
     "demo": set(),
-    "cli": {"config", "messages", "freeze", "guards", "types", "backend", "planner", "trl", "__init__"},
+    "cli": {"config", "messages", "freeze", "guards", "types", "backend", "planner", "trl", "versions", "__init__"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +323,50 @@ def test_a_moved_reference_survives_a_resume_without_sync(tmp_path: Path) -> Non
     assert third.reference.fingerprint() == second.reference.fingerprint() and third.reference.updates == 1
 
 
+def test_every_checkpoint_says_which_reference_it_was_trained_against(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    torch.manual_seed(0)
+    trainer = dpo(KLDPOTrainer, llama(), tmp_path, options, sync=SyncConfig(every=2, alpha=0.5))
+    built = trainer.reference.fingerprint()
+    trainer.train()
+    first, second = (json.loads((tmp_path / "run" / f"checkpoint-{n}" / "reference.json").read_text()) for n in (1, 2))
+    assert first["fingerprint"] == built and first["updates"] == 0 and first["synced"] == []
+    assert (first["strategy"], first["source"]) == ("clone", trainer.reference.source)
+    assert set(first["versions"]) == {"refkl", "torch", "transformers", "accelerate", "peft", "trl"}
+    assert second["fingerprint"] == trainer.reference.fingerprint() != built
+    assert second["synced"] == [{"step": 2, "alpha": 0.5}]
+
+
+def test_a_run_is_not_resumed_against_another_reference(tmp_path: Path) -> None:
+    """The policy as it was saved is no reference of a run that began with another: elsewhere the KL starts anew."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    torch.manual_seed(0)
+    dpo(KLDPOTrainer, llama(), tmp_path, options).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    trained = LlamaForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="Give the trainer the model that the first run began with"):
+        dpo(KLDPOTrainer, trained, tmp_path, options).train(resume_from_checkpoint=checkpoint)
+    torch.manual_seed(0)
+    again = dpo(KLDPOTrainer, llama(), tmp_path, {**options, "max_steps": 2})
+    again.train(resume_from_checkpoint=checkpoint)
+    assert again.state.global_step == 2
+
+
+def test_a_checkpoint_is_not_made_of_a_reference_that_changed(tmp_path: Path) -> None:
+    policy = llama()
+    policy.model.layers[0].requires_grad_(False)
+    trainer = dpo(KLDPOTrainer, policy, tmp_path, {"save_strategy": "steps", "save_steps": 1})
+    policy.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight is another"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("checkpoint-*/model.safetensors"))
+
+
 def test_a_sync_can_be_added_on_resume(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     dpo(KLDPOTrainer, llama(), tmp_path, options).train()
+    torch.manual_seed(0)
     second = dpo(KLDPOTrainer, llama(), tmp_path, {**options, "max_steps": 4}, sync=SyncConfig(every=4, alpha=0.5))
     second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert second.sync.updates == [{"step": 4, "alpha": 0.5}]

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from refkl import __version__
 from refkl.backend import evaluating, full_shape
 from refkl.config import RunConfig
 from refkl.freeze import trainable_parameters
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
+from refkl.versions import library_versions
 
 
 class RunFolder:
@@ -52,8 +49,7 @@ class RunFolder:
         (self.path / "config.yaml").write_text(resolved)
         for name in ("metrics.jsonl", "samples.jsonl"):
             (self.path / name).write_text("")
-        versions = {"refkl": __version__} | {package: version(package) for package in PACKAGES}
-        self._json("reference.json", {"versions": versions, "status": "running"})
+        self._json("reference.json", {"versions": library_versions(), "status": "running"})
 
     def begin(self, reference: dict[str, Any], step: int) -> list[dict[str, Any]]:
         """Record the reference as it is before the first step; the training steps already there, if resumed at `step`.

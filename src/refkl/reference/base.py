@@ -22,6 +22,7 @@ from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
 from refkl.types import MemoryReport, TokenBatch, TokenScores
+from refkl.versions import library_versions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -396,13 +397,15 @@ class Reference(ABC):
         assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"
 
     def provenance(self) -> dict[str, Any]:
-        """What to record of this reference: strategy, reason, source, updates, fingerprint (collective if sharded)."""
+        """What to record of this reference: strategy, reason, source, updates, fingerprint (collective if sharded), and
+        the versions of the libraries."""
         return {
             "strategy": self.strategy,
             "reason": self.reason,
             "source": self.source,
             "updates": self.updates,
             "fingerprint": self.fingerprint(),
+            "versions": library_versions(),
         }
 
 

@@ -26,6 +26,8 @@ from refkl.types import KLOutput, TokenScores
 
 logger = logging.get_logger(__name__)
 
+RECORD = "reference.json"
+"""In a checkpoint: which reference it was trained against, and each update of it."""
 PENALTY_STATE = "kl_penalty.json"
 """In a checkpoint: the state of the coefficient's controller."""
 
@@ -139,25 +141,49 @@ class KLTrainerMixin(Trainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The controller, and a reference that has moved, go into the checkpoint before older ones are rotated away."""
+        """The controller, and a reference that has moved, go into the checkpoint before older ones are rotated away.
+
+        Raises:
+            ValueError: the reference changed with no update to explain it.
+        """
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.reference.verify()
         if self.reference.updates:
             self.reference.save(checkpoint / "reference")
+        record = self.reference.provenance()
+        if self.sync is not None:
+            record["synced"] = self.sync.updates
         if self.args.should_save:
             checkpoint.mkdir(parents=True, exist_ok=True)
-            temporary = checkpoint / f"{PENALTY_STATE}.tmp"
-            temporary.write_text(json.dumps(self.penalty.state_dict(), indent=2) + "\n")
-            os.replace(temporary, checkpoint / PENALTY_STATE)
+            _write_json(checkpoint / RECORD, record)
+            _write_json(checkpoint / PENALTY_STATE, self.penalty.state_dict())
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """On resume, bring back the controller, and a reference that had moved."""
+        """On resume, bring back the controller, and a reference that had moved.
+
+        Raises:
+            ValueError: the checkpoint was trained against another reference.
+        """
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if (Path(checkpoint) / "reference").is_dir():
             self.reference.load(Path(checkpoint) / "reference")
+        elif (Path(checkpoint) / RECORD).is_file():
+            self._check_recorded(Path(checkpoint) / RECORD)
         self._load_controller(Path(checkpoint) / PENALTY_STATE)
+
+    def _check_recorded(self, path: Path) -> None:
+        record = json.loads(path.read_text())
+        self.reference.settle()
+        if record["fingerprint"] != (self.reference.stamp or self.reference.fingerprint()):
+            raise ValueError(
+                f"The checkpoint was trained against a reference with fingerprint {record['fingerprint'][:12]} "
+                f"({record['strategy']}, from {record['source']}), and this run's has "
+                f"{(self.reference.stamp or '')[:12]} ({self.reference.strategy}, from {self.reference.source}). Give "
+                "the trainer the model that the first run began with; its trained weights come from the checkpoint."
+            )
 
     def _load_controller(self, path: Path) -> None:
         kind = self.penalty.config.controller
@@ -174,6 +200,13 @@ class KLTrainerMixin(Trainer):
             raise ValueError(f"{error} The state is {path}.") from None
         if kind == "fixed":
             self.penalty.controller.coef = coef  # a setting, not a state: what this run asks for holds
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Whole, or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 _LOOK_EVERY, _LOOK_AT = 50, 4
