@@ -169,14 +169,18 @@ def check_a_step_with_a_score_in_it(case: Case) -> None:
 
 def check_a_pair_is_a_score_of_each(case: Case) -> None:
     """Log-probabilities as scored alone, and the divergence of the full distributions, after the policy has moved."""
-    tokens = batch(padding="left")
-    case.train()
+    tokens, kl = batch(padding="left"), torch.zeros(1)
+    for _ in range(10):  # launched runs clip their gradients
+        if kl.max() > 5e-3:
+            break
+        case.train()
+        with torch.no_grad():
+            log_p, log_q = (torch.log_softmax(_logits(m, tokens).double(), -1) for m in (case.policy, case.plain))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert kl.max() > 5e-3
     reference = case.reference.score(tokens).logp
     with torch.no_grad():
         policy = score_tokens(case.policy, tokens).logp
-        log_p, log_q = (torch.log_softmax(_logits(m, tokens).double(), -1) for m in (case.policy, case.plain))
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    assert kl[tokens.completion_mask].max() > 1e-3
     pair = score_pair(case.policy, case.reference, tokens)
     exact = score_pair(case.policy, case.reference, tokens, divergence="reverse_kl")
     assert torch.equal(pair.reference.logp, reference) and torch.equal(pair.policy.logp.detach(), policy)
