@@ -92,7 +92,8 @@ class FSDP2Reference(Reference):
         first = next(policy.parameters())
         offloaded = first.device.type == "cpu" and self._accelerator is not None
         device = self._accelerator.device if offloaded and self._accelerator is not None else first.device
-        self.model.to(device=device, dtype=first.dtype)
+        # To be offloaded, it goes through the device unit by unit, as each is sharded.
+        self.model.to(device=None if self.config.offload else device, dtype=first.dtype)
         before = self.digests
         shard_like(self.model, policy, offload=self.config.offload)
         self.model.requires_grad_(False)

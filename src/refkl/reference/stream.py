@@ -261,8 +261,8 @@ class Stream:
 
     def _forward(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A layer's forward, in chunks of rows where that is needed and can be done."""
-        named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        given = {path: leaf for key, value in named.items() for path, leaf in _leaves(value, (key,))}
+        named = [*enumerate(args), *kwargs.items()]
+        given = {path: leaf for key, value in named for path, leaf in _leaves(value, (key,))}
         hidden = next((x for x in given.values() if isinstance(x, Tensor) and x.dim() > 1), None)
         if self._learning:
             output = forward(*args, **kwargs)
@@ -270,23 +270,25 @@ class Stream:
                 sizes = {path: len(x) for path, x in given.items() if isinstance(x, Tensor) and x.dim()}
                 self._one_row[unit] = _OneRow(hidden.shape[1], sizes)
             return output
-        if hidden is None or hidden.shape[0] * hidden.shape[1] <= CHUNK_TOKENS or hidden.shape[0] == 1:
+        if hidden is None or hidden.numel() // hidden.shape[-1] <= CHUNK_TOKENS or hidden.shape[0] == 1:
             return forward(*args, **kwargs)
         rows, length = hidden.shape[:2]
         one = self._one_row.get(unit)
         having = None if one is None else one.having_rows(given, rows, length)
         if having is None or not any(given[path] is hidden for path in having):
-            self._warn(unit, rows * length)
+            self._warn(unit, hidden.numel() // hidden.shape[-1])
             return forward(*args, **kwargs)
-        chunk = max(1, CHUNK_TOKENS // length)
-        cuts = {path: given[path].split(chunk * (len(given[path]) // rows)) for path in having}
+        size = max(1, CHUNK_TOKENS // length)
         outputs = []
-        for number in range(-(-rows // chunk)):
-            part = given | {path: pieces[number] for path, pieces in cuts.items()}
+        for start in range(0, rows, size):
+            part = dict(given)
+            for path in having:
+                each = len(given[path]) // rows
+                part[path] = given[path][start * each : (start + size) * each]
             own_args = [_rebuilt(value, part, (number,)) for number, value in enumerate(args)]
             own_kwargs = {name: _rebuilt(value, part, (name,)) for name, value in kwargs.items()}
             outputs.append(forward(*own_args, **own_kwargs))
-        return _joined(outputs, min(chunk, rows))
+        return _joined(outputs, min(size, rows))
 
     def _warn(self, unit: Unit, tokens: int) -> None:
         if not self._warned:
