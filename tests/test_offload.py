@@ -13,12 +13,12 @@ from families import tiny
 from peft import LoraConfig, get_peft_model
 from storages import counting
 from support import MODELS, batch, gpt2, llama
-from test_trl import grpo, logged
+from test_trl import dpo, grpo, logged
 from torch import nn
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze, score_pair, score_tokens
 from refkl.reference import CloneReference, stream
-from refkl.trl import KLGRPOTrainer
+from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 OFFLOAD = ReferenceConfig(strategy="clone", offload=True)
 LLAMA_UNITS = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(5)), "model.norm", "lm_head"]
@@ -377,6 +377,22 @@ def test_grpo_sweeps_once_a_rollout_and_once_after_a_sync(tmp_path: Path) -> Non
     assert set((fetched(runs[0].reference) - before).values()) == {4}
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), abs=1e-6)
     assert logged(runs[0], "kl") == pytest.approx([0.0] * 4, abs=1e-9)
+
+
+def test_dpo_sweeps_once_an_optimizer_step(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3, "optim": "sgd"}
+    runs = []
+    for config in (OFFLOAD, "clone"):
+        torch.manual_seed(0)
+        trainer = dpo(KLDPOTrainer, llama(), tmp_path, options, reference=config, kl=KLConfig(coef=0.1))
+        if config is OFFLOAD:
+            trainer.reference.score(batch())
+            before = fetched(trainer.reference)
+        trainer.train()
+        runs.append(trainer)
+    assert set((fetched(runs[0].reference) - before).values()) == {3}
+    for key in ("loss", "kl", "rewards/margins"):
+        assert logged(runs[0], key) == pytest.approx(logged(runs[1], key), abs=2e-6), key
 
 
 def test_the_cache_asks_for_what_is_missing_in_one_sweep(tmp_path: Path) -> None:
