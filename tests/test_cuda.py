@@ -1,4 +1,4 @@
-"""On a GPU: the fused heads give the numbers of fp64 on the CPU, from the very inputs that the GPU got, and an offloaded
+"""On a GPU: fused heads give the numbers of fp64 on the CPU, from the very inputs that the GPU got; an offloaded
 reference takes the memory of two units."""
 
 import pytest

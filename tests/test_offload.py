@@ -189,6 +189,17 @@ def test_a_module_that_is_called_between_all_layers() -> None:
     assert [once[f"model.layers.{n}"] for n in range(3)] == [1, 1, 1]
 
 
+def test_neighbours_that_share_a_module() -> None:
+    """Its weights stay on the device from one to the other, and come home with the last."""
+    policy = llama(num_hidden_layers=3)
+    policy.model.layers[1].mlp = policy.model.layers[0].mlp
+    reference, right = offloaded(policy), build_reference(policy, "clone").score(batch()).logp
+    home = addresses(reference.model)
+    for _ in range(2):
+        assert torch.equal(reference.score(batch()).logp, right)
+    assert addresses(reference.model) == home
+
+
 # One sweep a batch.
 
 

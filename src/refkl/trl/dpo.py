@@ -26,8 +26,8 @@ from refkl.scoring import Call, score_model
 from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
 
-_TOKENS = {"input_ids": 0, "attention_mask": 0, "completion_mask": 0}
-"""What a micro-batch without images holds, and what it is padded with."""
+_TOKENS = ("input_ids", "attention_mask", "completion_mask")
+"""What a micro-batch without images holds."""
 _SCORED = "reference_logp"
 
 
@@ -75,7 +75,7 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._window = [_scored_mask(batch) for batch in batches] if self.penalty.coef else []
-        if self.reference.one_sweep and all(batch.keys() == _TOKENS.keys() for batch in batches):
+        if self.reference.one_sweep and all(batch.keys() == set(_TOKENS) for batch in batches):
             self._score_together(batches)
         return batches, items
 
@@ -84,11 +84,8 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         width = max((batch["input_ids"].shape[1] for batch in batches), default=0)
         if not width:
             return
-        columns = {
-            name: torch.cat([F.pad(b[name], (0, width - b[name].shape[1]), value=fill) for b in batches])
-            for name, fill in _TOKENS.items()
-        }
-        scores = self.reference.score(TokenBatch(**columns).to(self.accelerator.device))
+        padded = (torch.cat([F.pad(b[name], (0, width - b[name].shape[1])) for b in batches]) for name in _TOKENS)
+        scores = self.reference.score(TokenBatch(*padded).to(self.accelerator.device))
         for batch, logp in zip(batches, scores.logp.split([len(b["input_ids"]) for b in batches]), strict=True):
             batch[_SCORED] = logp[:, : batch["input_ids"].shape[1]]
 
