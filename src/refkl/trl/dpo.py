@@ -84,8 +84,10 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         width = max((batch["input_ids"].shape[1] for batch in batches), default=0)
         if not width:
             return
-        padded = (torch.cat([F.pad(b[name], (0, width - b[name].shape[1])) for b in batches]) for name in _TOKENS)
-        scores = self.reference.score(TokenBatch(*padded).to(self.accelerator.device))
+        ids, attention, scored = (
+            torch.cat([F.pad(b[name], (0, width - b[name].shape[1])) for b in batches]) for name in _TOKENS
+        )
+        scores = self.reference.score(TokenBatch(ids, attention, scored).to(self.accelerator.device))
         for batch, logp in zip(batches, scores.logp.split([len(b["input_ids"]) for b in batches]), strict=True):
             batch[_SCORED] = logp[:, : batch["input_ids"].shape[1]]
 
