@@ -15,9 +15,13 @@ from refkl.cli.settings import parse_run, peft_config
 from refkl.config import is_import_path
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STRATEGY = {"quickstart": "adapter", "no_kl": "adapter", "full_finetune": "clone", "dpo": "clone"} | {
-    name: name for name in ("swap", "zero3", "fsdp2", "shared_trunk")
-}
+STRATEGY = {
+    "quickstart": "adapter",
+    "no_kl": "adapter",
+    "full_finetune": "clone",
+    "dpo": "clone",
+    "offload": "clone",
+} | {name: name for name in ("swap", "zero3", "fsdp2", "shared_trunk")}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

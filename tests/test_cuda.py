@@ -1,9 +1,12 @@
-"""The fused heads on a GPU: the same numbers as fp64 on the CPU, from the very inputs that the GPU got."""
+"""On a GPU: fused heads give the numbers of fp64 on the CPU, from the very inputs that the GPU got; an offloaded
+reference takes the memory of two units."""
 
 import pytest
 import torch
+from support import batch, llama
 
-from refkl import kl
+from refkl import ReferenceConfig, build_reference, kl, score_pair
+from refkl.reference.stream import largest_pair, unit_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +67,34 @@ def test_step_zero_is_zero(trained: bool) -> None:
     value = kl.linear_divergence(hidden, weight, x["hidden"].detach(), x["weight"].detach().clone())
     value.sum().backward()
     assert torch.equal(value, torch.zeros_like(value)) and torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_an_offloaded_reference_takes_two_units_of_device_memory() -> None:
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
+    policy = llama(**size).bfloat16().cuda()
+    tokens = batch().to("cuda")
+    plain = build_reference(policy, "clone")
+    right = plain.score(tokens, entropy=True)
+    exact = score_pair(policy, plain, tokens, divergence="reverse_kl").divergence
+    del plain
+    before = torch.cuda.memory_allocated()
+    reference = build_reference(policy, ReferenceConfig(strategy="clone", offload=True))
+    reference.score(tokens)  # finds the head
+    torch.cuda.synchronize()
+    weights = [*reference.model.parameters()]
+    assert all(p.device.type == "cpu" and p.is_pinned() for p in weights)
+    assert reference.memory().host == sum(p.numel() * p.element_size() for p in weights)
+    units, rest = unit_bytes(policy, dtype=None, without=set())
+    layer = max(units)
+    assert torch.cuda.memory_allocated() - before < layer / 2 and rest == 0
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        found = reference.score(tokens, entropy=True)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - start
+        assert largest_pair(units) <= peak < largest_pair(units) + layer / 2
+        assert torch.equal(found.logp, right.logp) and torch.equal(found.entropy, right.entropy)
+    assert torch.equal(score_pair(policy, reference, tokens, divergence="reverse_kl").divergence, exact)
+    reference.update(policy, alpha=1.0)
+    assert torch.equal(reference.score(tokens).logp, right.logp)

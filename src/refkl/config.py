@@ -46,6 +46,10 @@ class ReferenceConfig:
     """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
     device: str | None = None
     """Where "clone" is held, as in "cuda:1"; for "swap", "cpu" is host memory. None follows the policy."""
+    offload: bool = False
+    """The reference's weights wait in host memory, and it runs on the device all the same: "clone" streams through it
+    layer by layer, "zero3" and "fsdp2" part by part, "swap" exchanges one tensor at a time, as with device "cpu". A
+    score moves all of them, so score whole rollout batches."""
     cache: str | None = None
     """A folder: log-probabilities that were scored once are kept there and not scored again, whatever the strategy, in
     this run or a later one. For preference data and repeated prompts; exact divergences are refused then."""

@@ -247,6 +247,7 @@ def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
     """What can be put on top of a strategy, one at a time; each strategy says which it takes."""
     yield "", ReferenceConfig()
     yield "device=cpu", ReferenceConfig(device="cpu")
+    yield "offload=true", ReferenceConfig(offload=True)
     for other in get_args(DtypeName):
         if other != dtype:
             yield f"dtype={other}", ReferenceConfig(dtype=other)

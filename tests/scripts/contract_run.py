@@ -5,7 +5,7 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
 
 BACKEND: multi, zero2, zero3; launched as multi, fsdp2 (torch's fully_shard by hand) and fsdp2-accelerate, which
 accelerate does not run on a CPU unless it is told that this is none. A suffix -bf16 or -offload sets FSDP's policies.
-STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE".
+STRATEGY: a name in STRATEGIES, "auto", "NAME:DEVICE" or "NAME:offload".
 POLICY: full, upper (all above a frozen layer), lora (trained before), fresh (a new LoRA).
 WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
@@ -81,8 +81,9 @@ class Run:
                 self.shard(plain)
         policy = self.make_policy()
         optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)
-        name, _, device = self.strategy.partition(":")
-        config = ReferenceConfig(strategy=name, device=device or None)
+        name, _, option = self.strategy.partition(":")
+        options: dict[str, Any] = {"offload": True} if option == "offload" else {"device": option or None}
+        config = ReferenceConfig(strategy=name, **options)
         reference = None
         if self.when == "before":
             reference = build_reference(policy, config, accelerator)

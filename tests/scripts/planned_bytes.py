@@ -55,7 +55,7 @@ def main() -> None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 3
     build_reference(llama(), "swap", accelerator)  # the keys of fingerprints are made once a process
     for (family, size), plan in planned.items():
-        for strategy in (backend, "swap"):
+        for strategy, offload in ((backend, False), (backend, True), ("swap", False)):
             bare = MODELS[family](**SIZES[family][size])
             if backend == "zero3":
                 policy = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))[0]
@@ -65,12 +65,13 @@ def main() -> None:
                 policy(input_ids=batch().input_ids)
             settle(policy)
             with counting(policy) as count:
-                reference = build_reference(policy, ReferenceConfig(strategy=strategy), accelerator)
+                reference = build_reference(policy, ReferenceConfig(strategy=strategy, offload=offload), accelerator)
                 reference.score(batch())
                 settle(policy)
                 counted = count()
-            predicted = next(r for r in plan.rows if (r.strategy, r.option) == (strategy, "")).cost.total
-            accelerator.print(f"{family} {size} full {strategy}: {predicted} predicted, {counted} counted", flush=True)
+            option, name = ("offload=true", f"{strategy} offload") if offload else ("", strategy)
+            predicted = next(r for r in plan.rows if (r.strategy, r.option) == (strategy, option)).cost.total
+            accelerator.print(f"{family} {size} full {name}: {predicted} predicted, {counted} counted", flush=True)
             del reference, count, policy
             accelerator.free_memory()
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 
 def reshard(model: nn.Module) -> None:
@@ -33,10 +34,11 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return next(c for c in classes if not issubclass(c, FSDPModule))
 
 
-def shard_like(model: nn.Module, policy: nn.Module) -> None:
+def shard_like(model: nn.Module, policy: nn.Module, *, offload: bool = False) -> None:
     """Shard a model as a policy of the same modules is: the same units, mesh, mixed precision and offload.
 
-    Every unit frees its parameters after its forward, the root's too: nothing follows that would use them again.
+    With `offload` the shards wait in host memory, wherever the policy's are. Every unit frees its parameters after its
+    forward, the root's too: nothing follows that would use them again.
     """
     modules, seen = dict(model.named_modules()), set()
     names = {module: name for name, module in policy.named_modules()}
@@ -61,8 +63,12 @@ def shard_like(model: nn.Module, policy: nn.Module) -> None:
             mesh=like.mesh_info.mesh,
             reshard_after_forward=True,
             mp_policy=like.mp_policy,
-            offload_policy=like.offload_policy,
+            offload_policy=_offloading(like.mesh_info.mesh) if offload else like.offload_policy,
         )
+
+
+def _offloading(mesh: DeviceMesh) -> CPUOffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

@@ -82,12 +82,12 @@ def run_config(policy: nn.Module, accelerator: Accelerator | None) -> dict[str, 
     return getattr(engine, "_param_dict", None)
 
 
-def inference_config(training: dict[str, Any]) -> dict[str, Any]:
+def inference_config(training: dict[str, Any], *, offload: bool = False) -> dict[str, Any]:
     """A ZeRO-3 configuration for a model that never trains, from that of the run.
 
     No optimizer, whatever stage the run has. No parameter persists gathered and none is kept for reuse: each forward
     reads the partitions, so that an update of the partitions is all that an update takes. Parameter offload stays as
-    the user set it.
+    the user set it; where it is not set, `offload` puts the partitions into host memory.
     """
     stage = training.get("zero_optimization", {})
     zero: dict[str, Any] = {
@@ -100,6 +100,8 @@ def inference_config(training: dict[str, Any]) -> dict[str, Any]:
     }
     if stage.get("offload_param", {}).get("device", "none") not in (None, "none"):
         zero["offload_param"] = copy.deepcopy(stage["offload_param"])
+    elif offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     # The accelerator's own copy may still say "auto" before it has prepared a model.
     for key in ("bf16", "fp16"):

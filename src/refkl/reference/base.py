@@ -351,6 +351,12 @@ class Reference(ABC):
             )
 
     @property
+    def one_sweep(self) -> bool:
+        """Whether a score moves all weights to the device and takes any number of sequences: give it whole rollout
+        batches, not micro-batches."""
+        return False
+
+    @property
     def stamp(self) -> str | None:
         """The fingerprint when it was last taken, which scores carry; None from an update until it is taken again."""
         return self._recorded
@@ -420,6 +426,12 @@ def bytes_held(tensors: Iterable[torch.Tensor], home: torch.device) -> MemoryRep
             where = "host" if tensor.device.type == "cpu" and home.type != "cpu" else "device"
             sizes[where] += storage.nbytes()
     return MemoryReport(**sizes)
+
+
+def bytes_offloaded(weights: Iterable[torch.Tensor], rest: Iterable[torch.Tensor]) -> MemoryReport:
+    """Bytes of weights that wait in host memory, and of what stays on the device, also where the device is a CPU."""
+    cpu = torch.device("cpu")
+    return MemoryReport(host=bytes_held(weights, cpu).total, device=bytes_held(rest, cpu).total)
 
 
 def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:

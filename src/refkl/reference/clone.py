@@ -11,7 +11,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
 from refkl.reference.peft_layers import adapter_parameters, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
-from refkl.reference.shape import BATCH_BYTES, Cost
+from refkl.reference.shape import BATCH_BYTES, Cost, Entry, added_by_peft
+from refkl.reference.stream import Stream, largest_pair, unit_bytes, unstreamable
 from refkl.scoring import Head, find_head
-from refkl.types import MemoryReport
+from refkl.scoring.head import base_model
+from refkl.types import MemoryReport, TokenBatch
 
 
 class CloneReference(Reference):
@@ -41,6 +43,8 @@ class CloneReference(Reference):
         self._policy = weakref.ref(unwrap(request.policy))
         self._config = request.config
         self._shared = shared
+        self._stream = Stream(model) if request.config.offload else None
+        self._head: Head | None = None
         self._placed: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
@@ -54,6 +58,13 @@ class CloneReference(Reference):
             return "FSDP shards the policy's parameters, and a whole copy on each rank was not built for that."
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
+        if request.config.offload and request.config.device is not None:
+            return (
+                "reference.offload runs the copy on the policy's device, and reference.device says that it runs on "
+                f"{request.config.device!r}. Set one of them."
+            )
+        if request.config.offload and (why_not := unstreamable(unwrap(request.policy))) is not None:
+            return why_not
         if request.config.source != "policy":
             try:
                 source_folder(request)
@@ -71,7 +82,10 @@ class CloneReference(Reference):
             copied = list(shape.entries)
         else:
             copied = [e for e in shape.entries if e.trained or e.tuned or e.buffer]
-        held = shape.held(copied, "whole", getattr(torch, config.dtype) if config.dtype else None)
+        dtype = getattr(torch, config.dtype) if config.dtype else None
+        if config.offload:
+            return _streamed_cost(request, copied, dtype)
+        held = shape.held(copied, "whole", dtype)
         if config.device is None:
             return Cost(device=held, flops=shape.forward())
         moved = BATCH_BYTES * shape.step.tokens
@@ -82,6 +96,8 @@ class CloneReference(Reference):
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
+        if request.config.offload:
+            what = "in host memory, streamed through the device layer by layer,"
         return f"a frozen copy {what} is the reference and adds {size(cls.cost(request).total)} ({request.backend})"
 
     @classmethod
@@ -89,7 +105,9 @@ class CloneReference(Reference):
         policy = unwrap(request.policy)
         dtype = getattr(torch, request.config.dtype) if request.config.dtype else None
         if request.config.source == "policy":
-            model, shared = frozen_copy(policy, share=not _must_copy_all(policy, request))
+            model, shared = frozen_copy(
+                policy, share=not _must_copy_all(policy, request), on_host=request.config.offload
+            )
             source = "the policy as it stood when the reference was built" + quantised(policy)
         else:
             source = source_folder(request)
@@ -119,12 +137,14 @@ class CloneReference(Reference):
             return
         weights = dict(named_weights(policy))
         recorded, changed = self._recorded, False
+        stays = self._config.device is not None or self._stream is not None
+        held = {id(own) for _, own in named_weights(self.model)} if stays else set()
         for name, own in named_weights(self.model):
             theirs = weights.get(name)
             if theirs is None:
                 continue
             dtype = theirs.dtype if self._config.dtype is None and own.is_floating_point() else own.dtype
-            device = own.device if self._config.device else theirs.device
+            device = own.device if stays else theirs.device
             changed |= dtype != own.dtype
             own.data = own.data.to(device=device, dtype=dtype)
             # A move gave the policy storage of its own; take part in it again where it holds the same numbers.
@@ -135,7 +155,10 @@ class CloneReference(Reference):
         # named_buffers() has those that no checkpoint holds too, such as rotary frequencies.
         for name, buffer in self.model.named_buffers():
             dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
-            buffer.data = buffer.data.to(device=self._config.device or first.device, dtype=dtype)
+            device = buffer.device if id(buffer) in held else self._device or first.device
+            buffer.data = buffer.data.to(device=device, dtype=dtype)
+        if self._stream is not None:
+            self._stream.settle(first.device)
         self._placed = (first.device, first.dtype)
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
@@ -153,17 +176,38 @@ class CloneReference(Reference):
         # Submodules' .train() is not ours to override; scoring puts every one of them back in eval.
         for module in self.model.modules():
             module.training = False
-        yield self.model
+        with nullcontext() if self._stream is None else self._stream.sweep():
+            yield self.model
+
+    @contextmanager
+    def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
+        with super()._scoring(batch) as (model, moved):
+            if self._stream is not None:
+                self._stream.learn(moved)
+            yield model, moved
+
+    @property
+    def one_sweep(self) -> bool:
+        return self._stream is not None
 
     def head(self) -> Head | None:
-        """The copy's, unless it is held on a device of its own."""
-        return find_head(self.model) if self._device is None else None
+        """The copy's, unless it is held on a device of its own; offloaded, a copy of it on the policy's device."""
+        if self._device is not None:
+            return None
+        if self._stream is None:
+            return find_head(self.model)
+        self.settle()
+        if self._head is None:
+            with self._active() as model:
+                self._head = find_head(model)
+        module, device = self._head.module, self._stream.device
+        return self._head.holding(*(None if t is None else t.detach().to(device) for t in (module.weight, module.bias)))
 
     def _weights(self) -> Iterator[Weight]:
         return weights_of(self.model)
 
     def _free(self) -> bool:
-        self.model, self._shared = nn.Module(), set()
+        self.model, self._shared, self._stream = nn.Module(), set(), None
         return True
 
     def _owns(self, name: str) -> bool:
@@ -196,11 +240,15 @@ class CloneReference(Reference):
                 own.data.lerp_(target, alpha)
 
     def memory(self) -> MemoryReport:
-        """Bytes of storages that the reference holds and the policy does not."""
+        """Bytes of storages that the reference holds and the policy does not. Offloaded, a score also takes device
+        memory for two units of it."""
         policy = self._policy()
         theirs = [] if policy is None else [*policy.parameters(), *policy.buffers()]
         shared = {_storage(t) for t in theirs}
         own = (t for t in (*self.model.parameters(), *self.model.buffers()) if _storage(t) not in shared)
+        if self._stream is not None:
+            weights = {id(tensor): tensor for _, tensor in named_weights(self.model)}
+            return bytes_offloaded(weights.values(), (b for b in self.model.buffers() if id(b) not in weights))
         return bytes_held(own, theirs[0].device if theirs else torch.device("cpu"))
 
 
@@ -212,15 +260,39 @@ def _must_copy_all(policy: nn.Module, request: BuildRequest) -> bool:
     """True where sharing would be wrong: other numbers were asked for, or a merged adapter may be unmerged in place."""
     config = request.config
     merged = any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules())
-    return merged or config.dtype is not None or config.device is not None
+    return merged or config.offload or config.dtype is not None or config.device is not None
 
 
-def frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]]:
-    """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept."""
+def _streamed_cost(request: BuildRequest, copied: list[Entry], dtype: torch.dtype | None) -> Cost:
+    """Of a whole copy in host memory, of which two units at most are on the device."""
+    shape, policy, without = request.shape, unwrap(request.policy), set[int]()
+    if request.config.source != "policy":
+        policy, without = base_model(policy), added_by_peft(policy)
+    units, rest = unit_bytes(policy, dtype=dtype, without=without)
+    stays = [e for e in copied if e.buffer and not e.persistent]
+    return Cost(
+        device=shape.held(stays, "whole", dtype),
+        host=shape.held(copied, "whole", dtype) - shape.held(stays, "whole", dtype),
+        scoring=largest_pair(units) + rest,
+        flops=shape.forward(),
+        moved=sum(units) + rest if shape.step.tokens else 0,
+    )
+
+
+def frozen_copy(policy: nn.Module, *, share: bool, on_host: bool = False) -> tuple[nn.Module, set[str]]:
+    """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept.
+
+    With `on_host`, weights go to host memory one by one: the device never has room for more.
+    """
     memo: dict[int, Any] = {}
     shared: set[str] = set()
     tuned = adapter_parameters(policy)
     for name, parameter in named_weights(policy):
+        if on_host:
+            kept = parameter.detach().to("cpu", copy=True)
+            is_parameter = isinstance(parameter, nn.Parameter)
+            memo[id(parameter)] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
+            continue
         if not isinstance(parameter, nn.Parameter):
             continue
         if share and not parameter.requires_grad and id(parameter) not in tuned:

@@ -19,7 +19,7 @@ from torch import nn
 from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
 from refkl.backend import weights_of as shards_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
 from refkl.reference.clone import foreign_forward, frozen_copy, replaced_forward
 from refkl.reference.shape import Cost
 from refkl.types import MemoryReport
@@ -57,12 +57,15 @@ class FSDP2Reference(Reference):
     @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
         shape = request.shape
+        if request.config.offload:
+            return shape.offloaded(shape.entries, "rows")
         return Cost(device=shape.held(shape.entries), flops=shape.forward(), moved=shape.gathered())
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
+        where = " in host memory" if request.config.offload else ""
         return (
-            f"it is sharded as the policy is, so that each rank holds 1/{request.backend.processes} of it, "
+            f"it is sharded as the policy is, so that each rank holds 1/{request.backend.processes} of it{where}, "
             f"{size(cls.cost(request).total)} ({request.backend})"
         )
 
@@ -71,7 +74,7 @@ class FSDP2Reference(Reference):
         policy = unwrap(request.policy)
         if is_sharded(policy):
             reshard(policy)
-            model = _sharded_twin(policy)
+            model = _sharded_twin(policy, offload=request.config.offload)
         else:
             model, _ = frozen_copy(policy, share=False)
         model.requires_grad_(False)
@@ -89,9 +92,10 @@ class FSDP2Reference(Reference):
         first = next(policy.parameters())
         offloaded = first.device.type == "cpu" and self._accelerator is not None
         device = self._accelerator.device if offloaded and self._accelerator is not None else first.device
-        self.model.to(device=device, dtype=first.dtype)
+        # To be offloaded, it goes through the device unit by unit, as each is sharded.
+        self.model.to(device=None if self.config.offload else device, dtype=first.dtype)
         before = self.digests
-        shard_like(self.model, policy)
+        shard_like(self.model, policy, offload=self.config.offload)
         self.model.requires_grad_(False)
         if next(iter(before.values())).split()[0] != str(first.dtype):
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
@@ -142,11 +146,13 @@ class FSDP2Reference(Reference):
 
     def memory(self) -> MemoryReport:
         """Bytes of this rank's shards."""
+        if self.config.offload:
+            return bytes_offloaded(map(local_shard, self.model.parameters()), self.model.buffers())
         tensors = (*self.model.parameters(), *self.model.buffers())
         return bytes_held((local_shard(t) for t in tensors), self._home())
 
 
-def _sharded_twin(policy: nn.Module) -> nn.Module:
+def _sharded_twin(policy: nn.Module, *, offload: bool) -> nn.Module:
     """A model of the policy's class and configuration, sharded as it is, with the numbers of this rank's shards."""
     with torch.device("meta"):
         model = own_class(policy)(copy.deepcopy(policy.config))
@@ -161,8 +167,8 @@ def _sharded_twin(policy: nn.Module) -> nn.Module:
         ) from None
     for name, tensor in named_weights(model):
         tensor.data = tensor.data.to(theirs[name].dtype)
-    shard_like(model, policy)
-    model.to_empty(device=local_shard(next(policy.parameters())).device)
+    shard_like(model, policy, offload=offload)
+    model.to_empty(device="cpu" if offload else local_shard(next(policy.parameters())).device)
     buffers = dict(policy.named_buffers())
     with torch.no_grad():
         for name, tensor in named_weights(model):

@@ -146,6 +146,20 @@ class Shape:
             return 0
         return self.held(self.parameters, "whole") - self.held(self.parameters, spread)
 
+    def offloaded(self, entries: Iterable[Entry], spread: Spread) -> Cost:
+        """Of a sharded model whose shards wait in host memory. What a forward gathers it gathers for the policy too, so
+        a score takes the largest shard beyond that."""
+        entries = list(entries)
+        weights = [e for e in entries if not e.buffer]
+        sizes = [self.held([e], spread) for e in weights]
+        return Cost(
+            device=self.held(e for e in entries if e.buffer),
+            host=sum(sizes),
+            scoring=max(sizes),
+            flops=self.forward(),
+            moved=self.gathered(spread) + (sum(sizes) if self.step.tokens else 0),
+        )
+
     def forward(self, entries: Iterable[Entry] | None = None) -> int:
         """Floating-point operations of a step's forward pass through these parameters (all, if None).
 
@@ -165,9 +179,8 @@ def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) 
     """The shape of a policy, whole, sharded, or without memory on the meta device."""
     inner = unwrap(policy)
     tuned, constant = adapter_parameters(inner), adapter_buffers(inner)
-    added = tuned | constant | _copies(inner)
     inside = base_model(policy)
-    base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - added
+    base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - added_by_peft(inner)
     lookups = _lookups(inner)
     persistent = inner.state_dict(keep_vars=True)
     named = {id(t): (name, t) for name, t in (*inner.named_parameters(), *inner.named_buffers())}
@@ -200,6 +213,11 @@ def _ways(tensor: Tensor) -> int | None:
         pairs = enumerate(tensor.placements)
         return prod(tensor.device_mesh.size(i) for i, placement in pairs if isinstance(placement, Shard))
     return None
+
+
+def added_by_peft(policy: nn.Module) -> set[int]:
+    """ids of the tensors that the model inside PEFT would not have without it."""
+    return adapter_parameters(policy) | adapter_buffers(policy) | _copies(policy)
 
 
 def _copies(policy: nn.Module) -> set[int]:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from refkl.backend import (
     weights_of,
 )
 from refkl.backend.zero import release
+from refkl.config import ReferenceConfig
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
@@ -45,7 +44,7 @@ class SwapReference(Reference):
         policy = unwrap(request.policy)
         super().__init__(request, reason, "the policy as it stood when the reference was built" + quantised(policy))
         # The scored batch goes where the policy is; `device` says where the snapshot is.
-        self._host, self._device = request.config.device == "cpu", None
+        self._host, self._device = _on_host(request.config), None
         self._policy = policy
         self._kept: dict[str, Tensor] = {}
         """This rank's part of each, by canonical name."""
@@ -82,7 +81,7 @@ class SwapReference(Reference):
 
     @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
-        shape, host = request.shape, request.config.device == "cpu"
+        shape, host = request.shape, _on_host(request.config)
         kept = [e for e in shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]
         held, largest = shape.held(kept), max(shape.held([e]) for e in kept)
         # In and out, and each time there and back.
@@ -161,14 +160,12 @@ class SwapReference(Reference):
             return head
         if self._host or any(name is not None and self._layouts[name].sharded for name in ours):
             return None
-        with torch.device("meta"):
-            module = nn.Linear(1, 1, bias=head.module.bias is not None)
-        for part, name in zip(("weight", "bias"), ours, strict=True):
-            theirs = getattr(head.module, part)
-            if theirs is not None:
-                held = theirs.detach() if name is None else self._kept[name]
-                setattr(module, part, nn.Parameter(held, requires_grad=False))
-        return replace(head, module=module)
+        weight, bias = (
+            None if theirs is None else theirs.detach() if name is None else self._kept[name]
+            for theirs, name in zip((head.module.weight, head.module.bias), ours, strict=True)
+        )
+        assert weight is not None
+        return head.holding(weight, bias)
 
     def _weights(self) -> Iterator[Weight]:
         tensors = self._current(self._policy)
@@ -252,6 +249,10 @@ class SwapReference(Reference):
                     f"The adapter at {name} was {before} when the reference was built and is {now.get(name)}: the "
                     "reference cannot be scored so. Switch, merge or unmerge adapters before build_reference, or back."
                 )
+
+
+def _on_host(config: ReferenceConfig) -> bool:
+    return config.offload or config.device == "cpu"
 
 
 def _snapshot_of(policy: nn.Module) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from refkl.backend.zero import (
     transformers_zero3,
 )
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
 from refkl.reference.clone import replaced_forward
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.shape import Cost
@@ -74,13 +74,17 @@ class Zero3Reference(Reference):
     @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
         shape = request.shape
-        held = shape.held((e for e in shape.entries if e.base), "flat")
+        base = [e for e in shape.entries if e.base]
+        if request.config.offload:
+            return shape.offloaded(base, "flat")
+        held = shape.held(base, "flat")
         return Cost(device=held, flops=shape.forward(), moved=shape.gathered("flat"))
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
+        where = " in host memory" if request.config.offload else ""
         return (
-            f"it is partitioned, so that each rank holds 1/{request.backend.processes} of it, "
+            f"it is partitioned, so that each rank holds 1/{request.backend.processes} of it{where}, "
             f"{size(cls.cost(request).total)} ({request.backend})"
         )
 
@@ -88,7 +92,7 @@ class Zero3Reference(Reference):
     def build(cls, request: BuildRequest, reason: str) -> Zero3Reference:
         training = run_config(request.policy, request.accelerator)
         assert training is not None, "supports() lets no other backend in"
-        config = inference_config(training)
+        config = inference_config(training, offload=request.config.offload)
         if request.config.source == "policy":
             source = "the policy as it stood when the reference was built"
             model = _from_memory(unwrap(request.policy), config)
@@ -150,6 +154,9 @@ class Zero3Reference(Reference):
 
     def memory(self) -> MemoryReport:
         """Bytes of this rank's partitions, and of anything that a forward left gathered."""
+        if self.config.offload:
+            gathered = (t.data for t in self.model.parameters() if is_partitioned(t))
+            return bytes_offloaded(map(local_shard, self.model.parameters()), (*self.model.buffers(), *gathered))
         parts = [
             part
             for tensor in (*self.model.parameters(), *self.model.buffers())

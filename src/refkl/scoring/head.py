@@ -10,7 +10,7 @@ head takes, P probe values.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -71,6 +71,15 @@ class Head:
             )
         bias = bias if bias.shape[0] == self.vocabulary else bias[: self.vocabulary]
         return bias if self.logit_scale == 1.0 else self.logit_scale * bias
+
+    def holding(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The same head with other weights, which do not train."""
+        with torch.device("meta"):
+            module = nn.Linear(1, 1, bias=bias is not None)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return replace(self, module=module)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in full: what the model gives, and what a fused op must agree with."""

@@ -15,6 +15,7 @@ import torch
 import trl.trainer.dpo_trainer as trl_dpo
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -24,6 +25,10 @@ from refkl.reference import Reference
 from refkl.scoring import Call, score_model
 from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
+
+_TOKENS = ("input_ids", "attention_mask", "completion_mask")
+"""What a micro-batch without images holds."""
+_SCORED = "reference_logp"
 
 
 class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
@@ -70,10 +75,25 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._window = [_tokens(batch).completion_mask for batch in batches] if self.penalty.coef else []
+        if self.reference.one_sweep and all(batch.keys() == set(_TOKENS) for batch in batches):
+            self._score_together(batches)
         return batches, items
 
+    def _score_together(self, batches: list[dict[str, Tensor]]) -> None:
+        """The reference's scores of all micro-batches, from one sweep; each takes its own along."""
+        width = max((batch["input_ids"].shape[1] for batch in batches), default=0)
+        if not width:
+            return
+        ids, attention, scored = (
+            torch.cat([F.pad(b[name], (0, width - b[name].shape[1])) for b in batches]) for name in _TOKENS
+        )
+        scores = self.reference.score(TokenBatch(ids, attention, scored).to(self.accelerator.device))
+        for batch, logp in zip(batches, scores.logp.split([len(b["input_ids"]) for b in batches]), strict=True):
+            batch[_SCORED] = logp[:, : batch["input_ids"].shape[1]]
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        policy, reference = _PolicyView(model, self.use_weighting), _ReferenceView(self.reference)
+        policy = _PolicyView(model, self.use_weighting)
+        reference = _ReferenceView(self.reference, inputs.pop(_SCORED, None))
         self.ref_model = reference  # type: ignore[assignment]  # TRL's loss does nothing but call it
         try:
             with self.reference.paired(model, _tokens(inputs)):
@@ -126,12 +146,13 @@ class _PolicyView:
 class _ReferenceView:
     """The reference, called as TRL calls its own."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, logp: Tensor | None) -> None:
         self.reference = reference
-        self.scores: TokenScores | None = None
+        self.scores = None if logp is None else TokenScores(logp)
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
-        self.scores = self.reference.score(_batch(inputs, labels))
+        if self.scores is None:
+            self.scores = self.reference.score(_batch(inputs, labels))
         return FusedCausalLMOutput(log_probs=self.scores.logp[:, 1:])
 
 

@@ -123,7 +123,7 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
         attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
         keep = rollout["completion_ids"].shape[1]
-        batches = self._batches(input_ids, attention_mask, keep, batch_size)
+        batches = self._batches(input_ids, attention_mask, keep, None if self.reference.one_sweep else batch_size)
         scores: list[TokenScores] = [self.reference.score(b, temperature=self.temperature) for b in batches]
         return torch.cat([s.logp[:, -keep:] for s in scores])
 
@@ -184,10 +184,20 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         inputs["advantages"] = (advantages[:, None] if advantages.dim() == 1 else advantages) + reward
 
     def _present_reference_logp(self, inputs: dict[str, Any]) -> Tensor:
-        """[B, C] the reference's scores of a rollout, anew where it has moved since: TRL keeps rollouts over steps."""
-        if bool((inputs["reference_updates"] != self.reference.updates).any()):
+        """[B, C] the reference's scores of a micro-batch, anew where it has moved: TRL keeps rollouts over steps."""
+        if bool((inputs["reference_updates"] == self.reference.updates).all()):
+            return inputs["ref_per_token_logps"]
+        kept: list[dict[str, Any]] = self._buffered_inputs or []
+        if not self.reference.one_sweep or not any(part["prompt_ids"] is inputs["prompt_ids"] for part in kept):
             return self._reference_logp(inputs)
-        return inputs["ref_per_token_logps"]
+        whole = {name: torch.cat([part[name] for part in kept]) for name in _SEQUENCES}
+        scores = self._reference_logp(whole).split([len(part["prompt_ids"]) for part in kept])
+        for part, logp in zip(kept, scores, strict=True):
+            part["ref_per_token_logps"] = logp
+            part["reference_updates"] = torch.full_like(part["reference_updates"], self.reference.updates)
+            if part["prompt_ids"] is inputs["prompt_ids"]:
+                found = logp
+        return found
 
     def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
         """What the KL estimate's ratio is to, or None where the estimate takes none.
@@ -218,6 +228,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         window = inputs["num_items_in_batch"].clamp(min=1.0) * steps / self.args.steps_per_generation
         return window / self.accelerator.num_processes
 
+
+_SEQUENCES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
 
 _TRL_AGGREGATION: dict[str, Any] = {
     "grpo": "seq-mean-token-mean",
