@@ -38,6 +38,12 @@ class Case:
     """The same on all ranks."""
     rate: float = 0.05
     """Of `step`, which is one of plain gradient descent; over ranks, on the mean gradient."""
+    tolerance: float = 0.0
+    """How far a score may be from the right one, in nats: a quantised reference is not exact. 0 asks for equal bits."""
+
+    def right(self, found: Tensor, expected: Tensor) -> bool:
+        """Whether these log-probabilities are those expected."""
+        return float((found - expected).abs().max()) <= self.tolerance
 
     def expected(self, tokens: TokenBatch) -> Tensor:
         """The right log-probabilities, from the plain copy."""
@@ -52,9 +58,9 @@ class Case:
 def check_scores_are_the_policys_as_built(case: Case) -> None:
     for padding in ("left", "right"):
         tokens = batch(padding=padding)
-        assert torch.equal(case.reference.score(tokens).logp, case.expected(tokens))
+        assert case.right(case.reference.score(tokens).logp, case.expected(tokens))
         with torch.no_grad():
-            assert torch.equal(score_tokens(case.policy, tokens).logp, case.reference.score(tokens).logp)
+            assert case.right(score_tokens(case.policy, tokens).logp, case.reference.score(tokens).logp)
 
 
 def check_training_does_not_move_it(case: Case) -> None:
@@ -111,7 +117,7 @@ def check_a_score_that_raises_leaves_nothing_switched(case: Case) -> None:
         case.reference.score(tokens)
     hook.remove()
     assert _state(inner) == state
-    assert torch.equal(case.reference.score(tokens).logp, right)
+    assert case.right(case.reference.score(tokens).logp, right)
     with torch.no_grad():
         assert torch.equal(score_tokens(case.policy, tokens).logp, right)
 
@@ -125,7 +131,7 @@ def check_dropout_never_turns_on(case: Case) -> None:
         own.train()
         for module in own.modules():
             nn.Module.train(module)
-    assert torch.equal(case.reference.score(tokens).logp, right)
+    assert case.right(case.reference.score(tokens).logp, right)
 
 
 def check_policy_gradients_do_not_change(case: Case) -> None:

@@ -48,6 +48,8 @@ class AdapterReference(Reference):
             return f"it holds the policy's own base, and reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
             return "it shares the policy's weights, so reference.dtype and reference.device cannot be set."
+        if config.quantize is not None:
+            return "it shares the policy's weights, so reference.quantize cannot be set."
         return _not_provably_off(policy, fresh=request.planned)
 
     @classmethod

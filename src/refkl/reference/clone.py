@@ -10,8 +10,9 @@ import copy
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from torch.distributed.tensor import DTensor
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
+from refkl.reference.floor import Gauge
 from refkl.reference.peft_layers import adapter_parameters, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
+from refkl.reference.quantize import FORMATS, QuantizedLinear, linear_layers, why_not_quantized
+from refkl.reference.saved import Saved
 from refkl.reference.shape import BATCH_BYTES, Cost
 from refkl.scoring import Head, find_head
-from refkl.types import MemoryReport
+from refkl.types import KLFloor, MemoryReport, TokenBatch
 
 
 class CloneReference(Reference):
@@ -34,13 +38,22 @@ class CloneReference(Reference):
 
     strategy = "clone"
 
-    def __init__(self, request: BuildRequest, reason: str, model: nn.Module, source: str, shared: set[str]) -> None:
+    def __init__(
+        self,
+        request: BuildRequest,
+        reason: str,
+        model: nn.Module,
+        source: str,
+        shared: set[str],
+        gauge: Gauge | None = None,
+    ) -> None:
         super().__init__(request, reason, source)
         self.model = model
         """The copy, with the policy's parameter names."""
         self._policy = weakref.ref(unwrap(request.policy))
         self._config = request.config
         self._shared = shared
+        self._gauge = gauge
         self._placed: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
@@ -54,6 +67,8 @@ class CloneReference(Reference):
             return "FSDP shards the policy's parameters, and a whole copy on each rank was not built for that."
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
+        if request.config.quantize is not None and (why_not := why_not_quantized(request)) is not None:
+            return why_not
         if request.config.source != "policy":
             try:
                 source_folder(request)
@@ -71,36 +86,55 @@ class CloneReference(Reference):
             copied = list(shape.entries)
         else:
             copied = [e for e in shape.entries if e.trained or e.tuned or e.buffer]
-        held = shape.held(copied, "whole", getattr(torch, config.dtype) if config.dtype else None)
+        packed = [e.linear for e in copied if e.linear is not None and config.quantize is not None]
+        whole = [e for e in copied if e.linear is None or config.quantize is None]
+        held = shape.held(whole, "whole", getattr(torch, config.dtype) if config.dtype else None)
+        restoring = 0
+        if config.quantize is not None and packed:
+            form = FORMATS[config.quantize]
+            held += sum(form.size(*matrix) for matrix in packed)
+            restoring = max(form.transient * out * width for out, width in packed)
         if config.device is None:
-            return Cost(device=held, flops=shape.forward())
+            return Cost(device=held, scoring=restoring, flops=shape.forward())
         moved = BATCH_BYTES * shape.step.tokens
         if config.device == "cpu" and not shape.on_host:
             return Cost(host=held, host_flops=shape.forward(), moved=moved)
-        return Cost(device=held, flops=shape.forward(), moved=moved)
+        return Cost(device=held, scoring=restoring, flops=shape.forward(), moved=moved)
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
+        what += "" if request.config.quantize is None else f", its linear layers in {request.config.quantize},"
         return f"a frozen copy {what} is the reference and adds {size(cls.cost(request).total)} ({request.backend})"
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> CloneReference:
         policy = unwrap(request.policy)
-        dtype = getattr(torch, request.config.dtype) if request.config.dtype else None
+        dtype, kind = getattr(torch, request.config.dtype) if request.config.dtype else None, request.config.quantize
+        loaded = None
         if request.config.source == "policy":
-            model, shared = frozen_copy(policy, share=not _must_copy_all(policy, request))
+            model, shared = frozen_copy(policy, share=not _must_copy_all(policy, request), quantize=kind)
             source = "the policy as it stood when the reference was built" + quantised(policy)
         else:
             source = source_folder(request)
             model, shared = load_pretrained(request, source, dtype), set()
+            if kind is not None:
+                loaded = model
+                model, _ = frozen_copy(loaded, share=False, quantize=kind)
         if dtype is not None or request.config.device is not None:
             model.to(device=request.config.device, dtype=dtype)
         model.requires_grad_(False)
         _stay_in_eval(model)
-        reference = cls(request, reason, model, source, shared)
+        gauge = None if kind is None else Gauge(request.config, policy, loaded)
+        reference = cls(request, reason, model, source, shared, gauge)
         reference.settle()
         reference.fingerprint()
+        if gauge is not None:
+            given = request.calibration
+            if given is None:
+                gauge.watch()
+            else:
+                reference._measure([given] if isinstance(given, TokenBatch) else given)
         return reference
 
     def settle(self) -> None:
@@ -136,6 +170,9 @@ class CloneReference(Reference):
         for name, buffer in self.model.named_buffers():
             dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
             buffer.data = buffer.data.to(device=self._config.device or first.device, dtype=dtype)
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear) and self._config.dtype is None:
+                module.dtype = first.dtype
         self._placed = (first.device, first.dtype)
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
@@ -160,10 +197,47 @@ class CloneReference(Reference):
         return find_head(self.model) if self._device is None else None
 
     def _weights(self) -> Iterator[Weight]:
-        return weights_of(self.model)
+        layers = {f"{canonical_name(n)}." for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        for weight in weights_of(self.model):
+            layer, _, part = weight.name.rpartition(".")
+            if f"{layer}." in layers and part != "bias":
+                yield weight._replace(name=f"{layer}.weight.{part}")
+            else:
+                yield weight
+
+    @property
+    def kl_floor(self) -> KLFloor | None:
+        return None if self._gauge is None else self._gauge.floor
+
+    def recall_floor(self, found: dict[str, Any]) -> None:
+        if self._gauge is None:
+            return super().recall_floor(found)
+        self._gauge.recall(found)
+
+    def _before_scoring(self, batch: TokenBatch) -> None:
+        if self._gauge is not None and not self._gauge.done:
+            self._measure([batch])
+
+    def _measure(self, batches: Iterable[TokenBatch]) -> None:
+        assert self._gauge is not None
+        says = self._accelerator is None or self._accelerator.is_main_process
+        with self._active() as model, self._autocast():
+            self._gauge.measure(model, batches, says=says)
+
+    def load(self, folder: str | Path) -> None:
+        super().load(folder)
+        if self._gauge is not None and (found := Saved(Path(folder)).provenance["kl_floor"]) is not None:
+            self._gauge.recall(found)
+
+    def provenance(self) -> dict[str, Any]:
+        if self._gauge is None:
+            return super().provenance()
+        return {**super().provenance(), "quantize": self.config.quantize, "kl_floor": self._gauge.record()}
 
     def _free(self) -> bool:
         self.model, self._shared = nn.Module(), set()
+        if self._gauge is not None:
+            self._gauge.loaded = None
         return True
 
     def _owns(self, name: str) -> bool:
@@ -171,7 +245,16 @@ class CloneReference(Reference):
 
     def check_movable(self, policy: nn.Module) -> None:
         self._check_held("be moved")
+        self._check_not_rounded()
         self._pairs(policy)
+
+    def _check_not_rounded(self) -> None:
+        if self.config.quantize is not None:
+            raise ValueError(
+                f"A reference quantised to {self.config.quantize} cannot move: it is rounded once, and a moving "
+                "average of rounded numbers stands still. Leave reference.quantize out; reference.offload saves memory "
+                "too."
+            )
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Own and policy's weights that are to be mixed."""
@@ -181,6 +264,7 @@ class CloneReference(Reference):
         return [(tensor, theirs[name]) for name, tensor in own.items() if self._owns(name)]
 
     def _move(self, policy: nn.Module, alpha: float) -> None:
+        self._check_not_rounded()
         pairs = self._pairs(policy)
         if alpha < 1.0 and any(own.dtype in (torch.bfloat16, torch.float16) for own, _ in pairs):
             warnings.warn(
@@ -196,11 +280,13 @@ class CloneReference(Reference):
                 own.data.lerp_(target, alpha)
 
     def memory(self) -> MemoryReport:
-        """Bytes of storages that the reference holds and the policy does not."""
+        """Bytes of storages that the reference holds and the policy does not; a model that was loaded to be quantised
+        is among them until the floor is measured."""
         policy = self._policy()
         theirs = [] if policy is None else [*policy.parameters(), *policy.buffers()]
         shared = {_storage(t) for t in theirs}
-        own = (t for t in (*self.model.parameters(), *self.model.buffers()) if _storage(t) not in shared)
+        models = [self.model, *([self._gauge.loaded] if self._gauge is not None and self._gauge.loaded else [])]
+        own = (t for m in models for t in (*m.parameters(), *m.buffers()) if _storage(t) not in shared)
         return bytes_held(own, theirs[0].device if theirs else torch.device("cpu"))
 
 
@@ -215,8 +301,11 @@ def _must_copy_all(policy: nn.Module, request: BuildRequest) -> bool:
     return merged or config.dtype is not None or config.device is not None
 
 
-def frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]]:
-    """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept."""
+def frozen_copy(policy: nn.Module, *, share: bool, quantize: str | None = None) -> tuple[nn.Module, set[str]]:
+    """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept.
+
+    Linear layers that are not shared are quantised, one after the other, and never copied in full.
+    """
     memo: dict[int, Any] = {}
     shared: set[str] = set()
     tuned = adapter_parameters(policy)
@@ -227,6 +316,10 @@ def frozen_copy(policy: nn.Module, *, share: bool) -> tuple[nn.Module, set[str]]
             # A Parameter of our own on the same storage: the policy's own object could be unfrozen later.
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
             shared.add(name)
+    if quantize is not None:
+        for _, layer in linear_layers(policy):
+            if id(layer.weight) not in memo:
+                memo[id(layer)] = QuantizedLinear(layer, quantize, copy.deepcopy(layer.bias, memo))  # type: ignore[arg-type]
     model = copy.deepcopy(policy, memo)
     for module in model.modules():
         # TRL's fused head replaces forward by a function that calls the *policy's* own forward. The class's forward is

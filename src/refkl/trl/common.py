@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 PENALTY_STATE = "kl_penalty.json"
 """In a checkpoint: the state of the coefficient's controller."""
+FLOOR_FILE = "kl_floor.json"
+"""In a checkpoint: what quantising did to the reference, which a policy that has trained cannot show any more."""
 
 
 def trainer_args(trainer: type, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -147,6 +150,9 @@ class KLTrainerMixin(Trainer):
             temporary = checkpoint / f"{PENALTY_STATE}.tmp"
             temporary.write_text(json.dumps(self.penalty.state_dict(), indent=2) + "\n")
             os.replace(temporary, checkpoint / PENALTY_STATE)
+            if (floor := self.reference.kl_floor) is not None:
+                record = {"fingerprint": self.reference.stamp, "kl_floor": asdict(floor)}
+                (checkpoint / FLOOR_FILE).write_text(json.dumps(record, indent=2) + "\n")
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -157,6 +163,18 @@ class KLTrainerMixin(Trainer):
         if (Path(checkpoint) / "reference").is_dir():
             self.reference.load(Path(checkpoint) / "reference")
         self._load_controller(Path(checkpoint) / PENALTY_STATE)
+        if (path := Path(checkpoint) / FLOOR_FILE).is_file():
+            self._load_floor(path)
+
+    def _load_floor(self, path: Path) -> None:
+        record = json.loads(path.read_text())
+        self.reference.settle()
+        if record["fingerprint"] != self.reference.stamp:
+            raise ValueError(
+                f"{path} was measured of another quantised reference than this run's. Start from the same model, with "
+                "the same reference.quantize, or delete the file and begin anew."
+            )
+        self.reference.recall_floor(record["kl_floor"])
 
     def _load_controller(self, path: Path) -> None:
         kind = self.penalty.config.controller
