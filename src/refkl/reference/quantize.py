@@ -105,9 +105,11 @@ def _unpack_nf4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     known = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
-    state = QuantState(parts["absmax"], shape=shape, blocksize=_GROUP, quant_type="nf4", dtype=known)
+    # As one row: where blocks run over the ends of rows, its CPU kernel (0.50.2) takes another block's scale.
+    flat = torch.Size([shape.numel()])
+    state = QuantState(parts["absmax"], shape=flat, blocksize=_GROUP, quant_type="nf4", dtype=known)
     restored: Tensor = dequantize_4bit(parts["qdata"], state)
-    return restored.to(dtype)
+    return restored.view(shape).to(dtype)
 
 
 def _group(width: int) -> int:
@@ -138,7 +140,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, layer: nn.Module, name: str, bias: nn.Parameter | None) -> None:
         super().__init__()
-        weight = layer.weight.detach()  # type: ignore[operator, union-attr]
+        weight = layer.weight.detach()  # type: ignore[operator]
         self.format = name
         """In FORMATS."""
         self.shape = matrix_shape(layer)
@@ -219,7 +221,7 @@ def why_not_quantized(request: BuildRequest) -> str | None:
         )
     layers = dict(linear_layers(policy))
     if config.source == "policy" and config.dtype is None and config.device is None:
-        layers = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}  # type: ignore[union-attr]
+        layers = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
     if not layers:
         return (
             f"{type(base_model(policy)).__name__} has no linear layer to quantise beside its output head: none that "
