@@ -1,9 +1,14 @@
-"""The fused heads on a GPU: the same numbers as fp64 on the CPU, from the very inputs that the GPU got."""
+"""On a GPU: the fused heads give the numbers of fp64 on the CPU, from the very inputs that the GPU got; quantised
+references the scores that they give on a CPU."""
+
+import copy
+import math
 
 import pytest
 import torch
+from support import batch, llama
 
-from refkl import kl
+from refkl import ReferenceConfig, build_reference, kl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +69,20 @@ def test_step_zero_is_zero(trained: bool) -> None:
     value = kl.linear_divergence(hidden, weight, x["hidden"].detach(), x["weight"].detach().clone())
     value.sum().backward()
     assert torch.equal(value, torch.zeros_like(value)) and torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_a_quantised_reference_scores_as_on_the_cpu(kind: str) -> None:
+    """Built beside a policy on the GPU, and built on the CPU and moved: the same numbers, floor and bytes."""
+    config = ReferenceConfig(strategy="clone", quantize=kind, max_kl_floor=math.inf)
+    policy = llama()
+    host = build_reference(policy, config, calibration=batch())
+    expected, held = host.score(batch()).logp, host.memory().total
+    there = copy.deepcopy(policy).cuda()
+    built = build_reference(there, config)
+    policy.cuda()
+    for reference in (built, host):
+        torch.testing.assert_close(reference.score(batch().to("cuda")).logp.cpu(), expected, rtol=0, atol=1e-3)
+        assert reference.memory().device == held and reference.memory().host == 0
+    assert built.kl_floor is not None and host.kl_floor is not None
+    assert built.kl_floor.mean == pytest.approx(host.kl_floor.mean, rel=1e-2)

@@ -5,7 +5,7 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
 
 BACKEND: multi, zero2, zero3; launched as multi, fsdp2 (torch's fully_shard by hand) and fsdp2-accelerate, which
 accelerate does not run on a CPU unless it is told that this is none. A suffix -bf16 or -offload sets FSDP's policies.
-STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE".
+STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE" or "NAME:QUANTIZE".
 POLICY: full, lora (trained before), fresh (a new LoRA). WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
 """
@@ -31,6 +31,7 @@ from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference, trainable_parameters
 from refkl.backend import layout_of, unwrap
+from refkl.reference.quantize import FORMATS
 from refkl.scoring.head import base_model
 
 LR = 0.05
@@ -79,8 +80,10 @@ class Run:
                 self.shard(plain)
         policy = self.make_policy()
         optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)
-        name, _, device = self.strategy.partition(":")
-        config = ReferenceConfig(strategy=name, device=device or None)
+        name, _, option = self.strategy.partition(":")
+        kind = option if option in FORMATS else None
+        options = {"quantize": kind, "max_kl_floor": 1.0} if kind else {"device": option or None}
+        config = ReferenceConfig(strategy=name, **options)  # type: ignore[arg-type]
         reference = None
         if self.when == "before":
             reference = build_reference(policy, config, accelerator)
@@ -99,7 +102,8 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
-        return Case(wrapped, reference, plain, step, reference.strategy != "adapter", self.folder, LR)
+        moves = reference.strategy != "adapter" and kind is None
+        return Case(wrapped, reference, plain, step, moves, self.folder, LR, tolerance=0.1 if kind else 0.0)
 
 
 def held_share(case: Case) -> float:
