@@ -111,7 +111,7 @@ MORE = [
     ("fsdp2", "swap", "lora", "before", 0.5),
     ("zero2", "swap", "full", "before", 1.0),
     ("multi", "clone", "full", "before", 1.0),
-    ("multi", "clone:int8", "full", "before", 0.49),
+    ("multi", "clone:int8", "full", "before", 0.62),
     ("multi", "adapter", "fresh", "before", 0.0),
     ("zero2", "swap", "lora", "after", 1.0),
     ("zero2", "clone", "full", "after", 1.0),
@@ -143,6 +143,7 @@ def test_contract_on_two_processes(
         assert f"passed {check.__name__}\n" in output or "bf16" in backend
     found = re.search(r"strategies: \['(\w+)'\]; share of what trains: ([\d.]+)", output)
     assert found is not None and found[1] == strategy.split(":")[0]
+    assert ":int8" not in strategy or "over 18 tokens" in output  # the floor is of both ranks' 9
     assert float(found[2]) == pytest.approx(share, abs=0.02)
 
 
