@@ -220,6 +220,7 @@ def test_a_cast_never_reaches_what_is_packed(kind: str) -> None:
     assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
     assert reference.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     reference.model.half()
+    reference.fingerprint()
     assert {n: d for n, d in reference.digests.items() if ".weight." in n} == packed
 
 
