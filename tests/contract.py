@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import batch
 from torch import Tensor, nn
 
@@ -39,6 +40,12 @@ class Case:
     """The same on all ranks."""
     rate: float = 0.05
     """Of `step`, which is one of plain gradient descent; over ranks, on the mean gradient."""
+    tolerance: float = 0.0
+    """How far a score may be from the right one, in nats: a quantised reference is not exact. 0 asks for equal bits."""
+
+    def right(self, found: Tensor, expected: Tensor) -> bool:
+        """Whether these log-probabilities are those expected."""
+        return float((found - expected).abs().max()) <= self.tolerance
 
     def expected(self, tokens: TokenBatch) -> Tensor:
         """The right log-probabilities, from the plain copy."""
@@ -53,9 +60,9 @@ class Case:
 def check_scores_are_the_policys_as_built(case: Case) -> None:
     for padding in ("left", "right"):
         tokens = batch(padding=padding)
-        assert torch.equal(case.reference.score(tokens).logp, case.expected(tokens))
+        assert case.right(case.reference.score(tokens).logp, case.expected(tokens))
         with torch.no_grad():
-            assert torch.equal(score_tokens(case.policy, tokens).logp, case.reference.score(tokens).logp)
+            assert case.right(score_tokens(case.policy, tokens).logp, case.reference.score(tokens).logp)
 
 
 def check_training_does_not_move_it(case: Case) -> None:
@@ -112,7 +119,7 @@ def check_a_score_that_raises_leaves_nothing_switched(case: Case) -> None:
         case.reference.score(tokens)
     hook.remove()
     assert _state(inner) == state
-    assert torch.equal(case.reference.score(tokens).logp, right)
+    assert case.right(case.reference.score(tokens).logp, right)
     with torch.no_grad():
         assert torch.equal(score_tokens(case.policy, tokens).logp, right)
 
@@ -126,7 +133,7 @@ def check_dropout_never_turns_on(case: Case) -> None:
         own.train()
         for module in own.modules():
             nn.Module.train(module)
-    assert torch.equal(case.reference.score(tokens).logp, right)
+    assert case.right(case.reference.score(tokens).logp, right)
 
 
 def check_policy_gradients_do_not_change(case: Case) -> None:
@@ -231,6 +238,8 @@ def check_save_and_load(case: Case) -> None:
         case.reference.update(case.policy, alpha=0.5)
     right, fingerprint = case.reference.score(tokens).logp, case.reference.fingerprint()
     case.reference.save(case.folder / "saved")
+    if dist.is_initialized():
+        dist.barrier()  # one rank writes
     if case.moves:
         case.train()
         case.reference.update(case.policy)

@@ -83,6 +83,18 @@ def test_frozen_modules_do_not_train(tmp_path: Path) -> None:
     assert moved and not any(n.startswith(("model.embed_tokens", "model.layers.0.", "lm_head")) for n in moved)
 
 
+def test_a_quantised_reference_is_recorded_with_its_floor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, "dpo", reference={"quantize": "int8"})
+    assert main(["train", str(config), "--reference.max_kl_floor", "0.2"]) == 0
+    record = json.loads((tmp_path / "run" / "reference.json").read_text())["after"]
+    assert record["quantize"] == "int8" and 0 < record["kl_floor"]["mean"] < 0.01
+    assert len([r for r in caplog.records if "quantised to int8: a KL below" in r.getMessage()]) == 1
+    assert main(["train", str(config), "--reference.max_kl_floor", "1e-9"]) == 2
+    assert "and reference.max_kl_floor is 1e-09" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["grpo", "dpo"])
 def test_export_merges_lora(method: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, method, peft=LORA, trainer={"learning_rate": 0.05})

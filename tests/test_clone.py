@@ -235,3 +235,14 @@ def test_a_policy_that_is_sharded_later_is_told_when_to_build(tmp_path) -> None:
         assert build_reference(policy).strategy == "fsdp2"
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_storage_is_shared_again_after_a_move_that_keeps_the_device() -> None:
+    """accelerate's DDP moves a policy to "cpu:0" (or from a device to itself by another name), which copies it."""
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    reference = build_reference(policy, "clone")
+    held, right = reference.memory().total, reference.score(batch()).logp
+    policy.to("cpu:0")
+    assert reference.memory().total > 5 * held
+    assert torch.equal(reference.score(batch()).logp, right)
+    assert reference.memory().total == held

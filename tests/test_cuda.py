@@ -1,5 +1,8 @@
 """On a GPU: fused heads give the numbers of fp64 on the CPU, from the very inputs that the GPU got; an offloaded
-reference takes the memory of two units."""
+reference takes the memory of two units, and a quantised one gives the scores that it gives on a CPU."""
+
+import copy
+import math
 
 import pytest
 import torch
@@ -98,3 +101,20 @@ def test_an_offloaded_reference_takes_two_units_of_device_memory() -> None:
     assert torch.equal(score_pair(policy, reference, tokens, divergence="reverse_kl").divergence, exact)
     reference.update(policy, alpha=1.0)
     assert torch.equal(reference.score(tokens).logp, right.logp)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_a_quantised_reference_scores_as_on_the_cpu(kind: str) -> None:
+    """Built beside a policy on the GPU, and built on the CPU and moved: the same numbers, floor and bytes."""
+    config = ReferenceConfig(strategy="clone", quantize=kind, max_kl_floor=math.inf)
+    policy = llama()
+    host = build_reference(policy, config, calibration=batch())
+    expected, held = host.score(batch()).logp, host.memory().total
+    there = copy.deepcopy(policy).cuda()
+    built = build_reference(there, config)
+    policy.cuda()
+    for reference in (built, host):
+        torch.testing.assert_close(reference.score(batch().to("cuda")).logp.cpu(), expected, rtol=0, atol=1e-3)
+        assert reference.memory().device == held and reference.memory().host == 0
+    assert built.kl_floor is not None and host.kl_floor is not None
+    assert built.kl_floor.mean == pytest.approx(host.kl_floor.mean, rel=1e-2)

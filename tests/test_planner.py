@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import refkl
 from refkl import ReferenceConfig, build_reference
 from refkl.backend import Backend
 from refkl.cli import main
+from refkl.config import Quantization
 from refkl.planner import Plan, PlanConfig, Row, make_plans, memory_bytes, recommend
 from refkl.reference import BuildRequest, Step
 
@@ -49,7 +51,10 @@ def row(found: Plan, strategy: str, option: str = "") -> Row:
 
 def as_asked(found: Row) -> ReferenceConfig:
     key, _, value = found.option.partition("=")
-    return ReferenceConfig(strategy=found.strategy, **({key: value == "true" or value} if key else {}))  # type: ignore[arg-type]
+    options: dict[str, Any] = {key: value == "true" or value} if key else {}
+    if key == "quantize":
+        options["max_kl_floor"] = math.inf  # tiny models with wide weights
+    return ReferenceConfig(strategy=found.strategy, **options)
 
 
 def test_full_fine_tuning_on_one_device_by_hand() -> None:
@@ -80,6 +85,14 @@ def test_options_by_hand() -> None:
     host = row(found, "clone", "device=cpu").cost
     assert (host.device, host.host, host.flops) == (0, 2 * N + ROTARY, 0) and host.host_flops > 0
     assert host.moved == 1024 * (8 + 8 + 1 + 4)
+    # Matrices of the layers in few bits, embedding, head and norms as they are.
+    matrices = 32 * (LAYER - 2 * 4096)
+    rows = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)  # outputs of each
+    rest = 2 * (N - matrices) + ROTARY
+    assert row(found, "clone", "quantize=int8").cost.device == rest + matrices + 4 * rows
+    assert row(found, "clone", "quantize=int4").cost.device == rest + matrices // 2 + 5 * (matrices // 64)
+    assert row(found, "clone", "quantize=nf4").cost.device == rest + matrices // 2 + 4 * (matrices // 64)
+    assert row(found, "clone", "quantize=nf4").cost.scoring == 4 * 4096 * 14336
     swapped = row(found, "swap", "device=cpu").cost
     # Through the bus four times: in and out, there and back. The largest tensor is on the device for a moment.
     assert (swapped.device, swapped.host, swapped.moved) == (0, 2 * N, 8 * N)
@@ -185,7 +198,11 @@ def test_predicted_bytes_are_what_is_counted(method: str, family: str, size: str
     del kept
     found = plan(method, model=policy.config, dtype=dtype)
     policy = lora(policy) if method == "lora" else policy
-    build_reference(llama()).score(batch())  # the keys of fingerprints are made once a process
+    for kind in (None, *get_args(Quantization)):  # the keys of fingerprints and the like are made once a process
+        warm = llama()
+        limit = {"quantize": kind, "max_kl_floor": math.inf} if kind else {}
+        build_reference(warm, ReferenceConfig(strategy="clone", **limit)).score(batch())
+        del warm
     seen = set()
     with counting(policy) as count:
         for predicted in found.rows:
@@ -204,6 +221,9 @@ def test_predicted_bytes_are_what_is_counted(method: str, family: str, size: str
             assert count() == 0
     options = ("", "device=cpu", "offload=true")
     assert {f"{strategy} {option}".strip() for strategy in ("clone", "swap") for option in options} <= seen
+    assert {s.split("=")[1] for s in seen if "quantize" in s} == (
+        set() if method == "lora" else {"int8", "int4", "nf4"}
+    )
     assert ("adapter" in seen) == (method == "lora")
 
 

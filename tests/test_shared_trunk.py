@@ -254,8 +254,10 @@ def test_what_has_no_trunk_is_refused() -> None:
         (llama(), "shared_trunk", "no layer at the bottom is frozen"),
         (_frozen(llama(), "model.layers.0"), "shared_trunk", "no layer at the bottom is frozen, or the embeddings"),
         (_frozen(llama(tie_word_embeddings=True), "model.layers.0"), "shared_trunk", "no layer at the bottom"),
-        (_llama(), ReferenceConfig(strategy="shared_trunk", dtype="bfloat16"), r"\.dtype and \.device cannot be set"),
+        (_llama(), ReferenceConfig(strategy="shared_trunk", dtype="bfloat16"), "cannot be set"),
         (_llama(), ReferenceConfig(strategy="shared_trunk", source="pretrained"), "cannot be set"),
+        (_llama(), ReferenceConfig(strategy="shared_trunk", offload=True), "cannot be set"),
+        (_llama(), ReferenceConfig(strategy="shared_trunk", quantize="int8"), "cannot be set"),
     ]
     for policy, config, words in cases:
         with pytest.raises(ValueError, match=words):

@@ -14,7 +14,7 @@ from refkl.penalty import KLPenalty, global_normalizer
 from refkl.reference import STRATEGIES, BuildRequest, Reference, build_reference, register_strategy, score_pair
 from refkl.scoring import score_tokens
 from refkl.sync import SyncReferenceCallback
-from refkl.types import KLOutput, MemoryReport, PairScores, TokenBatch, TokenScores
+from refkl.types import KLFloor, KLOutput, MemoryReport, PairScores, TokenBatch, TokenScores
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "BuildRequest",
     "Finding",
     "KLConfig",
+    "KLFloor",
     "KLOutput",
     "KLPenalty",
     "MemoryReport",

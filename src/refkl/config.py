@@ -20,6 +20,7 @@ from refkl.messages import unknown
 Method = Literal["grpo", "dpo"]
 BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4", "nf4"]
 
 
 def _offered(section: str, config: Any) -> None:
@@ -53,9 +54,20 @@ class ReferenceConfig:
     cache: str | None = None
     """A folder: log-probabilities that were scored once are kept there and not scored again, whatever the strategy, in
     this run or a later one. For preference data and repeated prompts; exact divergences are refused then."""
+    quantize: Quantization | None = None
+    """For "clone": its linear layers, but for the output head, in 8 bits ("int8", torchao) or 4 ("int4", torchao;
+    "nf4", bitsandbytes). Puts a floor under the KL, which is measured before the first score: Reference.kl_floor."""
+    max_kl_floor: float = 0.05
+    """For `quantize`: nats per token, the mean; a reference that rounding moved further than this is refused."""
 
     def __post_init__(self) -> None:
         _offered("reference", self)
+        if not self.max_kl_floor > 0:
+            raise ValueError(f"reference.max_kl_floor must be positive, got {self.max_kl_floor}.")
+        if self.quantize is None and self.max_kl_floor != type(self).max_kl_floor:
+            raise ValueError(
+                "reference.max_kl_floor limits what quantising does, and reference.quantize is not set. Leave it out."
+            )
         if not self.strategy:
             raise ValueError("reference.strategy is empty: use 'auto' or the name of a strategy.")
         if not self.source:

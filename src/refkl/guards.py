@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from refkl.backend import dropout_rates, evaluating, full_shape, local_shard, named_weights, reshard, unwrap
 from refkl.kl import estimate
 from refkl.messages import size
-from refkl.reference import Reference
+from refkl.reference import Reference, score_pair
 from refkl.scoring import score_tokens
 from refkl.scoring.head import base_model
 from refkl.types import TokenBatch
 
+_OVER_FLOOR = 4.0
+"""Times the floor from which a KL at step 0 is a fault: texts differ, by less."""
 Verdict = Literal["ok", "note", "fault"]
 _Score = Callable[[TokenBatch], Tensor]
 
@@ -94,7 +96,10 @@ def check_reference(
         return reference.score(tokens, temperature=temperature).logp
 
     with _seeded(), _without_cache(reference):
-        findings.append(_step_zero(inner, reference, batch, of_policy, of_reference))
+        if reference.config.quantize is not None and reference.config.source == "policy":
+            findings.append(_step_zero_quantized(policy, reference, batch))
+        else:
+            findings.append(_step_zero(inner, reference, batch, of_policy, of_reference))
         findings.append(_reference_dropout(inner, batch, of_reference))
         findings.append(_policy_dropout(inner, batch, of_policy))
         findings.append(_padding(inner, batch, of_policy, of_reference))
@@ -195,6 +200,29 @@ def _step_zero(
         found,
         "the policy was changed after the reference was built, or does not compute what its weights say: build the "
         "reference right before training",
+    )
+
+
+def _step_zero_quantized(policy: nn.Module, reference: Reference, batch: TokenBatch) -> Finding:
+    """The exact KL, as the floor is: k3 of tokens that the policy did not sample is no estimate of it."""
+    check = "the KL is 0 before the first step"
+    with torch.no_grad(), evaluating(unwrap(policy)):
+        pair = score_pair(policy, reference, batch, divergence="reverse_kl")
+    floor = reference.kl_floor
+    mask = batch.completion_mask
+    if floor is None or pair.divergence is None or not mask.any():
+        return Finding(check, "note", "no token is scored", "give check_reference a batch with a completion")
+    kl = float(pair.divergence[mask].mean())
+    found = f"{kl:.3g} nats per token, and {floor.mean:.3g} (at most {floor.max:.3g}) is what quantising does"
+    if kl <= _OVER_FLOOR * floor.mean:
+        kind = reference.config.quantize
+        return Finding(check, "note", found, f"reference.quantize is {kind!r}: below this floor a KL is rounding")
+    return Finding(
+        check,
+        "fault",
+        found,
+        "the policy was changed after the reference was built, or its floor was measured on very different text: build "
+        "the reference right before training, and calibrate it on data of the run",
     )
 
 

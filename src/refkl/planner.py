@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from refkl.backend import Backend
-from refkl.config import BackendName, DtypeName, ReferenceConfig
+from refkl.config import BackendName, DtypeName, Quantization, ReferenceConfig
 from refkl.messages import size, unknown
 from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose
 
@@ -148,9 +148,17 @@ class Plan:
 
     @property
     def best(self) -> Row | None:
-        """What auto takes, or where that does not fit the quickest that does; None if none does."""
+        """What auto takes, or where that does not fit the quickest that does; None if none does.
+
+        One that rounds comes after those on the device that do not.
+        """
         able = [row for row in self.rows if row.fits]
-        return min(able, key=lambda r: (not r.auto, r.cost.host_flops, r.cost.moved, r.device), default=None)
+
+        def order(row: Row) -> tuple[bool, int, bool, int, int]:
+            rounds = row.option.startswith("quantize")
+            return not row.auto, row.cost.host_flops, rounds, row.cost.moved, row.device
+
+        return min(able, key=order, default=None)
 
 
 def make_plans(config: PlanConfig) -> list[Plan]:
@@ -251,6 +259,8 @@ def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
     for other in get_args(DtypeName):
         if other != dtype:
             yield f"dtype={other}", ReferenceConfig(dtype=other)
+    for kind in get_args(Quantization):
+        yield f"quantize={kind}", ReferenceConfig(quantize=kind)
 
 
 def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:

@@ -138,3 +138,18 @@ class MemoryReport:
     def total(self) -> int:
         """Bytes on device and host together."""
         return self.device + self.host
+
+
+@dataclass(frozen=True)
+class KLFloor:
+    """How far quantising moved a reference: KL(full precision ‖ quantised) over the scored tokens, exact, in nats.
+
+    At temperature 1, over the tokens of all ranks. A KL to the reference below the mean says nothing of the policy.
+    """
+
+    mean: float
+    """Nats per token."""
+    max: float
+    """Of any token."""
+    tokens: int
+    """How many it was measured on."""

@@ -5,7 +5,7 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
 
 BACKEND: multi, zero2, zero3; launched as multi, fsdp2 (torch's fully_shard by hand) and fsdp2-accelerate, which
 accelerate does not run on a CPU unless it is told that this is none. A suffix -bf16 or -offload sets FSDP's policies.
-STRATEGY: a name in STRATEGIES, "auto", "NAME:DEVICE" or "NAME:offload".
+STRATEGY: a name in STRATEGIES, "auto", "NAME:DEVICE", "NAME:offload" or "NAME:QUANTIZE".
 POLICY: full, upper (all above a frozen layer), lora (trained before), fresh (a new LoRA).
 WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
@@ -32,6 +32,7 @@ from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference, freeze, trainable_parameters
 from refkl.backend import layout_of, unwrap
+from refkl.reference.quantize import FORMATS
 from refkl.scoring.head import base_model
 
 LR = 0.05
@@ -82,7 +83,11 @@ class Run:
         policy = self.make_policy()
         optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)
         name, _, option = self.strategy.partition(":")
-        options: dict[str, Any] = {"offload": True} if option == "offload" else {"device": option or None}
+        options: dict[str, Any] = {"device": option or None}
+        if option == "offload":
+            options = {"offload": True}
+        elif option in FORMATS:
+            options = {"quantize": option, "max_kl_floor": 1.0}
         config = ReferenceConfig(strategy=name, **options)
         reference = None
         if self.when == "before":
@@ -102,7 +107,10 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
-        return Case(wrapped, reference, plain, step, reference.strategy != "adapter", self.folder, LR)
+        moves = reference.strategy != "adapter" and option not in FORMATS
+        return Case(
+            wrapped, reference, plain, step, moves, self.folder, LR, tolerance=0.1 if option in FORMATS else 0.0
+        )
 
 
 def held_share(case: Case) -> float:

@@ -50,6 +50,8 @@ class AdapterReference(Reference):
             return "it shares the policy's weights, so reference.dtype and reference.device cannot be set."
         if config.offload:
             return "it has no weights of its own for reference.offload to keep in host memory."
+        if config.quantize is not None:
+            return "it shares the policy's weights, so reference.quantize cannot be set."
         return _not_provably_off(policy, fresh=request.planned)
 
     @classmethod

@@ -21,7 +21,7 @@ from refkl.reference.fingerprint import combined, digests
 from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
-from refkl.types import MemoryReport, TokenBatch, TokenScores
+from refkl.types import KLFloor, MemoryReport, TokenBatch, TokenScores
 from refkl.versions import library_versions
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class BuildRequest:
     """What is scored per step; without it a cost is of bytes held alone."""
     planned: bool = False
     """Whether the policy is a plan, without weights: an adapter of it is fresh."""
+    calibration: TokenBatch | Iterable[TokenBatch] | None = None
+    """For a quantised reference: what its floor is measured on; None takes what is scored first."""
 
     @cached_property
     def shape(self) -> Shape:
@@ -133,6 +135,25 @@ class Reference(ABC):
         """Raise ValueError for what `update` would: a sync that can never be made is to fail before the run."""
         raise ValueError(f"strategy {self.strategy!r} cannot move.")
 
+    @property
+    def kl_floor(self) -> KLFloor | None:
+        """For a quantised reference, what quantising did to it in nats; None until it is measured, and for all others.
+
+        Measured on build_reference's `calibration`, else on the first batch that is scored.
+        """
+        return None
+
+    def recall_floor(self, found: dict[str, Any]) -> None:
+        """Take over a floor that was measured in an earlier run: the "kl_floor" of its provenance.
+
+        Raises:
+            ValueError: it is above `reference.max_kl_floor`; the reference is not quantised.
+        """
+        raise ValueError("The reference is not quantised, and so has no floor of its own.")
+
+    def _before_scoring(self, batch: TokenBatch) -> None:  # noqa: B027 - an optional hook
+        """Raise ValueError if it must not answer; settled it is."""
+
     def settle(self) -> None:  # noqa: B027 - an optional hook: a strategy without weights of its own has none to move
         """Follow the policy to the device and dtype that it has been given since. Each score does this first."""
 
@@ -149,7 +170,8 @@ class Reference(ABC):
 
         Raises:
             ValueError: as `score_tokens`; or the reference can no longer be told from the policy; or it has a cache and
-                hidden states are asked for; or its weights were freed and a row is not there.
+                hidden states are asked for; or its weights were freed and a row is not there; or it is quantised and
+                its floor (`kl_floor`) is too high, or cannot be measured any more.
         """
 
         def run(batch: TokenBatch) -> TokenScores:
@@ -281,6 +303,7 @@ class Reference(ABC):
     def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
         """The module to run and the batch where it is: no grad, dropout off, nothing left changed."""
         self.settle()
+        self._before_scoring(batch)
         with self._active() as model, torch.no_grad(), evaluating(model), self._autocast():
             yield model, batch if self._device is None else batch.to(self._device)
 

@@ -6,12 +6,12 @@ and of nothing else.
 
 from __future__ import annotations
 
-import copy
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ from torch.distributed.tensor import DTensor
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
-from refkl.reference.peft_layers import adapter_parameters, quantised
+from refkl.reference.copying import foreign_forward, frozen_copy
+from refkl.reference.floor import Gauge
+from refkl.reference.peft_layers import quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
+from refkl.reference.quantize import FORMATS, QuantizedLinear, why_not_quantized
+from refkl.reference.saved import Saved
 from refkl.reference.shape import BATCH_BYTES, Cost, Entry, added_by_peft
 from refkl.reference.stream import Stream, largest_pair, unit_bytes, unstreamable
 from refkl.scoring import Head, find_head
 from refkl.scoring.head import base_model
-from refkl.types import MemoryReport, TokenBatch
+from refkl.types import KLFloor, MemoryReport, TokenBatch
 
 
 class CloneReference(Reference):
@@ -36,7 +40,15 @@ class CloneReference(Reference):
 
     strategy = "clone"
 
-    def __init__(self, request: BuildRequest, reason: str, model: nn.Module, source: str, shared: set[str]) -> None:
+    def __init__(
+        self,
+        request: BuildRequest,
+        reason: str,
+        model: nn.Module,
+        source: str,
+        shared: set[str],
+        gauge: Gauge | None = None,
+    ) -> None:
         super().__init__(request, reason, source)
         self.model = model
         """The copy, with the policy's parameter names."""
@@ -45,7 +57,8 @@ class CloneReference(Reference):
         self._shared = shared
         self._stream = Stream(model) if request.config.offload else None
         self._head: Head | None = None
-        self._placed: tuple[torch.device, torch.dtype] | None = None
+        self._gauge = gauge
+        self._placed: tuple[torch.device, torch.dtype, list[int]] | None = None
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -58,12 +71,14 @@ class CloneReference(Reference):
             return "FSDP shards the policy's parameters, and a whole copy on each rank was not built for that."
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
-        if request.config.offload and request.config.device is not None:
+        if request.config.offload and (request.config.device, request.config.quantize) != (None, None):
             return (
-                "reference.offload runs the copy on the policy's device, and reference.device says that it runs on "
-                f"{request.config.device!r}. Set one of them."
+                "reference.offload runs a copy in full precision on the policy's device, so reference.device and "
+                ".quantize cannot be set with it."
             )
         if request.config.offload and (why_not := unstreamable(unwrap(request.policy))) is not None:
+            return why_not
+        if request.config.quantize is not None and (why_not := why_not_quantized(request)) is not None:
             return why_not
         if request.config.source != "policy":
             try:
@@ -78,47 +93,65 @@ class CloneReference(Reference):
         shape, config = request.shape, request.config
         if config.source != "policy":
             copied = [e for e in shape.entries if e.base]
-        elif _must_copy_all(unwrap(request.policy), request):
+        elif must_copy_all(unwrap(request.policy), request):
             copied = list(shape.entries)
         else:
             copied = [e for e in shape.entries if e.trained or e.tuned or e.buffer]
         dtype = getattr(torch, config.dtype) if config.dtype else None
         if config.offload:
             return _streamed_cost(request, copied, dtype)
-        held = shape.held(copied, "whole", dtype)
+        packed = [e.linear for e in copied if e.linear is not None and config.quantize is not None]
+        whole = [e for e in copied if e.linear is None or config.quantize is None]
+        held = shape.held(whole, "whole", dtype)
+        restoring = 0
+        if config.quantize is not None and packed:
+            form = FORMATS[config.quantize]
+            held += sum(form.size(*matrix) for matrix in packed)
+            restoring = max(form.transient * out * width for out, width in packed)
         if config.device is None:
-            return Cost(device=held, flops=shape.forward())
+            return Cost(device=held, scoring=restoring, flops=shape.forward())
         moved = BATCH_BYTES * shape.step.tokens
         if config.device == "cpu" and not shape.on_host:
             return Cost(host=held, host_flops=shape.forward(), moved=moved)
-        return Cost(device=held, flops=shape.forward(), moved=moved)
+        return Cost(device=held, scoring=restoring, flops=shape.forward(), moved=moved)
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
         if request.config.offload:
             what = "in host memory, streamed through the device layer by layer,"
+        what += "" if request.config.quantize is None else f", its linear layers in {request.config.quantize},"
         return f"a frozen copy {what} is the reference and adds {size(cls.cost(request).total)} ({request.backend})"
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> CloneReference:
         policy = unwrap(request.policy)
-        dtype = getattr(torch, request.config.dtype) if request.config.dtype else None
+        dtype, kind = getattr(torch, request.config.dtype) if request.config.dtype else None, request.config.quantize
+        loaded = None
         if request.config.source == "policy":
-            model, shared = frozen_copy(
-                policy, share=not _must_copy_all(policy, request), on_host=request.config.offload
-            )
+            share = not must_copy_all(policy, request)
+            model, shared = frozen_copy(policy, share=share, on_host=request.config.offload, quantize=kind)
             source = "the policy as it stood when the reference was built" + quantised(policy)
         else:
             source = source_folder(request)
             model, shared = load_pretrained(request, source, dtype), set()
+            if kind is not None:
+                loaded = model
+                model, _ = frozen_copy(loaded, share=False, quantize=kind)
         if dtype is not None or request.config.device is not None:
             model.to(device=request.config.device, dtype=dtype)
         model.requires_grad_(False)
         _stay_in_eval(model)
-        reference = cls(request, reason, model, source, shared)
+        gauge = None if kind is None else Gauge(request.config, policy, loaded)
+        reference = cls(request, reason, model, source, shared, gauge)
         reference.settle()
         reference.fingerprint()
+        if gauge is not None:
+            given = request.calibration
+            if given is None:
+                gauge.watch()
+            else:
+                reference._measure([given] if isinstance(given, TokenBatch) else given)
         return reference
 
     def settle(self) -> None:
@@ -133,9 +166,11 @@ class CloneReference(Reference):
                 "The policy was sharded by FSDP2 after this reference was built, which is a whole copy on each rank. "
                 "Build it after fully_shard, or give build_reference the accelerator that shards the policy."
             )
-        if self._placed == (first.device, first.dtype):
-            return
         weights = dict(named_weights(policy))
+        # A move may keep the device's name and still copy, as one to "cpu:0" does.
+        placed = first.device, first.dtype, [weights[name].data_ptr() for name in self._shared if name in weights]
+        if self._placed == placed:
+            return
         recorded, changed = self._recorded, False
         stays = self._config.device is not None or self._stream is not None
         held = {id(own) for _, own in named_weights(self.model)} if stays else set()
@@ -157,9 +192,12 @@ class CloneReference(Reference):
             dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
             device = buffer.device if id(buffer) in held else self._device or first.device
             buffer.data = buffer.data.to(device=device, dtype=dtype)
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear) and self._config.dtype is None:
+                module.dtype = first.dtype
         if self._stream is not None:
             self._stream.settle(first.device)
-        self._placed = (first.device, first.dtype)
+        self._placed = placed
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
@@ -204,10 +242,47 @@ class CloneReference(Reference):
         return self._head.holding(*(None if t is None else t.detach().to(device) for t in (module.weight, module.bias)))
 
     def _weights(self) -> Iterator[Weight]:
-        return weights_of(self.model)
+        layers = {f"{canonical_name(n)}." for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        for weight in weights_of(self.model):
+            layer, _, part = weight.name.rpartition(".")
+            if f"{layer}." in layers and part != "bias":
+                yield weight._replace(name=f"{layer}.weight.{part}")
+            else:
+                yield weight
+
+    @property
+    def kl_floor(self) -> KLFloor | None:
+        return None if self._gauge is None else self._gauge.floor
+
+    def recall_floor(self, found: dict[str, Any]) -> None:
+        if self._gauge is None:
+            return super().recall_floor(found)
+        self._gauge.recall(found)
+
+    def _before_scoring(self, batch: TokenBatch) -> None:
+        if self._gauge is not None and not self._gauge.done:
+            self._measure([batch])
+
+    def _measure(self, batches: Iterable[TokenBatch]) -> None:
+        assert self._gauge is not None
+        says = self._accelerator is None or self._accelerator.is_main_process
+        with self._active() as model, self._autocast():
+            self._gauge.measure(model, batches, says=says)
+
+    def load(self, folder: str | Path) -> None:
+        super().load(folder)
+        if self._gauge is not None and (found := Saved(Path(folder)).provenance["kl_floor"]) is not None:
+            self._gauge.recall(found)
+
+    def provenance(self) -> dict[str, Any]:
+        if self._gauge is None:
+            return super().provenance()
+        return {**super().provenance(), "quantize": self.config.quantize, "kl_floor": self._gauge.record()}
 
     def _free(self) -> bool:
         self.model, self._shared, self._stream = nn.Module(), set(), None
+        if self._gauge is not None:
+            self._gauge.loaded = None
         return True
 
     def _owns(self, name: str) -> bool:
@@ -215,7 +290,16 @@ class CloneReference(Reference):
 
     def check_movable(self, policy: nn.Module) -> None:
         self._check_held("be moved")
+        self._check_not_rounded()
         self._pairs(policy)
+
+    def _check_not_rounded(self) -> None:
+        if self.config.quantize is not None:
+            raise ValueError(
+                f"A reference quantised to {self.config.quantize} cannot move: it is rounded once, and a moving "
+                "average of rounded numbers stands still. Leave reference.quantize out; reference.offload saves memory "
+                "too."
+            )
 
     def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Own and policy's weights that are to be mixed."""
@@ -225,6 +309,7 @@ class CloneReference(Reference):
         return [(tensor, theirs[name]) for name, tensor in own.items() if self._owns(name)]
 
     def _move(self, policy: nn.Module, alpha: float) -> None:
+        self._check_not_rounded()
         pairs = self._pairs(policy)
         if alpha < 1.0 and any(own.dtype in (torch.bfloat16, torch.float16) for own, _ in pairs):
             warnings.warn(
@@ -240,15 +325,16 @@ class CloneReference(Reference):
                 own.data.lerp_(target, alpha)
 
     def memory(self) -> MemoryReport:
-        """Bytes of storages that the reference holds and the policy does not. Offloaded, a score also takes device
-        memory for two units of it."""
-        policy = self._policy()
-        theirs = [] if policy is None else [*policy.parameters(), *policy.buffers()]
-        shared = {_storage(t) for t in theirs}
-        own = (t for t in (*self.model.parameters(), *self.model.buffers()) if _storage(t) not in shared)
+        """Bytes of storages that the reference holds and the policy does not; a model that was loaded to be quantised
+        is among them until the floor is measured. Offloaded, a score also takes device memory for two units of it."""
         if self._stream is not None:
             weights = {id(tensor): tensor for _, tensor in named_weights(self.model)}
             return bytes_offloaded(weights.values(), (b for b in self.model.buffers() if id(b) not in weights))
+        policy = self._policy()
+        theirs = [] if policy is None else [*policy.parameters(), *policy.buffers()]
+        shared = {_storage(t) for t in theirs}
+        models = [self.model, *([self._gauge.loaded] if self._gauge is not None and self._gauge.loaded else [])]
+        own = (t for m in models for t in (*m.parameters(), *m.buffers()) if _storage(t) not in shared)
         return bytes_held(own, theirs[0].device if theirs else torch.device("cpu"))
 
 
@@ -256,7 +342,7 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-def _must_copy_all(policy: nn.Module, request: BuildRequest) -> bool:
+def must_copy_all(policy: nn.Module, request: BuildRequest) -> bool:
     """True where sharing would be wrong: other numbers were asked for, or a merged adapter may be unmerged in place."""
     config = request.config
     merged = any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules())
@@ -277,87 +363,6 @@ def _streamed_cost(request: BuildRequest, copied: list[Entry], dtype: torch.dtyp
         flops=shape.forward(),
         moved=sum(units) + rest if shape.step.tokens else 0,
     )
-
-
-def frozen_copy(policy: nn.Module, *, share: bool, on_host: bool = False) -> tuple[nn.Module, set[str]]:
-    """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept.
-
-    With `on_host`, weights go to host memory one by one: the device never has room for more.
-    """
-    memo: dict[int, Any] = {}
-    shared: set[str] = set()
-    tuned = adapter_parameters(policy)
-    for name, parameter in named_weights(policy):
-        if on_host:
-            kept = parameter.detach().to("cpu", copy=True)
-            is_parameter = isinstance(parameter, nn.Parameter)
-            memo[id(parameter)] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
-            continue
-        if not isinstance(parameter, nn.Parameter):
-            continue
-        if share and not parameter.requires_grad and id(parameter) not in tuned:
-            # A Parameter of our own on the same storage: the policy's own object could be unfrozen later.
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-            shared.add(name)
-    model = copy.deepcopy(policy, memo)
-    for module in model.modules():
-        # TRL's fused head replaces forward by a function that calls the *policy's* own forward. The class's forward is
-        # what it wraps, and what refkl scores with.
-        if "forward" in vars(module) and _holder(vars(module)["forward"]) is not None:
-            del module.forward
-    return model, shared
-
-
-def foreign_forward(policy: nn.Module) -> str | None:
-    """A sentence if some module's forward was replaced in a way that a copy cannot undo."""
-    for name, module in policy.named_modules():
-        holder = _holder(vars(module).get("forward"))
-        if holder is None:
-            continue
-        where = holder.__globals__["__name__"]  # functools.wraps hides it everywhere else
-        if not where.startswith("trl."):
-            return (
-                f"the forward of {name or 'the policy'} was replaced by a function that holds on to the policy "
-                f"({holder.__code__.co_name} of {where}), so a copy would run the policy's weights. Build the "
-                "reference before that patch is made."
-            )
-    return None
-
-
-def replaced_forward(policy: nn.Module) -> str | None:
-    """A sentence if some module's forward is not its class's, nor one that a library put there to train it: a model
-    made from the policy's configuration would lack it."""
-    for name, module in policy.named_modules():
-        forward = vars(module).get("forward")
-        if forward is None:
-            continue
-        function = getattr(forward, "__func__", forward)
-        where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-        if where.split(".")[0] not in ("trl", "accelerate", "transformers", "torch", "deepspeed", "peft"):
-            return (
-                f"the forward of {name or 'the policy'} was replaced by one of {where}, which a model made from the "
-                "policy's configuration would not have. Use reference.strategy 'swap'."
-            )
-    return None
-
-
-def _holder(forward: Any) -> types.FunctionType | None:
-    """The function, of those that `forward` is wrapped from, that closes over a module; a copy would go on using it.
-
-    What a method is bound to is no matter: deepcopy binds it to the copy.
-    """
-    if isinstance(forward, types.MethodType):
-        forward = forward.__func__
-    if not isinstance(forward, types.FunctionType):
-        inner = getattr(forward, "model_forward", None)  # accelerate's ConvertOutputsToFp32
-        return None if inner is None else _holder(inner)
-    for cell in forward.__closure__ or ():
-        held = cell.cell_contents
-        if isinstance(held, nn.Module) or isinstance(getattr(held, "__self__", None), nn.Module):
-            return forward
-        if callable(held) and (found := _holder(held)) is not None:
-            return found
-    return None
 
 
 def _stay_in_eval(model: nn.Module) -> None:

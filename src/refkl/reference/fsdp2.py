@@ -20,7 +20,7 @@ from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_cl
 from refkl.backend import weights_of as shards_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
-from refkl.reference.clone import foreign_forward, frozen_copy, replaced_forward
+from refkl.reference.copying import foreign_forward, frozen_copy, replaced_forward
 from refkl.reference.shape import Cost
 from refkl.types import MemoryReport
 
@@ -45,6 +45,11 @@ class FSDP2Reference(Reference):
             return f"it is filled from the policy, and reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
             return "FSDP2 places its shards in the policy's dtype: reference.dtype and .device cannot be set."
+        if config.quantize is not None:
+            return (
+                "FSDP2 shards numbers of the policy's dtype: reference.quantize cannot be set. Leave it out, or run "
+                "under DDP or ZeRO-2 with 'clone'."
+            )
         if isinstance(policy, PeftModel):
             return "the policy's base does not train, and a copy of it would be one too many."
         if not request.planned and any(p.is_meta for p in policy.parameters()):

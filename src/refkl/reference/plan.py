@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
@@ -17,6 +18,7 @@ from refkl.reference.fsdp2 import FSDP2Reference
 from refkl.reference.shared_trunk import SharedTrunkReference
 from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
+from refkl.types import TokenBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +47,11 @@ def register_strategy(name: str, cls: type[Reference]) -> None:
 
 
 def build_reference(
-    policy: nn.Module, config: str | ReferenceConfig = "auto", accelerator: Accelerator | None = None
+    policy: nn.Module,
+    config: str | ReferenceConfig = "auto",
+    accelerator: Accelerator | None = None,
+    *,
+    calibration: TokenBatch | Iterable[TokenBatch] | None = None,
 ) -> Reference:
     """Hold a reference for `policy`: by default, the policy as it stands now.
 
@@ -54,16 +60,23 @@ def build_reference(
         config: "auto", the name of a strategy, or a ReferenceConfig.
         accelerator: the one that prepares the policy; scores run under its autocast, and its DeepSpeed or FSDP
             settings are taken into account before it has prepared anything.
+        calibration: for reference.quantize: tokens to measure the floor under the KL on (`Reference.kl_floor`), now. Of
+            several processes each gives its own. Without it the first batch that is scored is taken, by all processes
+            together, with the policy as the full-precision side; it must not have trained by then. (For another
+            reference.source the model that was loaded stays in host memory until then.)
 
     Returns:
         A Reference; `.strategy` says which one, `.reason` why, in a sentence.
 
     Raises:
-        ValueError: an unknown name; or a strategy that cannot work here, with the reason and the one to use instead.
+        ValueError: an unknown name; or a strategy that cannot work here, with the reason and the one to use instead; or
+            quantising puts a floor under the KL that is above `reference.max_kl_floor`.
     """
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
-    request = BuildRequest(policy, config, detect(policy, accelerator), accelerator)
+    if calibration is not None and config.quantize is None:
+        raise ValueError("calibration measures what quantising does, and reference.quantize is not set. Leave it out.")
+    request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
     _check_adapter_trains(request)
     if config.strategy != "auto":
         if config.strategy not in STRATEGIES:

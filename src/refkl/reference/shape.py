@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from refkl.backend import Backend, full_shape, is_partitioned, unwrap
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters
+from refkl.reference.quantize import linear_layers, matrix_shape
 from refkl.scoring.head import base_model
 
 Spread = Literal["whole", "flat", "rows"]
@@ -92,6 +93,8 @@ class Entry:
     """Whether a forward reads rows of it alone: an embedding that is not the output head too."""
     ways: int | None = None
     """Over how many ranks it is spread, if it is already."""
+    linear: torch.Size | None = None
+    """[out, in] of a linear layer that `quantize` packs; None for all else."""
 
     @property
     def size(self) -> int:
@@ -182,6 +185,7 @@ def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) 
     inside = base_model(policy)
     base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - added_by_peft(inner)
     lookups = _lookups(inner)
+    linear = {id(layer.weight): matrix_shape(layer) for _, layer in linear_layers(policy)}
     persistent = inner.state_dict(keep_vars=True)
     named = {id(t): (name, t) for name, t in (*inner.named_parameters(), *inner.named_buffers())}
     return Shape(
@@ -198,6 +202,7 @@ def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) 
                 base=key in base,
                 lookup=key in lookups,
                 ways=_ways(tensor),
+                linear=linear.get(key),
             )
             for key, (name, tensor) in named.items()
         ),

@@ -14,12 +14,11 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from refkl.backend import dropout_rates, named_weights, unwrap
 from refkl.reference.base import BuildRequest
-from refkl.reference.clone import CloneReference
+from refkl.reference.clone import CloneReference, must_copy_all
 from refkl.reference.peft_layers import adapter_parameters
 from refkl.reference.shape import Cost
 from refkl.scoring import HeadError, decoder_layers, find_head, score_model
@@ -39,14 +38,12 @@ class SharedTrunkReference(CloneReference):
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
-        config, policy = request.config, unwrap(request.policy)
-        if config.source != "policy" or config.dtype is not None or config.device is not None:
+        policy = unwrap(request.policy)
+        if request.config.source != "policy" or request.config.quantize is not None or must_copy_all(policy, request):
             return (
-                "its lower layers are the policy's own, so reference.source, .dtype and .device cannot be set: "
-                "use 'clone'."
+                "its lower layers are the policy's own, as they stand and where they are: reference.source, .dtype, "
+                ".device, .offload and .quantize cannot be set, and no adapter may be merged. Use 'clone'."
             )
-        if any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules()):
-            return "an adapter is merged into the policy, and unmerging it would change the layers that are shared."
         if (why_not := super().supports(request)) is not None:
             return why_not
         if decoder_layers(policy) is None:

@@ -61,6 +61,8 @@ class SwapReference(Reference):
             return f"it holds what the policy was when built, and reference.source asks for {config.source!r}."
         if config.dtype is not None:
             return "its tensors take the policy's place, so reference.dtype cannot be set."
+        if config.quantize is not None:
+            return "its tensors take the policy's place, so reference.quantize cannot be set."
         if config.device not in (None, "cpu"):
             return (
                 f"its tensors are swapped into the policy, so reference.device is None (beside the policy) or 'cpu' "

@@ -27,7 +27,7 @@ from refkl.backend.zero import (
 )
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
-from refkl.reference.clone import replaced_forward
+from refkl.reference.copying import replaced_forward
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.shape import Cost
 from refkl.scoring.forward import base_model
@@ -53,6 +53,11 @@ class Zero3Reference(Reference):
             return "the policy is partitioned, but there is no accelerator or engine with a configuration to follow."
         if request.config.device is not None or request.config.dtype is not None:
             return "DeepSpeed places its partitions in the run's dtype: reference.device and .dtype cannot be set."
+        if request.config.quantize is not None:
+            return (
+                "DeepSpeed partitions numbers of the run's dtype: reference.quantize cannot be set. Leave it out, or "
+                "run under ZeRO-2 with 'clone'."
+            )
         if request.config.source == "policy" and base_model(request.policy) is not unwrap(request.policy):
             return (
                 "the policy has a PEFT adapter, whose base does not train: a copy of it would be one too many. Set "

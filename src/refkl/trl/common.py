@@ -184,6 +184,8 @@ class KLTrainerMixin(Trainer):
                 f"{(self.reference.stamp or '')[:12]} ({self.reference.strategy}, from {self.reference.source}). Give "
                 "the trainer the model that the first run began with; its trained weights come from the checkpoint."
             )
+        if record.get("kl_floor") is not None:
+            self.reference.recall_floor(record["kl_floor"])  # a policy that has trained cannot show it any more
 
     def _load_controller(self, path: Path) -> None:
         kind = self.penalty.config.controller
