@@ -177,12 +177,15 @@ def check_a_step_with_a_score_in_it(case: Case) -> None:
 def check_a_pair_is_a_score_of_each(case: Case) -> None:
     """Log-probabilities as scored alone, and the divergence of the full distributions, after the policy has moved."""
     tokens, kl = batch(padding="left"), torch.zeros(1)
+    case.reference.score(tokens)  # a rounded one measures its floor, before the policy trains
     for _ in range(10):  # launched runs clip their gradients
         if kl.max() > 5e-3:
             break
         case.train()
         with torch.no_grad():
-            log_p, log_q = (torch.log_softmax(_logits(m, tokens).double(), -1) for m in (case.policy, case.plain))
+            log_p, log_q = (
+                torch.log_softmax(x.double(), -1) for x in (_logits(case.policy, tokens), _right(case, tokens))
+            )
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert kl.max() > 5e-3
     reference = case.reference.score(tokens).logp
@@ -203,6 +206,14 @@ def _logits(model: nn.Module, tokens: TokenBatch) -> Tensor:
     """[B, T, V] that predict each token, 0 where it is not scored."""
     scored = completion_logits(model, tokens)
     return scored.call.spread(scored.logits)
+
+
+def _right(case: Case, tokens: TokenBatch) -> Tensor:
+    """Those of the plain copy; where the reference is rounded, its own."""
+    if not case.tolerance:
+        return _logits(case.plain, tokens)
+    with case.reference.logits(tokens) as scored:
+        return scored.call.spread(scored.logits)
 
 
 def check_update_mixes_weights(case: Case) -> None:

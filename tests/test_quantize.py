@@ -522,7 +522,7 @@ def test_a_resumed_run_keeps_the_floor(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert first.reference.kl_floor is not None and again.reference.kl_floor == first.reference.kl_floor
     other = _trainer(llama(), tmp_path, 3)
-    with pytest.raises(ValueError, match="measured of another quantised reference"):
+    with pytest.raises(ValueError, match="trained against a reference with fingerprint"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
