@@ -6,7 +6,8 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
 BACKEND: multi, zero2, zero3; launched as multi, fsdp2 (torch's fully_shard by hand) and fsdp2-accelerate, which
 accelerate does not run on a CPU unless it is told that this is none. A suffix -bf16 or -offload sets FSDP's policies.
 STRATEGY: a name in STRATEGIES, "auto", or "NAME:DEVICE".
-POLICY: full, lora (trained before), fresh (a new LoRA). WHEN: before, after (accelerator.prepare).
+POLICY: full, lora (trained before), fresh (a new LoRA), base (as lora, with reference.source "base"), prompt (tuning,
+trained before). WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
 """
 
@@ -24,7 +25,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from contract import CHECKS, Case, plain_copy
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
@@ -50,7 +51,9 @@ class Run:
         base = LlamaForCausalLM.from_pretrained(self.folder / "model")
         if self.policy == "full":
             return base
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        config: PeftConfig = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        if self.policy == "prompt":
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         torch.manual_seed(0)
         model = get_peft_model(base, config)
         if self.policy == "fresh":
@@ -58,7 +61,7 @@ class Run:
         with _gathered(model):
             torch.manual_seed(1)
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
+                if "lora_" in name or "prompt_encoder" in name:
                     nn.init.normal_(parameter, std=0.5)
         return model.eval()
 
@@ -74,13 +77,16 @@ class Run:
 
     def make_case(self, accelerator: Accelerator) -> Case:
         with _not_partitioned(self.backend):
-            plain = plain_copy(self.make_policy())
+            plain, start = plain_copy(self.make_policy()), None
+            if self.policy in ("base", "prompt"):
+                plain, start = LlamaForCausalLM.from_pretrained(self.folder / "model").requires_grad_(False), plain
             if "bf16" in self.backend:  # nothing but FSDP rounds as it does
                 self.shard(plain)
         policy = self.make_policy()
         optimizer = torch.optim.SGD(trainable_parameters(policy), lr=LR)
         name, _, device = self.strategy.partition(":")
-        config = ReferenceConfig(strategy=name, device=device or None)
+        source = "base" if self.policy == "base" else "policy"
+        config = ReferenceConfig(strategy=name, device=device or None, source=source)
         reference = None
         if self.when == "before":
             reference = build_reference(policy, config, accelerator)
@@ -99,7 +105,7 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
-        return Case(wrapped, reference, plain, step, reference.strategy != "adapter", self.folder, LR)
+        return Case(wrapped, reference, plain, step, reference.strategy != "adapter", self.folder, LR, start)
 
 
 def held_share(case: Case) -> float:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs, held_in_place, mix
 from refkl.reference.peft_layers import adapter_parameters, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.shape import BATCH_BYTES, Cost
@@ -54,6 +54,8 @@ class CloneReference(Reference):
             return "FSDP shards the policy's parameters, and a whole copy on each rank was not built for that."
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
+        if (why_not := held_in_place(request)) is not None:
+            return why_not
         if request.config.source != "policy":
             try:
                 source_folder(request)
@@ -189,11 +191,7 @@ class CloneReference(Reference):
                 stacklevel=4,
             )
         for own, theirs in pairs:
-            target = theirs.detach().to(device=own.device, dtype=own.dtype)
-            if alpha == 1.0 or not own.is_floating_point():
-                own.data.copy_(target)
-            else:
-                own.data.lerp_(target, alpha)
+            mix(own.data, theirs, alpha)
 
     def memory(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not."""

@@ -13,7 +13,6 @@ from math import prod
 from typing import Literal
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -165,9 +164,8 @@ def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) 
     """The shape of a policy, whole, sharded, or without memory on the meta device."""
     inner = unwrap(policy)
     tuned, constant = adapter_parameters(inner), adapter_buffers(inner)
-    added = tuned | constant | _copies(inner)
     inside = base_model(policy)
-    base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - added
+    base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - tuned - constant
     lookups = _lookups(inner)
     persistent = inner.state_dict(keep_vars=True)
     named = {id(t): (name, t) for name, t in (*inner.named_parameters(), *inner.named_buffers())}
@@ -200,21 +198,6 @@ def _ways(tensor: Tensor) -> int | None:
         pairs = enumerate(tensor.placements)
         return prod(tensor.device_mesh.size(i) for i, placement in pairs if isinstance(placement, Shard))
     return None
-
-
-def _copies(policy: nn.Module) -> set[int]:
-    """Parameters that PEFT holds beside the ones that they stand for (modules_to_save)."""
-    return {
-        id(parameter)
-        for module in policy.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for parameter in module.parameters()
-    } - {
-        id(parameter)
-        for module in policy.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for parameter in module.original_module.parameters()
-    }
 
 
 def _lookups(policy: nn.Module) -> set[int]:

@@ -3,6 +3,7 @@
 from refkl.scoring.find import find_head
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits
 from refkl.scoring.head import Head, HeadError
+from refkl.scoring.prompt import Prompt, learned_prompt, without_prompt
 from refkl.scoring.score import Against, Scored, score_model, score_tokens, scores_from
 
 __all__ = [
@@ -10,11 +11,14 @@ __all__ = [
     "Call",
     "Head",
     "HeadError",
+    "Prompt",
     "Scored",
     "ScoredLogits",
     "completion_logits",
     "find_head",
+    "learned_prompt",
     "score_model",
     "score_tokens",
     "scores_from",
+    "without_prompt",
 ]
