@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import Weight, evaluating, is_partitioned, unwrap, weights_of, whole
+from refkl.backend import Weight, evaluating, is_partitioned, reshard, unwrap, weights_of, whole
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised
 from refkl.reference.shape import Cost
@@ -107,6 +107,7 @@ class AdapterReference(Reference):
         return False
 
     def _weights(self) -> Iterator[Weight]:
+        reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
         return weights_of(self._policy, without=_adapter_tensors(self._policy))
 
     def check_movable(self, policy: nn.Module) -> None:
