@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from support import batch, llama, qwen2
 from torch import nn
 
@@ -74,10 +74,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a trained token row": (_trained_token_row, "trainable_tokens_delta.default differs"),
     "a trained module_to_save": (_trained_saved_module, r"modules_to_save\.default\.weight differs"),
     "no adapter": (llama, "no PEFT adapter"),
-    "prompt tuning": (
-        lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
-        "one active adapter that changes layers",
-    ),
 }
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from contract import CHECKS, Case, plain_copy
 from launching import accelerate_launch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from support import gpt2, llama
 from torch import Tensor, nn
 
 from refkl import STRATEGIES, ReferenceConfig, build_reference, freeze, trainable_parameters
+from refkl.scoring import learned_prompt
 
 OWN_LOOP = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0")
 
@@ -57,6 +58,8 @@ POLICIES: dict[str, tuple[str | ReferenceConfig, Callable[[], nn.Module]]] = {
     "clone offloaded in bf16": (OFFLOADED, lambda: llama(attention_dropout=0.5).bfloat16()),
     "adapter": ("adapter", _lora),
     "adapter IA3": ("adapter", lambda: _ia3()),
+    "adapter under a learned prompt": ("adapter", lambda: _prompt(PromptTuningConfig)),
+    "adapter under a learned prefix": ("adapter", lambda: _prompt(PrefixTuningConfig)),
     "adapter with gradient checkpointing": ("adapter", lambda: _checkpointing(_lora())),
     "swap": ("swap", lambda: llama(attention_dropout=0.5)),
     "swap of tied, partly frozen": ("swap", _partly_frozen),
@@ -87,13 +90,20 @@ def _ia3() -> nn.Module:
     return get_peft_model(llama(), config).eval()
 
 
+def _prompt(config: type[PromptLearningConfig]) -> nn.Module:
+    base = llama(attention_dropout=0.5)
+    return get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+
+
 def _checkpointing(policy: nn.Module) -> nn.Module:
     policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
 def _case(strategy: str | ReferenceConfig, policy: nn.Module, folder: Path) -> Case:
-    plain = plain_copy(policy)
+    plain, start = plain_copy(policy), None
+    if learned_prompt(policy) is not None:
+        plain, start = plain.get_base_model(), plain
     optimizer = torch.optim.SGD(trainable_parameters(policy), lr=0.05)
 
     def step(loss: Tensor) -> None:
@@ -104,7 +114,7 @@ def _case(strategy: str | ReferenceConfig, policy: nn.Module, folder: Path) -> C
     reference = build_reference(policy, strategy)
     kind = reference.config.quantize
     moves = reference.strategy != "adapter" and kind is None
-    return Case(policy, reference, plain, step, moves, folder, tolerance=TOLERANCES[kind])
+    return Case(policy, reference, plain, step, moves, folder, start=start, tolerance=TOLERANCES[kind])
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
@@ -130,6 +140,13 @@ MORE = [
     ("multi", "adapter", "fresh", "before", 0.0),
     ("multi", "shared_trunk", "upper", "before", 1.0),
     ("zero2", "shared_trunk", "upper", "after", 1.0),
+    ("multi", "adapter", "prompt", "after", 0.0),
+    ("multi", "adapter", "base", "before", 0.0),
+    ("zero2", "adapter", "prompt", "before", 0.0),
+    ("zero3", "adapter", "prompt", "after", 0.0),
+    ("zero3", "adapter", "base", "before", 0.0),
+    ("fsdp2", "adapter", "prompt", "before", 0.0),
+    ("fsdp2", "adapter", "base", "after", 0.0),
     ("zero2", "swap", "lora", "after", 1.0),
     ("zero2", "clone", "full", "after", 1.0),
     ("zero3", "swap", "full", "after", 0.5),

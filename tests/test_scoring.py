@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import tiny
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from support import MODELS, VOCABULARY, batch, gpt2, llama, scored
 from torch import nn
 
@@ -302,13 +302,6 @@ def test_lora_is_scored_as_its_merged_model_is():
     found = score_tokens(adapted, tokens).logp
     assert (found - base).abs().max() > 0.05
     torch.testing.assert_close(found, score_tokens(adapted.merge_and_unload(), tokens).logp, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
-def test_prompt_learning_adapters_are_refused(config):
-    model = get_peft_model(llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="cannot be scored yet"):
-        score_tokens(model, batch())
 
 
 # what the fused head cannot do is scored through the logits

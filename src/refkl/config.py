@@ -41,8 +41,10 @@ class ReferenceConfig:
     policy with a fresh adapter takes "adapter"; any other of which part trains "swap"; else ZeRO-3 takes "zero3", FSDP2
     "fsdp2" and all else "clone"."""
     source: str = "policy"
-    """"policy": the policy as it stands when the reference is built. "pretrained": the weights that the policy was
-    loaded from, also where it has been changed since. Anything else is a model folder to take weights from."""
+    """"policy": the policy as it stands when the reference is built; where a prompt is learned (prompt, prefix and
+    p-tuning) the bare base, since a new prompt changes the policy at once. "base": the bare base of a PEFT policy,
+    without its adapter, be that trained or not. "pretrained": the weights that the policy was loaded from, also where
+    it has been changed since. Anything else is a model folder to take weights from."""
     dtype: DtypeName | None = None
     """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
     device: str | None = None
@@ -71,7 +73,7 @@ class ReferenceConfig:
         if not self.strategy:
             raise ValueError("reference.strategy is empty: use 'auto' or the name of a strategy.")
         if not self.source:
-            raise ValueError("reference.source is empty: use 'policy', 'pretrained' or a model folder.")
+            raise ValueError("reference.source is empty: use 'policy', 'base', 'pretrained' or a model folder.")
         if self.cache == "":
             raise ValueError("reference.cache is empty: name a folder, or leave it out.")
 

@@ -17,7 +17,7 @@ from refkl.backend import dropout_rates, evaluating, full_shape, local_shard, na
 from refkl.kl import estimate
 from refkl.messages import size
 from refkl.reference import Reference, score_pair
-from refkl.scoring import score_tokens
+from refkl.scoring import learned_prompt, score_tokens
 from refkl.scoring.head import base_model
 from refkl.types import TokenBatch
 
@@ -190,6 +190,14 @@ def _step_zero(
     config = reference.config
     if config.source != "policy":
         return Finding(check, "note", found, f"reference.source is {config.source!r}: it is meant to be another model")
+    if (prompt := learned_prompt(policy)) is not None:
+        return Finding(
+            check,
+            "note",
+            found,
+            f"a learned prompt ({prompt.kind}) changes the policy from the start, and the reference is the bare base "
+            "without it: the KL begins here, and not at 0",
+        )
     if config.dtype is not None:
         return Finding(
             check, "note", found, f"reference.dtype is {config.dtype!r}: below this floor a KL shows rounding alone"

@@ -6,7 +6,8 @@ accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scr
 BACKEND: multi, zero2, zero3; launched as multi, fsdp2 (torch's fully_shard by hand) and fsdp2-accelerate, which
 accelerate does not run on a CPU unless it is told that this is none. A suffix -bf16 or -offload sets FSDP's policies.
 STRATEGY: a name in STRATEGIES, "auto", "NAME:DEVICE", "NAME:offload" or "NAME:QUANTIZE".
-POLICY: full, upper (all above a frozen layer), lora (trained before), fresh (a new LoRA).
+POLICY: full, upper (all above a frozen layer), lora (trained before), fresh (a new LoRA), base (as lora, with
+reference.source "base"), prompt (tuning, trained before).
 WHEN: before, after (accelerator.prepare).
 FOLDER has the model that the policy starts from.
 """
@@ -25,7 +26,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from contract import CHECKS, Case, plain_copy
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
@@ -53,7 +54,9 @@ class Run:
         if self.policy in ("full", "upper"):
             freeze(base, [] if self.policy == "full" else ["model.embed_tokens", "model.layers.0"])
             return base
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        config: PeftConfig = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        if self.policy == "prompt":
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         torch.manual_seed(0)
         model = get_peft_model(base, config)
         if self.policy == "fresh":
@@ -61,7 +64,7 @@ class Run:
         with _gathered(model):
             torch.manual_seed(1)
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
+                if "lora_" in name or "prompt_encoder" in name:
                     nn.init.normal_(parameter, std=0.5)
         return model.eval()
 
@@ -77,7 +80,9 @@ class Run:
 
     def make_case(self, accelerator: Accelerator) -> Case:
         with _not_partitioned(self.backend):
-            plain = plain_copy(self.make_policy())
+            plain, start = plain_copy(self.make_policy()), None
+            if self.policy in ("base", "prompt"):
+                plain, start = LlamaForCausalLM.from_pretrained(self.folder / "model").requires_grad_(False), plain
             if "bf16" in self.backend:  # nothing but FSDP rounds as it does
                 self.shard(plain)
         policy = self.make_policy()
@@ -88,7 +93,8 @@ class Run:
             options = {"offload": True}
         elif option in FORMATS:
             options = {"quantize": option, "max_kl_floor": 1.0}
-        config = ReferenceConfig(strategy=name, **options)
+        source = "base" if self.policy == "base" else "policy"
+        config = ReferenceConfig(strategy=name, source=source, **options)
         reference = None
         if self.when == "before":
             reference = build_reference(policy, config, accelerator)
@@ -107,10 +113,10 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
-        moves = reference.strategy != "adapter" and option not in FORMATS
-        return Case(
-            wrapped, reference, plain, step, moves, self.folder, LR, tolerance=0.1 if option in FORMATS else 0.0
-        )
+        rounded = option in FORMATS
+        moves = reference.strategy != "adapter" and not rounded
+        rounding = 0.1 if rounded else 0.0
+        return Case(wrapped, reference, plain, step, moves, self.folder, LR, start, rounding)
 
 
 def held_share(case: Case) -> float:

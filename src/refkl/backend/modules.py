@@ -14,7 +14,7 @@ _OUTER_PREFIX = re.compile(r"^(?:module\.)+")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 # Where LoRA adapts two parameters of one module, the adapter of one is inside the other's base_layer: its name stays.
-_PEFT_INNER = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)(?!(?:\.base_layer)*\.lora_)")
+_PEFT_INNER = re.compile(r"\.(?:(?:token_adapter\.)?base_layer|original_module)(?=\.|$)(?!(?:\.base_layer)*\.lora_)")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -35,19 +35,24 @@ def is_engine(model: nn.Module) -> bool:
     return any(t.__name__ == "DeepSpeedEngine" and t.__module__.startswith("deepspeed.") for t in type(model).__mro__)
 
 
-def canonical_name(name: str) -> str:
-    """A parameter's name as the bare model has it: without wrappers' and PEFT's additions."""
-    return _PEFT_INNER.sub("", _PEFT_PREFIX.sub("", _OUTER_PREFIX.sub("", _WRAPPERS.sub("", name))))
+def canonical_name(name: str, *, prompt: bool = False) -> str:
+    """A parameter's name as the bare model has it: without wrappers' and PEFT's additions.
+
+    `prompt`: PEFT holds a learned prompt beside the model, and so the model one level higher than under an adapter.
+    """
+    outer = _OUTER_PREFIX.sub("", _WRAPPERS.sub("", name))
+    return _PEFT_INNER.sub("", outer.removeprefix("base_model.") if prompt else _PEFT_PREFIX.sub("", outer))
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, then persistent buffers, with canonical names; tied ones once."""
     seen: set[int] = set()
+    prompt = "prompt_encoder" in unwrap(model)._modules
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)):
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield canonical_name(name), tensor
+            yield canonical_name(name, prompt=prompt), tensor
 
 
 @contextmanager

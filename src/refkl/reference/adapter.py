@@ -1,8 +1,9 @@
 """`adapter`: the PEFT policy itself, with its adapter switched off. Adds nothing.
 
-Right only where off is the policy as it stood when the reference was built: a fresh adapter that trains alone.
-`disable_adapter()` does not give that back for a trained adapter, for one whose making changed the base (PiSSA, OLoRA,
-CorDA, LoftQ, LoRA-GA), with `bias="all"`, with base parameters unfrozen by hand, or on a merged model.
+Where the reference is to be the policy as it stood when built, right for a fresh adapter alone. Where it is to be the
+bare base (reference.source "base"; a learned prompt, of which no state leaves the policy as it is), right for a trained
+one too. `disable_adapter()` gives back neither if making the adapter changed the base (PiSSA, OLoRA, CorDA, LoftQ,
+LoRA-GA), with `bias="all"`, with base parameters unfrozen by hand, or on a merged model.
 """
 
 from __future__ import annotations
@@ -11,18 +12,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import Weight, evaluating, is_partitioned, unwrap, weights_of, whole
+from refkl.backend import Weight, evaluating, is_partitioned, reshard, unwrap, weights_of, whole
 from refkl.reference.base import BuildRequest, Reference
-from refkl.reference.peft_layers import quantised
+from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised
 from refkl.reference.shape import Cost
-from refkl.scoring import Head, find_head
+from refkl.scoring import Head, find_head, learned_prompt, without_prompt
+
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights that take out of the base what they put into the adapter."""
+_LEAVES_THE_BASE = {
+    "ADALORA", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA",
+    "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF",
+    "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHIRA",
+    "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+"""Kinds of adapter that give back the base bit for bit when they are off, however they were trained: each is tested. Of
+another kind only a fresh one is taken, after a look at values."""
+_FROM_DISK = "Set reference.source to 'pretrained' for the weights that the policy was loaded from."
 
 
 class AdapterReference(Reference):
@@ -33,7 +46,9 @@ class AdapterReference(Reference):
     def __init__(self, request: BuildRequest, reason: str) -> None:
         inner = unwrap(request.policy)
         assert isinstance(inner, PeftModel)
-        super().__init__(request, reason, "the policy's base, under its fresh adapter" + quantised(inner))
+        self._bare = _is_bare(request)
+        source = "bare base, without its adapter" if self._bare else "base, under its fresh adapter"
+        super().__init__(request, reason, f"the policy's {source}" + quantised(inner))
         self._policy: PeftModel = inner
 
     @classmethod
@@ -44,7 +59,7 @@ class AdapterReference(Reference):
         if request.backend.name == "fsdp1":
             return "FSDP1 flattens adapter and base into one parameter. Use FSDP2."
         config = request.config
-        if config.source != "policy":
+        if config.source not in ("policy", "base"):
             return f"it holds the policy's own base, and reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
             return "it shares the policy's weights, so reference.dtype and reference.device cannot be set."
@@ -52,6 +67,8 @@ class AdapterReference(Reference):
             return "it has no weights of its own for reference.offload to keep in host memory."
         if config.quantize is not None:
             return "it shares the policy's weights, so reference.quantize cannot be set."
+        if _is_bare(request):
+            return _not_provably_bare(policy, fresh=request.planned)
         return _not_provably_off(policy, fresh=request.planned)
 
     @classmethod
@@ -61,6 +78,13 @@ class AdapterReference(Reference):
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
+        if (prompt := learned_prompt(request.policy)) is not None:
+            return (
+                f"the policy's adapter is a learned prompt ({prompt.kind}), which changes the policy from the start, "
+                "so the reference is the bare base, without it, and adds no memory"
+            )
+        if request.config.source == "base":
+            return "reference.source asks for the bare base, which is the policy with its adapter off: adds no memory"
         return "the policy's adapter is fresh and trains alone, so switched off it is the reference and adds no memory"
 
     @classmethod
@@ -87,9 +111,15 @@ class AdapterReference(Reference):
         return False
 
     def _weights(self) -> Iterator[Weight]:
+        reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
         return weights_of(self._policy, without=_adapter_tensors(self._policy))
 
     def check_movable(self, policy: nn.Module) -> None:
+        if self._bare:
+            raise ValueError(
+                "strategy 'adapter' cannot move: its reference is the policy's bare base, which stays what it is. "
+                "Leave the sync out, or use another reference.source."
+            )
         raise ValueError(
             "strategy 'adapter' cannot move: its reference is the base that the policy shares. Use reference.strategy "
             "'clone' (which copies the adapter alone) for a run with sync."
@@ -99,13 +129,39 @@ class AdapterReference(Reference):
         self.check_movable(policy)
 
 
+def _is_bare(request: BuildRequest) -> bool:
+    """Whether the reference is the base under the adapter, whatever that has been trained to."""
+    return request.config.source == "base" or learned_prompt(request.policy) is not None
+
+
+def _not_provably_bare(policy: PeftModel, *, fresh: bool) -> str | None:
+    """A sentence unless off is the base as it was loaded; `fresh`: known to be a new adapter."""
+    changes = map(_changes_base, policy.peft_config.values())
+    why_not = _merged(policy) or next(filter(None, changes), None) or _base_trains(policy)
+    kind = policy.active_peft_config.peft_type.value
+    known = fresh or kind in _LEAVES_THE_BASE
+    if why_not is None and not known and _not_fresh(policy) is not None:
+        why_not = f"whether {kind} leaves the base as it was loaded is not known."
+    return None if why_not is None else f"{why_not} {_FROM_DISK}"
+
+
+def _changes_base(config: PeftConfig) -> str | None:
+    """A sentence if an adapter of this configuration changes the base, when it is made or trained."""
+    options = config.to_dict()
+    # PiSSA's may have a number of iterations at its end.
+    if str(options.get("init_lora_weights")).lower().startswith(_CHANGES_THE_BASE):
+        return f"making the adapter changed the base (init_lora_weights={options['init_lora_weights']!r})."
+    if options.get("layer_replication"):
+        return "making the adapter changed the base (layer_replication)."
+    if options.get("bias", "none") != "none":
+        return f"the adapter's bias={options['bias']!r} trains the base's own biases, and so changed the base."
+    return None
+
+
 def _not_provably_off(policy: PeftModel, *, fresh: bool) -> str | None:
     """A sentence unless off is the policy as it stands; `fresh`: known to be so, without a look at values."""
-    if len(policy.active_adapters) != 1 or policy.active_peft_config.is_prompt_learning:
-        return (
-            f"it needs exactly one active adapter that changes layers, and found {policy.active_adapters} of type "
-            f"{policy.active_peft_config.peft_type.value}."
-        )
+    if len(policy.active_adapters) != 1:
+        return f"it needs exactly one active adapter, and found {policy.active_adapters}."
     if why_not := _merged(policy):
         return why_not
     adapter = _adapter_tensors(policy)
@@ -121,7 +177,7 @@ def _switched_off(policy: PeftModel) -> Iterator[None]:
     user froze in the adapter would train afterwards."""
     trains = [(p, p.requires_grad) for p in policy.parameters()]
     try:
-        with policy.disable_adapter():
+        with without_prompt(policy) if learned_prompt(policy) is not None else policy.disable_adapter():
             yield
     finally:
         for parameter, flag in trains:
@@ -144,17 +200,7 @@ def _merged(policy: PeftModel) -> str | None:
 
 def _adapter_tensors(policy: PeftModel) -> set[int]:
     """ids of all tensors that belong to an adapter."""
-    owned: set[int] = set()
-    for module in policy.modules():
-        if isinstance(module, BaseTunerLayer):
-            for name in (*module.adapter_layer_names, *module.other_param_names):
-                part = getattr(module, name, None)  # not every layer of a tuner has all of them
-                if isinstance(part, nn.Module | nn.ParameterDict):
-                    owned.update(id(t) for t in (*part.parameters(), *part.buffers()))
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            base = {id(t) for t in module.original_module.parameters()}
-            owned.update(id(t) for t in module.parameters() if id(t) not in base)
-    return owned
+    return adapter_parameters(policy) | adapter_buffers(policy)
 
 
 def _not_fresh(policy: PeftModel) -> str | None:

@@ -20,7 +20,7 @@ from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
 from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
-from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
+from refkl.scoring import Head, ScoredLogits, completion_logits, learned_prompt, score_model
 from refkl.types import KLFloor, MemoryReport, TokenBatch, TokenScores
 from refkl.versions import library_versions
 
@@ -455,6 +455,27 @@ def bytes_offloaded(weights: Iterable[torch.Tensor], rest: Iterable[torch.Tensor
     """Bytes of weights that wait in host memory, and of what stays on the device, also where the device is a CPU."""
     cpu = torch.device("cpu")
     return MemoryReport(host=bytes_held(weights, cpu).total, device=bytes_held(rest, cpu).total)
+
+
+def held_in_place(request: BuildRequest) -> str | None:
+    """A sentence for a strategy that makes a copy, where the reference is the policy's bare base, which needs none."""
+    if request.config.source == "base":
+        return "reference.source is 'base': the policy holds that itself, and strategy 'adapter' needs no copy of it."
+    if request.config.source == "policy" and (prompt := learned_prompt(request.policy)) is not None:
+        return (
+            f"a learned prompt ({prompt.kind}) is no part of the reference, which is the bare base without it: the "
+            "policy holds that itself, and strategy 'adapter' needs no copy of it."
+        )
+    return None
+
+
+def mix(own: torch.Tensor, theirs: torch.Tensor, alpha: float) -> None:
+    """own <- (1 - alpha) own + alpha theirs, in place. At 1, and for integers, it is a copy: to the bit."""
+    theirs = theirs.detach().to(device=own.device, dtype=own.dtype)
+    if alpha == 1.0 or not own.is_floating_point():
+        own.copy_(theirs)
+    else:
+        own.lerp_(theirs, alpha)
 
 
 def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:

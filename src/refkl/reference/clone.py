@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs, held_in_place, mix
 from refkl.reference.copying import foreign_forward, frozen_copy
 from refkl.reference.floor import Gauge
 from refkl.reference.peft_layers import quantised
@@ -71,6 +71,8 @@ class CloneReference(Reference):
             return "FSDP shards the policy's parameters, and a whole copy on each rank was not built for that."
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
+        if (why_not := held_in_place(request)) is not None:
+            return why_not
         if request.config.offload and (request.config.device, request.config.quantize) != (None, None):
             return (
                 "reference.offload runs a copy in full precision on the policy's device, so reference.device and "
@@ -318,11 +320,7 @@ class CloneReference(Reference):
                 stacklevel=4,
             )
         for own, theirs in pairs:
-            target = theirs.detach().to(device=own.device, dtype=own.dtype)
-            if alpha == 1.0 or not own.is_floating_point():
-                own.data.copy_(target)
-            else:
-                own.data.lerp_(target, alpha)
+            mix(own.data, theirs, alpha)
 
     def memory(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not; a model that was loaded to be quantised

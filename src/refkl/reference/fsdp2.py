@@ -19,7 +19,7 @@ from torch import nn
 from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
 from refkl.backend import weights_of as shards_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs, held_in_place, mix
 from refkl.reference.copying import foreign_forward, frozen_copy, replaced_forward
 from refkl.reference.shape import Cost
 from refkl.types import MemoryReport
@@ -41,6 +41,8 @@ class FSDP2Reference(Reference):
         policy, config = unwrap(request.policy), request.config
         if request.backend.name != "fsdp2":
             return f"it is sharded by FSDP2, and this is {request.backend}."
+        if (why_not := held_in_place(request)) is not None:
+            return why_not
         if config.source != "policy":
             return f"it is filled from the policy, and reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
@@ -143,11 +145,7 @@ class FSDP2Reference(Reference):
     def _move(self, policy: nn.Module, alpha: float) -> None:
         """Shard by shard on each rank: nothing is gathered or sent."""
         for own, theirs in self._pairs(policy):
-            target = theirs.local.to(device=own.local.device, dtype=own.local.dtype)
-            if alpha == 1.0 or not own.local.is_floating_point():
-                own.local.copy_(target)
-            else:
-                own.local.lerp_(target, alpha)
+            mix(own.local, theirs.local, alpha)
 
     def memory(self) -> MemoryReport:
         """Bytes of this rank's shards."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 
 def adapter_parameters(policy: nn.Module) -> set[int]:
     """ids of the adapters' parameters, trained or not: AdaLoRA changes those that hold its ranks."""
-    return {id(parameter) for part in _adapter_parts(policy) for parameter in part.parameters()}
+    copies = (module.modules_to_save for module in policy.modules() if isinstance(module, ModulesToSaveWrapper))
+    return {id(parameter) for part in (*_adapter_parts(policy), *copies) for parameter in part.parameters()}
 
 
 def adapter_buffers(policy: nn.Module) -> set[int]:
@@ -21,10 +22,12 @@ def adapter_buffers(policy: nn.Module) -> set[int]:
 
 
 def _adapter_parts(policy: nn.Module) -> Iterator[nn.Module]:
-    """What an adapted layer has beside the layer that it adapts."""
+    """What an adapted layer has beside the layer that it adapts; and learned prompts."""
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer):
             yield from (part for name, part in module.named_children() if name != "base_layer")
+        elif isinstance(module, PeftModel) and "prompt_encoder" in module._modules:
+            yield module.prompt_encoder
 
 
 def switches(policy: nn.Module) -> dict[str, str]:

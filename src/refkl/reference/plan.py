@@ -18,6 +18,7 @@ from refkl.reference.fsdp2 import FSDP2Reference
 from refkl.reference.shared_trunk import SharedTrunkReference
 from refkl.reference.swap import SwapReference
 from refkl.reference.zero3 import Zero3Reference
+from refkl.scoring import learned_prompt
 from refkl.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def build_reference(
     *,
     calibration: TokenBatch | Iterable[TokenBatch] | None = None,
 ) -> Reference:
-    """Hold a reference for `policy`: by default, the policy as it stands now.
+    """Hold a reference for `policy`: by default, the policy as it stands now; the bare base under a learned prompt.
 
     Args:
         policy: a causal language model, before or after `accelerator.prepare`.
@@ -77,7 +78,7 @@ def build_reference(
     if calibration is not None and config.quantize is None:
         raise ValueError("calibration measures what quantising does, and reference.quantize is not set. Leave it out.")
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
-    _check_adapter_trains(request)
+    _check_source(request)
     if config.strategy != "auto":
         if config.strategy not in STRATEGIES:
             raise unknown("strategy", config.strategy, [*STRATEGIES, "auto"])
@@ -112,15 +113,21 @@ def _cheapest(names: list[str], request: BuildRequest) -> str:
     return min(names, key=lambda name: (costs[name].device, costs[name].host))
 
 
-def _check_adapter_trains(request: BuildRequest) -> None:
-    inner = unwrap(request.policy)
-    if request.config.source != "policy" or not isinstance(inner, PeftModel):
+def _check_source(request: BuildRequest) -> None:
+    inner, source = unwrap(request.policy), request.config.source
+    if source == "base" and not isinstance(inner, PeftModel):
+        raise ValueError(
+            f"reference.source 'base' is the bare model under a PEFT adapter, and the policy is a "
+            f"{type(inner).__name__} without one. Use 'policy' for the policy as it stands, or 'pretrained' for the "
+            "weights that it was loaded from."
+        )
+    if source != "policy" or not isinstance(inner, PeftModel) or learned_prompt(inner) is not None:
         return
     if not any(p.requires_grad for p in inner.parameters()):
         raise ValueError(
             "The policy is a PEFT model of which nothing trains, so it would stay its own reference: its adapter was "
             "loaded with is_trainable=False, or frozen. Load it with is_trainable=True, or set reference.source to the "
-            "model to compare with."
+            "model to compare with: 'base', or a folder."
         )
 
 

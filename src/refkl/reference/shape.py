@@ -13,7 +13,6 @@ from math import prod
 from typing import Literal
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -183,7 +182,7 @@ def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) 
     inner = unwrap(policy)
     tuned, constant = adapter_parameters(inner), adapter_buffers(inner)
     inside = base_model(policy)
-    base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - added_by_peft(inner)
+    base = {id(t) for t in (*inside.parameters(), *inside.buffers())} - tuned - constant
     lookups = _lookups(inner)
     linear = {id(layer.weight): matrix_shape(layer) for _, layer in linear_layers(policy)}
     persistent = inner.state_dict(keep_vars=True)
@@ -222,22 +221,7 @@ def _ways(tensor: Tensor) -> int | None:
 
 def added_by_peft(policy: nn.Module) -> set[int]:
     """ids of the tensors that the model inside PEFT would not have without it."""
-    return adapter_parameters(policy) | adapter_buffers(policy) | _copies(policy)
-
-
-def _copies(policy: nn.Module) -> set[int]:
-    """Parameters that PEFT holds beside the ones that they stand for (modules_to_save)."""
-    return {
-        id(parameter)
-        for module in policy.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for parameter in module.parameters()
-    } - {
-        id(parameter)
-        for module in policy.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for parameter in module.original_module.parameters()
-    }
+    return adapter_parameters(policy) | adapter_buffers(policy)
 
 
 def _lookups(policy: nn.Module) -> set[int]:

@@ -28,7 +28,7 @@ from refkl.backend import (
 from refkl.backend.zero import release
 from refkl.config import ReferenceConfig
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs, held_in_place, mix
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
 from refkl.reference.shape import Cost
 from refkl.scoring import Head, find_head
@@ -57,6 +57,8 @@ class SwapReference(Reference):
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
         policy, config = unwrap(request.policy), request.config
+        if (why_not := held_in_place(request)) is not None:
+            return why_not
         if config.source != "policy":
             return f"it holds what the policy was when built, and reference.source asks for {config.source!r}."
         if config.dtype is not None:
@@ -70,8 +72,6 @@ class SwapReference(Reference):
             )
         if request.backend.name == "fsdp1":
             return "FSDP1 flattens parameters of which some train and some do not. Use FSDP2."
-        if isinstance(policy, PeftModel) and policy.active_peft_config.is_prompt_learning:
-            return "a learned prompt is no part of the model: the reference is the base, without it."
         trained = [p for p in policy.parameters() if p.requires_grad]
         if not trained:
             return "nothing of the policy trains" + (
@@ -200,11 +200,7 @@ class SwapReference(Reference):
         """Part by part on each rank, on the host if that is where the snapshot is: nothing is gathered or sent."""
         reshard(unwrap(policy))
         for own, theirs in self._pairs(policy):
-            target = theirs.detach().to(device=own.device, dtype=own.dtype)
-            if alpha == 1.0 or not own.is_floating_point():
-                own.copy_(target)
-            else:
-                own.lerp_(target, alpha)
+            mix(own, theirs, alpha)
 
     def memory(self) -> MemoryReport:
         """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""

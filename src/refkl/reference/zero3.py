@@ -26,7 +26,7 @@ from refkl.backend.zero import (
     transformers_zero3,
 )
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs
+from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs, held_in_place, mix
 from refkl.reference.copying import replaced_forward
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.shape import Cost
@@ -58,10 +58,12 @@ class Zero3Reference(Reference):
                 "DeepSpeed partitions numbers of the run's dtype: reference.quantize cannot be set. Leave it out, or "
                 "run under ZeRO-2 with 'clone'."
             )
+        if (why_not := held_in_place(request)) is not None:
+            return why_not
         if request.config.source == "policy" and base_model(request.policy) is not unwrap(request.policy):
             return (
                 "the policy has a PEFT adapter, whose base does not train: a copy of it would be one too many. Set "
-                "reference.source to 'pretrained' to compare with the base without the adapter."
+                "reference.source to 'base' to compare with the base without the adapter."
             )
         if request.config.source == "policy":
             return replaced_forward(unwrap(request.policy))
@@ -151,11 +153,7 @@ class Zero3Reference(Reference):
         for own, theirs in pairs:
             shard, layout = local_shard(own), layout_of(own)
             target = local_shard(theirs) if is_partitioned(theirs) == is_partitioned(own) else layout.cut(theirs)
-            target = target.detach().to(device=shard.device, dtype=shard.dtype)
-            if alpha == 1.0 or not shard.is_floating_point():
-                shard.copy_(target)
-            else:
-                shard.lerp_(target, alpha)
+            mix(shard, target, alpha)
 
     def memory(self) -> MemoryReport:
         """Bytes of this rank's partitions, and of anything that a forward left gathered."""

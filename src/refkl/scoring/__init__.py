@@ -3,6 +3,7 @@
 from refkl.scoring.find import find_head
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits
 from refkl.scoring.head import Head, HeadError, decoder_layers
+from refkl.scoring.prompt import Prompt, learned_prompt, without_prompt
 from refkl.scoring.score import Against, Scored, score_model, score_tokens, scores_from
 
 __all__ = [
@@ -10,12 +11,15 @@ __all__ = [
     "Call",
     "Head",
     "HeadError",
+    "Prompt",
     "Scored",
     "ScoredLogits",
     "completion_logits",
     "decoder_layers",
     "find_head",
+    "learned_prompt",
     "score_model",
     "score_tokens",
     "scores_from",
+    "without_prompt",
 ]

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from refkl.backend import evaluating, full_shape, is_partitioned
 from refkl.scoring.head import FOUND, Head, HeadError, at_least_fp32, base_model, close, mapped, not_called
+from refkl.scoring.prompt import without_prompt
 from refkl.scoring.redirect import check_forward, replaced
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, in
         torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"),
         torch.no_grad(),
         evaluating(model),
+        without_prompt(model),
         replaced(module, forward, lambda result: result),
     ):
         try:

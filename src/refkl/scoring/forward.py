@@ -12,11 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from refkl.backend import unwrap
 from refkl.scoring.head import base_model
+from refkl.scoring.prompt import OF_PROMPTS, active_prompt, learned_prompt
 from refkl.types import TokenBatch
 
 
@@ -29,6 +28,24 @@ class Call:
     """[K] where in [0, T) the predicted tokens are."""
     inputs: dict[str, Any]
     """Keyword arguments for the model's forward."""
+    ahead: int = 0
+    """Positions that the model's output has before those of the batch: a learned prompt's."""
+    positions: Tensor | None = None
+    """[B, ahead + T] position ids for the model inside PEFT, which drops those that it is given; None for none."""
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the model, once, as it is wrapped."""
+        if self.positions is None:
+            return model(**self.inputs)
+
+        def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "position_ids": self.positions}
+
+        hook = base_model(model).register_forward_pre_hook(place, with_kwargs=True)
+        try:
+            return model(**self.inputs)
+        finally:
+            hook.remove()
 
     @property
     def targets(self) -> Tensor:
@@ -44,12 +61,13 @@ class Call:
         """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all."""
         if values.shape[1] == self.columns.numel():
             return values
-        if values.shape[1] != self.batch.input_ids.shape[1]:
+        if values.shape[1] != self.ahead + self.batch.input_ids.shape[1]:
             raise ValueError(
-                f"The model gave {values.shape[1]} positions for {self.batch.input_ids.shape[1]} tokens. Adapters that "
-                "add tokens of their own (prompt learning: prefix, prompt and p-tuning) cannot be scored yet."
+                f"The model gave {values.shape[1]} positions for {self.batch.input_ids.shape[1]} tokens"
+                + (f" and {self.ahead} virtual ones" if self.ahead else "")
+                + ": which of them predict which tokens is not known, so it cannot be scored."
             )
-        return values[:, self.columns - 1]
+        return values[:, self.columns - 1 + self.ahead]
 
     def spread(self, values: Tensor) -> Tensor:
         """[B, K, …] back to [B, T, …], 0.0 where nothing is scored."""
@@ -81,14 +99,9 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
         forward: further arguments for the model's forward.
 
     Raises:
-        ValueError: the batch has position ids and the model takes none; a prompt-learning adapter.
+        ValueError: the batch has position ids and the model takes none; a learned prompt that would be dropped, or that
+            leaves no place for one of the model_inputs.
     """
-    inner = unwrap(model)
-    if isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{type(inner.active_peft_config).__name__} is a prompt-learning adapter: it adds tokens of its own, and "
-            "cannot be scored yet."
-        )
     base = base_model(model)
     # mypy holds the instances' __hash__ against the class.
     accepted = _forward_parameters(type(base))  # type: ignore[arg-type]
@@ -96,14 +109,23 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
     columns = batch.completion_mask.any(0).nonzero()[:, 0]
     if not columns.numel():
         columns = torch.tensor([min(1, batch.input_ids.shape[1] - 1)], device=batch.input_ids.device)
+    prompt = active_prompt(model)
+    ahead = 0 if prompt is None else prompt.ahead
+    if prompt is not None:
+        prompt.check(base, batch)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = columns - 1
-    if (position_ids := _positions(batch, accepted, base)) is not None:
+        inputs["logits_to_keep"] = columns - 1 + ahead
+    position_ids = _positions(batch, accepted, base)
+    if position_ids is not None and prompt is None:
         inputs["position_ids"] = position_ids
-    return Call(batch, columns, {**inputs, **batch.model_inputs, **forward})
+    given = dict(batch.model_inputs)
+    if prompt is None and learned_prompt(model) is not None:
+        given.pop(OF_PROMPTS, None)  # the prompt is off, and without it the model would get them
+    inside = None if position_ids is None or prompt is None else prompt.positions(position_ids)
+    return Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
 
 
 def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
@@ -123,7 +145,7 @@ def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = Fal
     captured: list[Tensor] = []
     hook = _capture_head_input(base_model(model), captured) if hidden else None
     try:
-        outputs = model(**call.inputs)
+        outputs = call.run(model)
     finally:
         if hook is not None:
             hook.remove()
@@ -142,7 +164,8 @@ def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> 
         if "position_ids" not in accepted:
             raise ValueError(f"The batch has position_ids, but {type(base).__name__} takes none.")
         return batch.position_ids
-    media = any(isinstance(x, Tensor) and x.shape != batch.input_ids.shape for x in batch.model_inputs.values())
+    given = [x for name, x in batch.model_inputs.items() if name != OF_PROMPTS]
+    media = any(isinstance(x, Tensor) and x.shape != batch.input_ids.shape for x in given)
     if "position_ids" not in accepted or media:
         return None  # with images and the like, models count positions in their own way
     return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -141,7 +141,7 @@ def _redirected(model: nn.Module, head: Head, call: Call, wanted: _Wanted) -> Sc
 
     try:
         with redirected(head, fused) as redirect:
-            outputs = model(**call.inputs)
+            outputs = call.run(model)
         found = redirect.stats(outputs)
     except HeadError as error:
         distrust(model, head.module, error)
