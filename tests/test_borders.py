@@ -25,7 +25,7 @@ LAYERS = {
     "guards": {"types", "kl", "messages", "backend", "scoring", "reference"},
     "sync": {"config", "reference"},
     "trl": {"types", "config", "backend", "freeze", "guards", "penalty", "scoring", "reference", "sync"},
-    "planner": {"config", "messages", "backend", "reference"},
+    "planner": {"config", "freeze", "messages", "backend", "reference"},
     "demo": set(),
     "cli": {"config", "messages", "freeze", "guards", "types", "backend", "planner", "trl", "versions", "__init__"},
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from launching import accelerate_launch
 from peft import LoraConfig, get_peft_model
@@ -275,3 +276,29 @@ def test_a_training_looks_at_its_reference(tmp_path: Path, monkeypatch: pytest.M
 
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is another"):
         _trainer(policy, tmp_path, writes).train()
+
+
+def test_the_first_kl_of_a_training_is_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A policy that was changed after its reference was built is told of; clean runs, and another source, are not."""
+    transformers.utils.logging.enable_propagation()
+
+    def said(policy: nn.Module, change: Callable[[], None] | None = None, **more: Any) -> bool:
+        caplog.clear()
+        trainer = _trainer(policy, tmp_path, lambda completions, **columns: [1.0] * len(completions), **more)
+        if change is not None:
+            change()
+        trainer.train()
+        return "the policy has not trained yet" in caplog.text
+
+    def nudge() -> None:
+        with torch.no_grad():
+            changed.model.layers[0].mlp.up_proj.weight.add_(0.1)
+
+    changed = llama()
+    assert said(changed, nudge)
+    assert not said(llama())
+    assert not said(lora(llama()))
+    assert not said(llama(attention_dropout=0.5))
+    other = llama()
+    other.save_pretrained(tmp_path / "other")
+    assert not said(llama(), reference=ReferenceConfig(source=str(tmp_path / "other")))

@@ -96,7 +96,11 @@ def test_options_by_hand() -> None:
     swapped = row(found, "swap", "device=cpu").cost
     # Through the bus four times: in and out, there and back. The largest tensor is on the device for a moment.
     assert (swapped.device, swapped.host, swapped.moved) == (0, 2 * N, 8 * N)
-    assert swapped.scoring == 2 * EMBEDDING and row(found, "swap").cost.scoring == 0
+    assert swapped.scoring == 2 * EMBEDDING
+    # More than a tenth of 80 GiB is kept there anyway; of a larger device it is beside the policy.
+    assert row(found, "swap").cost == swapped
+    beside = row(plan(seq_len=1024, memory=200 * 2**30), "swap").cost
+    assert (beside.device, beside.host, beside.moved, beside.scoring) == (2 * N, 0, 0, 0)
     assert row(found, "swap", "offload=true").cost == swapped
     streamed = row(found, "clone", "offload=true").cost
     # The embedding and the first layer are the largest neighbours; the rotary frequencies stay on the device.
@@ -182,6 +186,51 @@ def test_a_strategy_of_ones_own_is_planned_too(monkeypatch: pytest.MonkeyPatch) 
 
 def lora(policy: Any) -> nn.Module:
     return get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+
+
+def test_frozen_lower_layers_by_hand() -> None:
+    """Half of the layers and the embedding do not train: they are shared, and in shared_trunk run once."""
+    below = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(16))]
+    found = plan(seq_len=1024, freeze=below, memory=200 * 2**30)
+    trained = N - EMBEDDING - 16 * LAYER
+    assert (found.parameters, found.trained) == (N, trained)
+    assert [t.bytes for t in found.terms[1:3]] == [2 * trained, 12 * trained]
+    trunk, clone, swap = (row(found, name).cost for name in ("shared_trunk", "clone", "swap"))
+    assert trunk.device == clone.device == 2 * trained + ROTARY and swap.device == 2 * trained
+    norms = 16 * 2 * 4096
+    assert clone.flops - trunk.flops == 2 * 1024 * (16 * LAYER - norms) + 2 * 1024 * 16 * 1024 * 4096
+    assert found.auto.strategy == "swap" and "shared_trunk" in plan(seq_len=1024).refused
+    with pytest.raises(ValueError, match="matches no parameter"):
+        plan(freeze=["model.layer.0"])
+    with pytest.raises(ValueError, match="--freeze is for full fine-tuning"):
+        plan("lora", freeze=below)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [("small", "float32"), ("large", "bfloat16")])
+@pytest.mark.parametrize("family", SIZES)
+def test_predicted_bytes_over_frozen_layers_are_what_is_counted(family: str, size: str, dtype: Any) -> None:
+    below = {"llama": ["model.embed_tokens", "model.layers.0"], "gpt2": ["transformer.wte", "transformer.wpe",
+             "transformer.h.0"]}[family]  # fmt: skip
+    policy: nn.Module = MODELS[family](**SIZES[family][size])
+    kept = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+    policy.to(getattr(torch, dtype))
+    for name, buffer in policy.named_buffers():
+        buffer.data = kept[name]
+    del kept
+    refkl.freeze(policy, below)
+    found = plan(model=policy.config, dtype=dtype, freeze=below)
+    build_reference(warm := llama(), "clone").score(batch())
+    del warm
+    with counting(policy) as count:
+        for strategy in ("shared_trunk", "clone", "swap"):
+            predicted = row(found, strategy).cost
+            reference = build_reference(policy, strategy)
+            refkl.score_pair(policy, reference, batch())
+            counted = count()
+            assert predicted.total == pytest.approx(counted, rel=0.05)
+            assert reference.memory().total == pytest.approx(counted, rel=0.05)
+            del reference
+            assert count() == 0
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

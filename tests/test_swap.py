@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, Qwen3MoeConfig, Q
 
 from refkl import ReferenceConfig, build_reference, score_pair, score_tokens, trainable_parameters
 from refkl import kl as kls
-from refkl.backend import named_weights
+from refkl.backend import Backend, named_weights
+from refkl.reference import BuildRequest, SwapReference
 
 HOST = ReferenceConfig(strategy="swap", device="cpu")
 
@@ -400,3 +402,18 @@ def test_kl_is_zero_at_step_zero_and_its_gradient_too() -> None:
     loss = kls.estimate(pair.policy.logp, pair.reference.logp, "k3").sum()
     assert loss.item() == 0.0
     assert all(not g.any() for g in torch.autograd.grad(loss, trainable_parameters(policy)))
+
+
+def test_a_large_snapshot_of_a_policy_on_a_device_waits_in_host_memory() -> None:
+    """A tenth of the device's memory is the limit. Here the device is a processor that is taken for one of its own."""
+    policy, tokens = llama(), batch()
+    right = score_tokens(policy, tokens).logp.detach()
+    trained = sum(p.numel() * 4 for p in policy.parameters())
+    for memory, on_host in ((10 * trained + 10, False), (10 * trained - 10, True)):
+        request = BuildRequest(policy, ReferenceConfig(), Backend("plain", 1), None)
+        vars(request)["shape"] = dataclasses.replace(request.shape, on_host=False, memory=memory)
+        cost, reference = SwapReference.cost(request), SwapReference.build(request, "")
+        assert (reference.memory().device, reference.memory().host) == ((0, trained) if on_host else (trained, 0))
+        assert (cost.device, cost.host) == (reference.memory().device, reference.memory().host)
+        assert ("in host memory" in SwapReference.why(request)) == on_host
+        assert torch.equal(reference.score(tokens).logp, right)

@@ -48,7 +48,8 @@ class ReferenceConfig:
     dtype: DtypeName | None = None
     """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
     device: str | None = None
-    """Where "clone" is held, as in "cuda:1"; for "swap", "cpu" is host memory. None follows the policy."""
+    """Where "clone" is held, as in "cuda:1"; for "swap", "cpu" is host memory. None follows the policy; but of "swap",
+    what is more than a tenth of a GPU's memory is held by the host."""
     offload: bool = False
     """The reference's weights wait in host memory, and it runs on the device all the same: "clone" streams through it
     layer by layer, "zero3" and "fsdp2" part by part, "swap" exchanges one tensor at a time, as with device "cpu". A

@@ -187,28 +187,33 @@ def _step_zero(
         return Finding(check, "ok", "exactly 0.0 for each token")
     kl = _kl(now, then, batch)
     found = f"{kl:.3g} nats per token, {float((now - then).abs().max()):.3g} the largest difference"
+    if (why := why_not_zero(policy, reference)) is not None:
+        return Finding(check, "note", found, why)
+    return Finding(check, "fault", found, CHANGED)
+
+
+CHANGED = (
+    "the policy was changed after the reference was built, or does not compute what its weights say: build the "
+    "reference right before training"
+)
+"""What a KL before the first step means, where it has no reason to be there."""
+
+
+def why_not_zero(policy: nn.Module, reference: Reference) -> str | None:
+    """Words for why the KL of an untrained policy need not be 0; None if it must be, but for the policy's dropout."""
     config = reference.config
     if config.source != "policy":
-        return Finding(check, "note", found, f"reference.source is {config.source!r}: it is meant to be another model")
+        return f"reference.source is {config.source!r}: it is meant to be another model"
     if (prompt := learned_prompt(policy)) is not None:
-        return Finding(
-            check,
-            "note",
-            found,
+        return (
             f"a learned prompt ({prompt.kind}) changes the policy from the start, and the reference is the bare base "
-            "without it: the KL begins here, and not at 0",
+            "without it: the KL begins here, and not at 0"
         )
     if config.dtype is not None:
-        return Finding(
-            check, "note", found, f"reference.dtype is {config.dtype!r}: below this floor a KL shows rounding alone"
-        )
-    return Finding(
-        check,
-        "fault",
-        found,
-        "the policy was changed after the reference was built, or does not compute what its weights say: build the "
-        "reference right before training",
-    )
+        return f"reference.dtype is {config.dtype!r}: below this floor a KL shows rounding alone"
+    if config.quantize is not None:
+        return f"reference.quantize is {config.quantize!r}: below its floor a KL is rounding"
+    return None
 
 
 def _step_zero_quantized(policy: nn.Module, reference: Reference, batch: TokenBatch) -> Finding:

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from refkl.backend import Backend
 from refkl.config import BackendName, DtypeName, Quantization, ReferenceConfig
+from refkl.freeze import freeze, trainable_parameters
 from refkl.messages import size, unknown
 from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose
 
@@ -75,6 +76,8 @@ class PlanConfig:
     """For "lora"."""
     lora_target: list[str] = field(default_factory=lambda: ["all-linear"])
     """For "lora": the modules that get an adapter."""
+    freeze: list[str] = field(default_factory=list)
+    """For "full": module paths that do not train, as in refkl.freeze."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "batch_size", "seq_len", "memory", "lora_rank"):
@@ -83,6 +86,8 @@ class PlanConfig:
         for name, known in (("backend", BackendName), ("method", Tuning), ("dtype", DtypeName)):
             if getattr(self, name) not in (None, *get_args(known)):
                 raise unknown(_option(name), getattr(self, name), get_args(known))
+        if self.freeze and self.method == "lora":
+            raise ValueError("--freeze is for full fine-tuning: LoRA trains its adapter alone. Leave one of them out.")
         if self.backend == "plain" and self.world_size > 1:
             raise ValueError(f"--backend plain is one process, and --world-size is {self.world_size}. Use ddp.")
 
@@ -223,7 +228,7 @@ def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
         raise ValueError(f"--model: activations are counted from layers and their width, and {error}.") from None
 
     def request(reference: ReferenceConfig) -> BuildRequest:
-        return BuildRequest(policy, reference, backend, None, step, planned=True)
+        return BuildRequest(policy, reference, backend, None, step, planned=True, memory=config.memory)
 
     default = request(ReferenceConfig())
     auto, terms = choose(default), _terms(config, default.shape)
@@ -272,6 +277,10 @@ def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
             policy: nn.Module = AutoModelForCausalLM.from_config(config.model, dtype=dtype)
         except (ValueError, ImportError) as error:
             raise ValueError(f"--model makes no causal language model: {str(error).splitlines()[0]}") from None
+        if method == "full" and config.freeze:
+            freeze(policy, config.freeze)
+            if not trainable_parameters(policy):
+                raise ValueError("--freeze leaves no parameter to train.")
         if method == "lora":
             target = config.lora_target[0] if config.lora_target == ["all-linear"] else config.lora_target
             lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, target_modules=target)

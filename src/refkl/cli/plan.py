@@ -42,6 +42,7 @@ def plan_command(arguments: list[str]) -> int:
         gradient_checkpointing=options.gradient_checkpointing,
         lora_rank=options.lora_rank,
         lora_target=options.lora_target.split(","),
+        freeze=options.freeze.split(",") if options.freeze else [],
     )
     plans = make_plans(config)
     taken, why = recommend(config, plans)
@@ -66,6 +67,7 @@ def _parser() -> ArgumentParser:
     add("--gradient-checkpointing", type=bool, default=True, help="activations are computed again: true or false")
     add("--lora-rank", type=int, default=default["lora_rank"], help="for lora")
     add("--lora-target", type=str, default="all-linear", help="for lora: modules, with commas between them")
+    add("--freeze", type=str, default="", help="for full: module paths that do not train, with commas between them")
     add("--json", action="store_true", help="print everything as JSON")
     return parser
 

@@ -42,6 +42,8 @@ class BuildRequest:
     """What is scored per step; without it a cost is of bytes held alone."""
     planned: bool = False
     """Whether the policy is a plan, without weights: an adapter of it is fresh."""
+    memory: int | None = None
+    """Bytes of a device, for a plan; in a run the device is asked."""
     calibration: TokenBatch | Iterable[TokenBatch] | None = None
     """For a quantised reference: what its floor is measured on; None takes what is scored first."""
 
@@ -50,7 +52,16 @@ class BuildRequest:
         """What a cost is counted from."""
         on_cpu = next(self.policy.parameters()).device.type == "cpu"
         stays = self.accelerator is None or self.accelerator.device.type == "cpu"
-        return shape_of(self.policy, self.backend, self.step, on_host=on_cpu and stays)
+        memory = self.memory
+        if memory is None and not (on_cpu and stays):
+            home = next(self.policy.parameters()).device if self.accelerator is None else self.accelerator.device
+            memory = device_memory(home)
+        return shape_of(self.policy, self.backend, self.step, on_host=on_cpu and stays, memory=memory)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for what is not known."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 class Reference(ABC):

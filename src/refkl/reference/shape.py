@@ -120,6 +120,8 @@ class Shape:
     step: Step
     on_host: bool
     """Whether the policy itself runs on the host's processors: host memory is its device."""
+    memory: int | None = None
+    """Bytes of the device, if they are known."""
 
     @property
     def parameters(self) -> list[Entry]:
@@ -177,7 +179,7 @@ class Shape:
         return 2 * step.tokens * (weights + step.layers * step.length * step.hidden)
 
 
-def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) -> Shape:
+def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool, memory: int | None = None) -> Shape:
     """The shape of a policy, whole, sharded, or without memory on the meta device."""
     inner = unwrap(policy)
     tuned, constant = adapter_parameters(inner), adapter_buffers(inner)
@@ -207,6 +209,7 @@ def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool) 
         ),
         step,
         on_host,
+        memory,
     )
 
 

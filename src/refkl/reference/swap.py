@@ -26,13 +26,15 @@ from refkl.backend import (
     weights_of,
 )
 from refkl.backend.zero import release
-from refkl.config import ReferenceConfig
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs, held_in_place, mix
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
-from refkl.reference.shape import Cost
+from refkl.reference.shape import Cost, Entry
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
+
+_SMALL = 0.1
+"""Share of a device's memory up to which a snapshot stays on it, if nothing else was asked for."""
 
 
 class SwapReference(Reference):
@@ -44,7 +46,7 @@ class SwapReference(Reference):
         policy = unwrap(request.policy)
         super().__init__(request, reason, "the policy as it stood when the reference was built" + quantised(policy))
         # The scored batch goes where the policy is; `device` says where the snapshot is.
-        self._host, self._device = _on_host(request.config), None
+        self._host, self._device = _on_host(request), None
         self._policy = policy
         self._kept: dict[str, Tensor] = {}
         """This rank's part of each, by canonical name."""
@@ -83,8 +85,7 @@ class SwapReference(Reference):
 
     @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
-        shape, host = request.shape, _on_host(request.config)
-        kept = [e for e in shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]
+        shape, host, kept = request.shape, _on_host(request), _entries(request)
         held, largest = shape.held(kept), max(shape.held([e]) for e in kept)
         # In and out, and each time there and back.
         moved = shape.gathered() + (4 * held if host and shape.step.tokens else 0)
@@ -103,9 +104,11 @@ class SwapReference(Reference):
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
+        where = "in host memory" if _on_host(request) and not request.shape.on_host else ""
         return (
             f"what trains of the policy is swapped for a copy from when the reference was built, which adds "
-            f"{size(cls.cost(request).total)} ({request.backend})"
+            f"{size(cls.cost(request).total)} {where}".rstrip()
+            + f" ({request.backend})"
         )
 
     @classmethod
@@ -249,8 +252,17 @@ class SwapReference(Reference):
                 )
 
 
-def _on_host(config: ReferenceConfig) -> bool:
-    return config.offload or config.device == "cpu"
+def _on_host(request: BuildRequest) -> bool:
+    """Whether the snapshot is in host memory: asked for, or too large a part of the device's."""
+    shape = request.shape
+    if request.config.offload or request.config.device == "cpu":
+        return True
+    return shape.memory is not None and not shape.on_host and shape.held(_entries(request)) > _SMALL * shape.memory
+
+
+def _entries(request: BuildRequest) -> list[Entry]:
+    """What a snapshot holds, as `_snapshot_of` says."""
+    return [e for e in request.shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]
 
 
 def _snapshot_of(policy: nn.Module) -> dict[str, Tensor]:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from refkl.backend import dropout_rates
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.freeze import trainable_parameters
-from refkl.guards import check_held
+from refkl.guards import CHANGED, check_held, why_not_zero
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.sync import SyncReferenceCallback
@@ -75,6 +76,8 @@ class KLTrainerMixin(Trainer):
     sync: SyncReferenceCallback | None = None
     model: nn.Module  # Trainer's type allows None; TRL's trainers always have one
     _metrics: dict[str, defaultdict[str, list[float]]]
+    _looked = False
+    """Whether the first KL of the training was looked at."""
     placements: ClassVar[tuple[str, ...]] = ("loss",)
     """Where this trainer can put the penalty."""
 
@@ -133,12 +136,30 @@ class KLTrainerMixin(Trainer):
         output = self.penalty(
             policy, reference, mask, old_logp=old_logp, normalizer=normalizer, count=self.model.training
         )
+        if self.model.training and not self._looked:
+            self._looked = True
+            self._look_at_first(output.per_token.detach()[mask.bool()])
         if not self.model.training:
             counted = mask.bool().sum().float()
             sums = torch.stack([output.per_token.detach().sum().float(), counted])
             total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
             self._metrics["eval"]["kl"].append(total / max(tokens, 1.0))
         return output
+
+    def _look_at_first(self, kl: Tensor) -> None:
+        """Say so if the KL is not 0 though the policy has not trained yet, and nothing explains it."""
+        inner = self.accelerator.unwrap_model(self.model)
+        dropout = any(dropout_rates(module) for module in inner.modules())
+        trained = self.state.global_step or self.reference.updates
+        if not kl.numel() or trained or dropout or why_not_zero(inner, self.reference) is not None:
+            return
+        exact = all(p.dtype in (torch.float32, torch.float64) for p in inner.parameters() if p.is_floating_point())
+        mixed = self.accelerator.mixed_precision != "no"
+        if float(kl.abs().mean()) > (_ROUNDING if exact and not mixed else _ROUNDING_16):
+            logger.warning(
+                f"The KL of the first step is {float(kl.mean()):.3g} nats per token, and the policy has not trained "
+                f"yet: {CHANGED}. `refkl check` and refkl.check_reference look closer."
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The controller, and a reference that has moved, go into the checkpoint before older ones are rotated away.
@@ -202,6 +223,11 @@ class KLTrainerMixin(Trainer):
             raise ValueError(f"{error} The state is {path}.") from None
         if kind == "fixed":
             self.penalty.controller.coef = coef  # a setting, not a state: what this run asks for holds
+
+
+_ROUNDING, _ROUNDING_16 = 1e-4, 0.05
+"""Nats per token that the first KL may be, where policy and reference are scored in batches of different size: in 32
+bits, and in 16, where it is an estimate of rounding errors."""
 
 
 def _write_json(path: Path, content: Any) -> None:
