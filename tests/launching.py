@@ -7,7 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 280
@@ -19,6 +25,22 @@ def run(command: list[str], *, timeout: int = TIMEOUT, fails: bool = False, **en
     # One thread a process: two processes with two threads each fight for two cores.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", **environment}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    with _alone():
+        return _run(command, timeout, fails, env)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Under xdist, one at a time of all workers' launches: two are four processes, that wait for each other."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with FileLock(Path(tempfile.gettempdir()) / f"refkl-launch-{os.environ['PYTEST_XDIST_TESTRUNUID']}.lock"):
+        yield
+    time.sleep(0.2)  # the other worker's turn: it looks every .05 s
+
+
+def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str]) -> str:
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -177,3 +177,20 @@ def test_fingerprint_is_that_of_the_bare_base() -> None:
     torch.manual_seed(0)
     policy = _lora()
     assert build_reference(policy).fingerprint() == build_reference(llama_twin(), "clone").fingerprint()
+
+
+def test_a_cast_of_the_policy_is_followed() -> None:
+    """DeepSpeed casts fp32 weights that are to train in bf16: no other reference, and nothing to find fault with."""
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    reference = build_reference(policy, "adapter")
+    before = reference.fingerprint()
+    policy.bfloat16()
+    reference.verify()
+    assert reference.stamp != before
+    policy.base_model.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"up_proj\.weight is another"):
+        reference.verify()
+    # To record it is not to approve of it.
+    assert reference.provenance()["fingerprint"] == reference.stamp
+    with pytest.raises(ValueError, match=r"up_proj\.weight is another"):
+        reference.verify()

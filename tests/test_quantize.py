@@ -285,9 +285,8 @@ def test_a_cache_tells_it_from_full_precision(tmp_path: Path) -> None:
     assert not torch.equal(fresh, full.score(tokens).logp)
     rounded.free()
     assert rounded.memory().total == 0 and torch.equal(rounded.score(tokens).logp, fresh)
-    # A second run finds all of it, and nothing is measured for what no model has to say.
     again = build_reference(policy, config("int8", cache=str(tmp_path)))
-    assert torch.equal(again.score(tokens).logp, fresh) and again.kl_floor is None
+    assert torch.equal(again.score(tokens).logp, fresh) and again.cache.stats.misses == 0
 
 
 # the floor
@@ -361,7 +360,7 @@ def test_a_policy_that_trained_before_the_first_score_cannot_show_it() -> None:
     late = build_reference(policy, config("int8"))
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"up_proj\.weight is another.* Pass calibration= .* or score once before"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight is another.* Score once before training, or .*calibration="):
         late.score(batch())
     assert early.score(batch()).logp.isfinite().all()
 
@@ -539,3 +538,14 @@ def test_gpt2s_layers_are_held_as_they_multiply() -> None:
     assert policy.transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
     assert layer.qdata.shape == (128, 32) and layer.scale.shape == (128, 1)
     assert canonical_name("transformer.h.0.mlp.c_fc.weight.qdata") in reference.digests
+
+
+def test_the_floor_is_measured_of_what_a_cache_knows_too(tmp_path: Path) -> None:
+    policy = llama()
+    build_reference(policy, config("int8", cache=str(tmp_path))).fill([batch()])
+    again = build_reference(policy, config("int8", cache=str(tmp_path)))
+    again.score(batch())
+    assert again.cache is not None and again.cache.stats.misses == 0
+    assert again.kl_floor is not None and again.kl_floor.mean > 0
+    with pytest.raises(ValueError, match="max_kl_floor is 1e-09"):
+        build_reference(policy, config("int8", cache=str(tmp_path), max_kl_floor=1e-9)).score(batch())

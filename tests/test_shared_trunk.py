@@ -13,10 +13,19 @@ from peft import LoraConfig, get_peft_model
 from support import batch, gpt2, gpt_neox, llama, qwen2
 from torch import Tensor, nn
 
-from refkl import ReferenceConfig, TokenBatch, build_reference, freeze, score_pair, trainable_parameters
+from refkl import (
+    PairScores,
+    ReferenceConfig,
+    TokenBatch,
+    build_reference,
+    freeze,
+    score_pair,
+    score_tokens,
+    trainable_parameters,
+)
 from refkl.backend import Backend
 from refkl.reference import BuildRequest, SharedTrunkReference, Step
-from refkl.reference.pair import PairScores
+from refkl.reference.shared_trunk import _differs
 from refkl.scoring import decoder_layers
 
 LAYERS, DEPTH = 4, 2
@@ -296,3 +305,43 @@ def test_tokens(recwarn: pytest.WarningsRecorder) -> None:
     pair = score_pair(policy, reference, TokenBatch(*(t[:1] for t in (tokens.input_ids, tokens.attention_mask,
                                                                     tokens.completion_mask))))  # fmt: skip
     torch.testing.assert_close(pair.policy.logp, pair.reference.logp, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("divergence", [None, "reverse_kl"])
+def test_what_is_frozen_later_is_no_part_of_the_trunk(divergence: str | None) -> None:
+    """Of those layers the reference has a copy of its own, and the policy's have moved."""
+    policy, tokens = _llama(), batch()
+    reference = build_reference(policy, "shared_trunk")
+    before = score_pair(policy, reference, tokens).reference.logp
+    _train(policy)
+    right = score_pair(policy, reference, tokens, divergence=divergence)
+    policy.requires_grad_(False)
+    with _runs(policy, reference.model) as counts:
+        found = score_pair(policy, reference, tokens, divergence=divergence)
+    assert counts == [1] * DEPTH + [2] * (LAYERS - DEPTH)
+    torch.testing.assert_close(found.reference.logp, before, rtol=0, atol=1e-5 if divergence else 0)
+    assert torch.equal(found.policy.logp, right.policy.logp)
+
+
+def test_another_mask_is_another_run() -> None:
+    policy, tokens = _llama(), batch(padding="right")
+    reference = build_reference(policy, "shared_trunk")
+    score_pair(policy, reference, tokens)
+    mask = tokens.attention_mask.clone()
+    mask[:, 1] = 0
+    scored = tokens.completion_mask & mask.bool()
+    other = TokenBatch(tokens.input_ids, mask, scored, position_ids=(tokens.attention_mask.cumsum(-1) - 1).clamp(min=0))
+    right = score_tokens(policy, other).logp
+    with reference.paired(policy, tokens):
+        reference.score(tokens)
+        found = score_tokens(policy, other).logp
+    assert torch.equal(found, right)
+
+
+def test_a_compiled_policy_is_run_in_full() -> None:
+    policy = _llama()
+    reference = build_reference(policy, "shared_trunk")
+    assert not _differs(policy, DEPTH) and _differs(torch.compile(policy), DEPTH)
+    policy.get_submodule("model.layers.0").compile()
+    assert _differs(policy, DEPTH)
+    del reference

@@ -417,3 +417,54 @@ def test_a_large_snapshot_of_a_policy_on_a_device_waits_in_host_memory() -> None
         assert (cost.device, cost.host) == (reference.memory().device, reference.memory().host)
         assert ("in host memory" in SwapReference.why(request)) == on_host
         assert torch.equal(reference.score(tokens).logp, right)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("first", ["reference", "policy"])
+def test_a_shared_autocast_does_not_hand_one_sides_weights_to_the_other(first: str, device: str | None) -> None:
+    """Autocast keeps its casts by parameter for as long as a region is open, and the parameters are the same."""
+    policy, tokens = llama(), batch()
+    plain = copy.deepcopy(policy)
+    reference = build_reference(policy, ReferenceConfig(strategy="swap", device=device))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    twin = copy.deepcopy(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = score_tokens(plain, tokens).logp.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = score_tokens(twin, tokens).logp
+        trained.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        if first == "reference":
+            found = reference.score(tokens).logp
+            ours = score_tokens(policy, tokens).logp
+        else:
+            ours = score_tokens(policy, tokens).logp
+            found = reference.score(tokens).logp
+        ours.sum().backward()
+    assert torch.equal(found, right) and torch.equal(ours, trained) and not torch.equal(ours, found)
+    for own, other in zip(policy.parameters(), twin.parameters(), strict=True):
+        assert own.grad is not None and other.grad is not None and torch.equal(own.grad, other.grad)
+
+
+def test_several_scores_exchange_once() -> None:
+    policy, parts = llama(), [batch(seed=seed) for seed in range(3)]
+    reference = build_reference(policy, HOST)
+    right = [reference.score(part).logp for part in parts]
+    with torch.no_grad():
+        policy.lm_head.weight.add_(0.1)
+    now = score_tokens(policy, parts[0]).logp.detach()
+    exchanges = []
+    exchange = reference._exchange
+    reference._exchange = lambda *args: exchanges.append(1) or exchange(*args)  # type: ignore[method-assign]
+    with reference.several():
+        found = [reference.score(part).logp for part in parts]
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    assert len(exchanges) == 2 * len(reference._kept)
+    assert torch.equal(score_tokens(policy, parts[0]).logp, now)
+    with pytest.raises(RuntimeError, match="in the middle"), reference.several():
+        raise RuntimeError("in the middle")
+    assert torch.equal(score_tokens(policy, parts[0]).logp, now) and torch.equal(
+        reference.score(parts[0]).logp, right[0]
+    )

@@ -45,12 +45,11 @@ def check_held(
     reference: Reference,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    vocabulary: int | None = None,
 ) -> list[Finding]:
-    """What can be seen without a forward: shared memory, gradients, the optimizer, bytes, the vocabulary.
+    """Who holds what, seen without a forward: shared memory, gradients, the optimizer, bytes.
 
     Args:
-        policy, reference, optimizer, vocabulary: as in `check_reference`.
+        policy, reference, optimizer: as in `check_reference`.
     """
     inner = unwrap(policy)
     reshard(inner)
@@ -58,8 +57,6 @@ def check_held(
     if optimizer is not None:
         findings.append(_in_optimizer(optimizer, reference))
     findings.append(_memory(reference))
-    if vocabulary is not None:
-        findings.append(_vocabulary(inner, reference, vocabulary))
     return findings
 
 
@@ -86,7 +83,9 @@ def check_reference(
         One finding a check, in a fixed order.
     """
     inner = unwrap(policy)
-    findings = check_held(policy, reference, optimizer=optimizer, vocabulary=vocabulary)
+    findings = check_held(policy, reference, optimizer=optimizer)
+    if vocabulary is not None:
+        findings.append(check_vocabulary(policy, reference, vocabulary))
 
     def of_policy(tokens: TokenBatch) -> Tensor:
         with torch.no_grad():
@@ -153,7 +152,8 @@ def _memory(reference: Reference) -> Finding:
     return Finding("memory", "ok", f"{reference.strategy} adds {' and '.join(where) or 'nothing'} on this rank")
 
 
-def _vocabulary(policy: nn.Module, reference: Reference, vocabulary: int) -> Finding:
+def check_vocabulary(policy: nn.Module, reference: Reference, vocabulary: int) -> Finding:
+    """Whether policy and reference have a logit for each of the tokenizer's tokens, and as many as each other."""
     check = "tokenizer and logits agree"
     widths = {"policy": _width(policy)}
     own = getattr(reference, "model", None)

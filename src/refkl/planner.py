@@ -128,6 +128,8 @@ class Row:
     fits: bool
     auto: bool
     """Whether auto takes it."""
+    rounds: bool
+    """Whether it holds fewer bits than the policy."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,12 @@ class Plan:
     def best(self) -> Row | None:
         """What auto takes, or where that does not fit the quickest that does; None if none does.
 
-        One that rounds comes after those on the device that do not.
+        One that rounds the policy's numbers comes after those on the device that do not.
         """
         able = [row for row in self.rows if row.fits]
 
         def order(row: Row) -> tuple[bool, int, bool, int, int]:
-            rounds = row.option.startswith("quantize")
+            rounds = row.rounds
             return not row.auto, row.cost.host_flops, rounds, row.cost.moved, row.device
 
         return min(able, key=order, default=None)
@@ -242,7 +244,8 @@ def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
                 cost = cls.cost(asked)
                 device = own + cost.device + cost.scoring
                 fits = device <= config.available
-                rows.append(Row(strategy, option, cost, device, fits, auto=strategy == auto and not option))
+                taken = strategy == auto and not option
+                rows.append(Row(strategy, option, cost, device, fits, taken, _rounds(config, reference)))
     parameters = default.shape.parameters
     return Plan(
         method,
@@ -266,6 +269,15 @@ def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
             yield f"dtype={other}", ReferenceConfig(dtype=other)
     for kind in get_args(Quantization):
         yield f"quantize={kind}", ReferenceConfig(quantize=kind)
+
+
+def _rounds(config: PlanConfig, reference: ReferenceConfig) -> bool:
+    narrower = reference.dtype is not None and getattr(torch, reference.dtype).itemsize < _itemsize(config)
+    return narrower or reference.quantize is not None
+
+
+def _itemsize(config: PlanConfig) -> int:
+    return int(getattr(torch, config.dtype).itemsize)
 
 
 def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
@@ -350,7 +362,7 @@ def _lead(config: PlanConfig, plan: Plan, plans: Sequence[Plan]) -> str:
         least = min(full, key=lambda p: min(row.device for row in p.rows))
         row = min(least.rows, key=lambda r: r.device)
         said.append(f"Full fine-tuning does not fit: {_words(least, row)} takes {_added(least, row)}.")
-    elif plan.method == "full" and not _partitions(plan):
+    elif plan.method == "full" and plan.best is not None and plan.best.cost.device and not _partitions(plan):
         said.append("There is memory for two copies, the policy and the reference.")
     return " ".join(said)
 

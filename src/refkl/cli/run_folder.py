@@ -137,6 +137,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
         # After the policy was prepared: the reference has followed it to its device and dtype.
+        self.trainer.reference.verify()
         self.before = self.trainer.reference.provenance()
         self.digests = dict(self.trainer.reference.digests)
         self.metrics = self.folder.begin(self.before, state.global_step)

@@ -55,6 +55,7 @@ def train(run: ParsedRun) -> int:
             trainer.save_model(str(folder.path / "model"))
         if not ended:
             folder.fail()
+    trainer.reference.fingerprint()  # anew: `changed_weight` compares it with what it was
     folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
     if main:
         picture = draw_report(folder.path)

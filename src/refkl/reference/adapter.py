@@ -50,6 +50,7 @@ class AdapterReference(Reference):
         source = "bare base, without its adapter" if self._bare else "base, under its fresh adapter"
         super().__init__(request, reason, f"the policy's {source}" + quantised(inner))
         self._policy: PeftModel = inner
+        self._dtypes = self._current_dtypes()
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -92,6 +93,16 @@ class AdapterReference(Reference):
         reference = cls(request, reason)
         reference.fingerprint()
         return reference
+
+    def settle(self) -> None:
+        """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
+        if self._dtypes != (now := self._current_dtypes()):
+            self._dtypes = now
+            if self._recorded is not None:
+                self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+
+    def _current_dtypes(self) -> list[torch.dtype]:
+        return [weight.local.dtype for weight in self._weights()]
 
     @contextmanager
     def _active(self) -> Iterator[nn.Module]:

@@ -173,6 +173,9 @@ class Reference(ABC):
     ) -> TokenScores:
         """Log-probabilities of the scored tokens under the reference: no grad, dropout off, nothing left changed.
 
+        Where its weights are sharded every rank must call; and of a quantised one the first time, which measures its
+        floor over all of them.
+
         Args:
             batch: what to score.
             temperature: divides the logits; give the policy the same.
@@ -194,6 +197,8 @@ class Reference(ABC):
             return replace(run(batch), fingerprint=self.stamp)
         if hidden:
             raise ValueError("hidden states are not kept by reference.cache. " + _WITHOUT_CACHE)
+        if not self.freed:
+            self._before_scoring(batch)  # also for what the cache knows
         about = self._about(batch)
         options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "together": self._sharded()}
         scores = self.cache.score(batch, about, None if self.freed else run, **options)
@@ -295,6 +300,10 @@ class Reference(ABC):
                 "an exact divergence needs the reference's hidden states or logits, and reference.cache keeps "
                 "log-probabilities alone. " + _WITHOUT_CACHE
             )
+
+    def several(self) -> AbstractContextManager[None]:
+        """Open around scores that follow each other, with nothing between them: what each moves is moved once."""
+        return nullcontext()
 
     def paired(self, policy: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
         """Open around a score of the policy and one of the reference on the same batch, for what they can share."""
@@ -444,7 +453,8 @@ class Reference(ABC):
             "reason": self.reason,
             "source": self.source,
             "updates": self.updates,
-            "fingerprint": self.fingerprint(),
+            # What it was when recorded: taking it anew would approve of a change.
+            "fingerprint": self.stamp or self.fingerprint(),
             "versions": library_versions(),
         }
 

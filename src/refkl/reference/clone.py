@@ -282,7 +282,7 @@ class CloneReference(Reference):
         return {**super().provenance(), "quantize": self.config.quantize, "kl_floor": self._gauge.record()}
 
     def _free(self) -> bool:
-        self.model, self._shared, self._stream = nn.Module(), set(), None
+        self.model, self._shared, self._stream, self._head = nn.Module(), set(), None, None
         if self._gauge is not None:
             self._gauge.loaded = None
         return True

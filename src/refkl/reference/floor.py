@@ -121,7 +121,9 @@ class Gauge:
         if self.loaded is not None:
             return self.loaded
         policy = self._policy()
-        advice = "Pass calibration= to build_reference, or score once before training."
+        advice = (
+            "Score once before training, or give a trainer the reference that build_reference(..., calibration=) makes."
+        )
         if policy is None:
             raise ValueError(f"The policy that was quantised is gone, and so what to measure its floor by. {advice}")
         if self._recorded is None:

@@ -217,7 +217,8 @@ def why_not_quantized(request: BuildRequest) -> str | None:
     if config.cache is not None and request.backend.processes > 1 and request.calibration is None:
         return (
             "the floor of a quantised reference is measured by all processes together, and with reference.cache some "
-            "may have nothing to score. Pass calibration= to build_reference."
+            "may have nothing to score. Make it with refkl.build_reference(..., calibration=batch), and give a trainer "
+            "that."
         )
     layers = dict(linear_layers(policy))
     if config.source == "policy" and config.dtype is None and config.device is None:

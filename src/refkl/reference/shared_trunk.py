@@ -33,6 +33,8 @@ class SharedTrunkReference(CloneReference):
     """A clone of what trains, above layers that are run once for both."""
 
     strategy = "shared_trunk"
+    _depth = 0
+    """How many layers the trunk has: settled when it is built."""
     _proven = False
     """Whether the layers above the trunk were seen to need nothing of it but what comes out of its last layer."""
 
@@ -76,6 +78,13 @@ class SharedTrunkReference(CloneReference):
             f"{super().why(request)}"
         )
 
+    @classmethod
+    def build(cls, request: BuildRequest, reason: str) -> CloneReference:
+        reference = super().build(request, reason)
+        assert isinstance(reference, cls)
+        reference._depth = len(_trunk(unwrap(request.policy)))
+        return reference
+
     @contextmanager
     def paired(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
         """Open around one score of each: the trunk runs in the first of the two alone.
@@ -84,18 +93,17 @@ class SharedTrunkReference(CloneReference):
         policy trains, or compiled.
         """
         own = self._policy()
-        if self.freed or own is None or unwrap(policy) is not own or _differs(own):
+        if self.freed or own is None or unwrap(policy) is not own or _differs(policy, self._depth):
             yield
             return
-        self.settle()
+        self.settle()  # refuses a trunk of which something trains by now
         if not self._proven:
             self._prove(own, batch)
-        with _Once([_trunk(own), self._twin(own)]):
+        with _Once([self._trunk_of(own), self._trunk_of(self.model)]):
             yield
 
-    def _twin(self, policy: nn.Module) -> list[nn.Module]:
-        """The reference's layers that the policy's trunk stands for."""
-        return list(_layers(self.model))[: len(_trunk(policy))]
+    def _trunk_of(self, model: nn.Module) -> list[nn.Module]:
+        return list(_layers(model))[: self._depth]
 
     def _prove(self, policy: nn.Module, batch: TokenBatch) -> None:
         """Raise ValueError if the reference's scores are others when the layers above get the trunk's output alone, or
@@ -103,8 +111,9 @@ class SharedTrunkReference(CloneReference):
         for model in (policy, self.model):
             with suppress(HeadError):
                 find_head(model)  # by a forward, which is not one of the two
-        trunk = self._twin(policy)
-        below = _Below({n for n, p in named_weights(policy) if p.requires_grad}, self.model, trunk[-1])
+        trunk = self._trunk_of(self.model)
+        copied = {n for n, p in named_weights(self.model) if isinstance(p, nn.Parameter) and n not in self._shared}
+        below = _Below(copied, self.model, trunk[-1])
         with self._scoring(batch) as (model, moved), _Once([trunk]):
             with below:
                 plain = score_model(model, moved).scores.logp
@@ -132,8 +141,8 @@ class _Once:
         self._layers = [layer for trunk in trunks for layer in trunk]
         self._first = [trunk[0] for trunk in trunks]
         self._last = [trunk[-1] for trunk in trunks]
-        self._entered: Tensor | None = None
-        """[B, T, H] what the first layer was given."""
+        self._entered: list[Tensor] = []
+        """What the first layer was given: hidden states [B, T, H], masks, positions."""
         self._output: Any = None
         """What the last layer gave: a tensor [B, T, H], or a tuple of it and more."""
         self._taking = False
@@ -152,7 +161,7 @@ class _Once:
         def forward(*args: Any, **kwargs: Any) -> Any:
             entering: Tensor = args[0] if args else kwargs["hidden_states"]
             if layer in self._first:
-                self._begin(entering.detach())
+                self._begin([t.detach() for t in _tensors((args, kwargs))])
             if self._taking:
                 return _cut(self._output, grad=entering.requires_grad)
             result = run(*args, **kwargs)
@@ -167,10 +176,10 @@ class _Once:
         else:
             self._stack.callback(layer.__dict__.__setitem__, "forward", own)
 
-    def _begin(self, entering: Tensor) -> None:
-        # Noise on the embeddings, or other tokens, make it another run.
+    def _begin(self, entering: list[Tensor]) -> None:
+        # Noise on the embeddings, other tokens or another mask make it another run.
         before, self._entered = self._entered, entering
-        same = before is not None and before.shape == entering.shape and torch.equal(before, entering)
+        same = len(before) == len(entering) and all(map(_equal, before, entering))
         self._taking = same and self._output is not None
         if not self._taking:
             self._output = None
@@ -223,6 +232,20 @@ def _cut(result: Any, *, grad: bool) -> Any:
     return tuple(_cut(part, grad=grad) for part in result) if isinstance(result, tuple) else result
 
 
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, dict):
+        yield from _tensors(tuple(arguments.values()))
+    elif isinstance(arguments, tuple | list):
+        for part in arguments:
+            yield from _tensors(part)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
 def _layers(policy: nn.Module) -> nn.ModuleList:
     layers = decoder_layers(policy)
     assert layers is not None, "supports() lets no other policy in"
@@ -241,9 +264,9 @@ def _trunk(policy: nn.Module) -> list[nn.Module]:
     return list(takewhile(still, _layers(policy))) if still(embeddings) else []
 
 
-def _differs(policy: nn.Module) -> bool:
+def _differs(policy: nn.Module, depth: int) -> bool:
     """Whether what the policy's trunk gives may not be what the reference's does."""
-    if any("_orig_mod" in module._modules for module in policy.modules()):
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in policy.modules()):
         return True  # compiled with the layers' forward as it is
-    above = {id(m) for layer in _layers(policy)[len(_trunk(policy)) :] for m in layer.modules()}
+    above = {id(m) for layer in _layers(policy)[depth:] for m in layer.modules()}
     return any(m.training and dropout_rates(m) for m in policy.modules() if id(m) not in above)

@@ -136,7 +136,7 @@ class Stream:
 
     def settle(self, device: torch.device) -> None:
         """Run on this device from now on; where it is a GPU, weights on the host are pinned."""
-        self.device = device
+        self.device, self._side = device, None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)
             for _, tensor in named_weights(self._model):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -55,6 +56,8 @@ class SwapReference(Reference):
             self._kept[name] = self._place(local_shard(tensor).detach(), copy=True)
             self._layouts[name] = layout_of(tensor)
         self._switches = switches(policy)
+        self._open = False
+        """Whether the policy holds the reference's numbers for several scores."""
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -143,17 +146,35 @@ class SwapReference(Reference):
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
     @contextmanager
+    def several(self) -> Iterator[None]:
+        if self.cache is not None:  # it may have all of the scores
+            yield
+            return
+        self.settle()
+        with self._active():
+            self._open = True
+            try:
+                yield
+            finally:
+                self._open = False
+
+    @contextmanager
     def _active(self) -> Iterator[nn.Module]:
+        if self._open:
+            yield self._policy
+            return
         self._check_policy()
         tensors = self._current(self._policy)
         release(tensors.values())
         with ExitStack() as stack:
+            stack.callback(torch.clear_autocast_cache)
             stack.callback(release, tensors.values())  # what a forward gathered of ours is not the policy's
             for name, tensor in tensors.items():
                 if tensor.requires_grad and tensor.is_leaf and not is_partitioned(tensor):
                     stack.callback(tensor.register_hook(_refuse_backward).remove)
                 self._exchange(tensor, name)
                 stack.callback(self._exchange, tensor, name)
+            torch.clear_autocast_cache()  # it holds casts by parameter, and their numbers are others now
             yield self._policy
 
     def head(self) -> Head | None:

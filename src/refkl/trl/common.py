@@ -19,7 +19,7 @@ from transformers.utils import logging
 from refkl.backend import dropout_rates
 from refkl.config import KLConfig, ReferenceConfig, SyncConfig
 from refkl.freeze import trainable_parameters
-from refkl.guards import CHANGED, check_held, why_not_zero
+from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.sync import SyncReferenceCallback
@@ -136,7 +136,7 @@ class KLTrainerMixin(Trainer):
         output = self.penalty(
             policy, reference, mask, old_logp=old_logp, normalizer=normalizer, count=self.model.training
         )
-        if self.model.training and not self._looked:
+        if self.model.training and not self._looked and bool(mask.any()):
             self._looked = True
             self._look_at_first(output.per_token.detach()[mask.bool()])
         if not self.model.training:
@@ -149,9 +149,9 @@ class KLTrainerMixin(Trainer):
     def _look_at_first(self, kl: Tensor) -> None:
         """Say so if the KL is not 0 though the policy has not trained yet, and nothing explains it."""
         inner = self.accelerator.unwrap_model(self.model)
-        dropout = any(dropout_rates(module) for module in inner.modules())
+        noise = self.args.neftune_noise_alpha or any(dropout_rates(module) for module in inner.modules())
         trained = self.state.global_step or self.reference.updates
-        if not kl.numel() or trained or dropout or why_not_zero(inner, self.reference) is not None:
+        if trained or noise or why_not_zero(inner, self.reference) is not None:
             return
         exact = all(p.dtype in (torch.float32, torch.float64) for p in inner.parameters() if p.is_floating_point())
         mixed = self.accelerator.mixed_precision != "no"
@@ -254,7 +254,7 @@ class _PenaltySteps(TrainerCallback):
         """The optimizer is there by now: look at who holds what, before the first step.
 
         Raises:
-            ValueError: a fault that `check_held` found.
+            ValueError: the policy or the optimizer holds what is the reference's alone.
         """
         reference = self.trainer.reference
         if reference.freed:
@@ -263,10 +263,13 @@ class _PenaltySteps(TrainerCallback):
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
         vocabulary = None if tokenizer is None else len(tokenizer)
-        held = check_held(self.trainer.model, reference, optimizer=kwargs.get("optimizer"), vocabulary=vocabulary)
-        for finding in held:
+        model, optimizer = self.trainer.model, kwargs.get("optimizer")
+        for finding in check_held(model, reference, optimizer=optimizer):
             if finding.verdict == "fault":
                 raise ValueError(f"{finding.check}: {finding.found}; {finding.advice}.")
+        if vocabulary is not None and (finding := check_vocabulary(model, reference, vocabulary)).verdict == "fault":
+            # Some tokenizers have a token that no text holds.
+            logger.warning(f"{finding.found}: if such a token comes up, {finding.advice}.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, value in self.trainer.penalty.step(self.trainer.accelerator).items():

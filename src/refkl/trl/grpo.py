@@ -124,7 +124,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
         keep = rollout["completion_ids"].shape[1]
         batches = self._batches(input_ids, attention_mask, keep, None if self.reference.one_sweep else batch_size)
-        scores: list[TokenScores] = [self.reference.score(b, temperature=self.temperature) for b in batches]
+        with self.reference.several():
+            scores: list[TokenScores] = [self.reference.score(b, temperature=self.temperature) for b in batches]
         return torch.cat([s.logp[:, -keep:] for s in scores])
 
     @staticmethod
