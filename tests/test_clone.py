@@ -246,3 +246,28 @@ def test_storage_is_shared_again_after_a_move_that_keeps_the_device() -> None:
     assert reference.memory().total > 5 * held
     assert torch.equal(reference.score(batch()).logp, right)
     assert reference.memory().total == held
+
+
+def test_of_what_is_shared_a_digest_is_saved_alone(tmp_path) -> None:
+    """An adapter's reference is as small on disk as in memory, and is put back under another adapter of that base."""
+    from safetensors.torch import load_file
+
+    base = llama()
+    first, second = (get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj"])) for _ in range(2))
+    for name, parameter in first.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    reference = build_reference(first, "clone")
+    reference.save(tmp_path)
+    saved = load_file(tmp_path / "reference.safetensors")
+    assert all("lora_" in name for name in saved) and len(saved) == 4
+    other = build_reference(second, "clone")
+    assert other.fingerprint() != reference.fingerprint()
+    other.load(tmp_path)
+    assert other.fingerprint() == reference.fingerprint()
+    assert torch.equal(other.score(batch()).logp, reference.score(batch()).logp)
+    with torch.no_grad():
+        base.lm_head.weight.add_(1.0)
+    stranger = build_reference(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])), "clone")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is shared with the policy"):
+        stranger.load(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,27 @@ def test_a_run_is_not_resumed_against_another_reference(tmp_path: Path) -> None:
     again = dpo(KLDPOTrainer, llama(), tmp_path, {**options, "max_steps": 2})
     again.train(resume_from_checkpoint=checkpoint)
     assert again.state.global_step == 2
+
+
+def test_a_resumed_adapter_that_is_drawn_anew_has_the_recorded_reference(tmp_path: Path) -> None:
+    """A script makes its LoRA before each start, and need not seed it."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    base = llama()
+
+    def trainer(steps: int) -> Any:
+        policy = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj"]))
+        return dpo(KLDPOTrainer, policy, tmp_path, {**options, "max_steps": steps}, reference="clone",
+                   sync=SyncConfig(every=2, alpha=1.0))  # fmt: skip
+
+    first, second = trainer(1), trainer(2)
+    assert first.reference.fingerprint() != second.reference.fingerprint()
+    recorded = first.reference.fingerprint()
+    first.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert second.reference.updates == 1
+    third = trainer(1)
+    third.reference.load(tmp_path / "run" / "checkpoint-1" / "reference")
+    assert third.reference.fingerprint() == recorded
 
 
 def test_a_checkpoint_is_not_made_of_a_reference_that_changed(tmp_path: Path) -> None:

@@ -413,16 +413,18 @@ class Reference(ABC):
         return MemoryReport(device=0, host=0)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and provenance (JSON) into `folder`.
+        """Write the reference's own weights (safetensors) and provenance (JSON) into `folder`.
 
-        Rank 0 writes, each file under a temporary name first, so that there is a whole one or none. Where weights are
-        sharded every rank must call; else the others may, and do nothing.
+        Of weights that it shares with the policy, such as an adapter's base, the provenance has digests, which `load`
+        compares. Rank 0 writes, each file under a temporary name first, so that there is a whole one or none. Where
+        weights are sharded every rank must call; else the others may, and do nothing.
 
         Raises:
             ValueError: the weights were freed.
         """
         self._check_held("be saved")
-        write_saved(Path(folder), self._weights(), lambda: {**self.provenance(), "weights": self.digests})
+        own = (weight for weight in self._weights() if self._owns(weight.name))
+        write_saved(Path(folder), own, lambda: {**self.provenance(), "weights": self.digests})
 
     def load(self, folder: str | Path) -> None:
         """Take over what `save` wrote; every rank calls, each for its own copy or part.
@@ -437,7 +439,8 @@ class Reference(ABC):
         self.settle()
         self.fingerprint()
         shapes = {weight.name: weight.layout.shape for weight in self._weights()}
-        check_pairs(saved.shapes, shapes, "the saved reference")
+        recorded = {name: saved.shapes.get(name, shapes.get(name, torch.Size())) for name in saved.digests}
+        check_pairs(recorded, shapes, "the saved reference")
         changed = saved.changed(self.digests, self._owns)
         self._before_writing()
         saved.copy_into(weight for weight in self._weights() if weight.name in changed)

@@ -54,7 +54,14 @@ class Saved:
         self.folder = folder
         self.provenance: dict[str, Any] = json.loads((folder / PROVENANCE_FILE).read_text())
         with self._open() as file:
+            # Of the weights that are in the file; those that were shared with the policy have a digest alone.
             self.shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of every weight, by name."""
+        found: dict[str, str] = self.provenance["weights"]
+        return found
 
     def changed(self, own: dict[str, str], owns: Callable[[str], bool]) -> set[str]:
         """Names of the weights that differ from a reference's, given its digests.
@@ -64,8 +71,8 @@ class Saved:
         """
         with self._open() as file:
             found = digests(Weight(name, file.get_tensor(name), Whole(shape)) for name, shape in self.shapes.items())
-        for name, digest in found.items():
-            if digest != self.provenance["weights"][name]:
+        for name, digest in self.digests.items():
+            if name in found and digest != found[name]:
                 raise ValueError(
                     f"The reference saved in {self.folder} is not the one that was recorded: {name} was altered."
                 )
@@ -74,7 +81,7 @@ class Saved:
                     f"The reference saved in {self.folder} holds {name} as {digest.split()[0]}, this one as "
                     f"{own[name].split()[0]}. Set reference.dtype to the saved one's."
                 )
-            if digest != own[name] and not owns(name):
+            if digest != own[name] and not (name in found and owns(name)):
                 raise ValueError(
                     f"{name} is shared with the policy, and the reference saved in {self.folder} has another: it "
                     "belongs to a policy with another base. Load that base, or set reference.source to where it is."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -169,7 +170,7 @@ class KLTrainerMixin(Trainer):
         """
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self.reference.verify()
-        if self.reference.updates:
+        if self.reference.updates or self._has_adapter_of_its_own():
             self.reference.save(checkpoint / "reference")
         record = self.reference.provenance()
         if self.sync is not None:
@@ -179,6 +180,13 @@ class KLTrainerMixin(Trainer):
             _write_json(checkpoint / RECORD, record)
             _write_json(checkpoint / PENALTY_STATE, self.penalty.state_dict())
         super()._save_checkpoint(model, trial)
+
+    def _has_adapter_of_its_own(self) -> bool:
+        """Whether it holds an adapter that a resumed script may not make again: small, and drawn at random."""
+        reference = self.reference
+        adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        own = reference.config.source == "policy" and any(map(reference._owns, reference.digests))
+        return adapted and own and not reference.freed
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """On resume, bring back the controller, and a reference that had moved.
