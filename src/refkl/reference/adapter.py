@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from refkl.backend import Weight, evaluating, is_partitioned, reshard, unwrap, weights_of, whole
 from refkl.reference.base import BuildRequest, Reference
-from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised
+from refkl.reference.peft_layers import adapter_tensors, quantised
 from refkl.reference.shape import Cost
 from refkl.scoring import Head, find_head, learned_prompt, without_prompt
 
@@ -123,7 +123,7 @@ class AdapterReference(Reference):
 
     def _weights(self) -> Iterator[Weight]:
         reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
-        return weights_of(self._policy, without=_adapter_tensors(self._policy))
+        return weights_of(self._policy, without=adapter_tensors(self._policy))
 
     def check_movable(self, policy: nn.Module) -> None:
         if self._bare:
@@ -175,7 +175,7 @@ def _not_provably_off(policy: PeftModel, *, fresh: bool) -> str | None:
         return f"it needs exactly one active adapter, and found {policy.active_adapters}."
     if why_not := _merged(policy):
         return why_not
-    adapter = _adapter_tensors(policy)
+    adapter = adapter_tensors(policy)
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     if not trained & adapter:
         return "the policy's adapter does not train (was it loaded with is_trainable=False?)."
@@ -196,7 +196,7 @@ def _switched_off(policy: PeftModel) -> Iterator[None]:
 
 
 def _base_trains(policy: PeftModel) -> str | None:
-    adapter = _adapter_tensors(policy)
+    adapter = adapter_tensors(policy)
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapter:
             return f"{name} trains and is not part of the adapter, so it would move the reference too."
@@ -207,11 +207,6 @@ def _merged(policy: PeftModel) -> str | None:
     if any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules()):
         return "the adapter is merged into the base; switching it off would unmerge it and leave it so."
     return None
-
-
-def _adapter_tensors(policy: PeftModel) -> set[int]:
-    """ids of all tensors that belong to an adapter."""
-    return adapter_parameters(policy) | adapter_buffers(policy)
 
 
 def _not_fresh(policy: PeftModel) -> str | None:

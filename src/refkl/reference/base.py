@@ -20,6 +20,7 @@ from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
 from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
+from refkl.reference.tensors import check_pairs
 from refkl.scoring import Head, ScoredLogits, completion_logits, learned_prompt, score_model
 from refkl.types import KLFloor, MemoryReport, TokenBatch, TokenScores
 from refkl.versions import library_versions
@@ -462,25 +463,6 @@ class Reference(ABC):
         }
 
 
-def bytes_held(tensors: Iterable[torch.Tensor], home: torch.device) -> MemoryReport:
-    """Bytes of the tensors' storages, each counted once: on the host, if they are on a CPU that is not where the model
-    runs (`home`)."""
-    sizes, seen = {"device": 0, "host": 0}, set()
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if (key := (tensor.device, storage.data_ptr())) not in seen and storage.nbytes():
-            seen.add(key)
-            where = "host" if tensor.device.type == "cpu" and home.type != "cpu" else "device"
-            sizes[where] += storage.nbytes()
-    return MemoryReport(**sizes)
-
-
-def bytes_offloaded(weights: Iterable[torch.Tensor], rest: Iterable[torch.Tensor]) -> MemoryReport:
-    """Bytes of weights that wait in host memory, and of what stays on the device, also where the device is a CPU."""
-    cpu = torch.device("cpu")
-    return MemoryReport(host=bytes_held(weights, cpu).total, device=bytes_held(rest, cpu).total)
-
-
 def held_in_place(request: BuildRequest) -> str | None:
     """A sentence for a strategy that makes a copy, where the reference is the policy's bare base, which needs none."""
     if request.config.source == "base":
@@ -491,23 +473,3 @@ def held_in_place(request: BuildRequest) -> str | None:
             "policy holds that itself, and strategy 'adapter' needs no copy of it."
         )
     return None
-
-
-def mix(own: torch.Tensor, theirs: torch.Tensor, alpha: float) -> None:
-    """own <- (1 - alpha) own + alpha theirs, in place. At 1, and for integers, it is a copy: to the bit."""
-    theirs = theirs.detach().to(device=own.device, dtype=own.dtype)
-    if alpha == 1.0 or not own.is_floating_point():
-        own.copy_(theirs)
-    else:
-        own.lerp_(theirs, alpha)
-
-
-def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:
-    """Raise ValueError unless both hold the same names with the same shapes."""
-    if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{what} has no weight {missing[0]!r} ({len(missing)} missing); it is another model.")
-    if extra := sorted(found.keys() - own.keys()):
-        raise ValueError(f"{what} has a weight {extra[0]!r} that the reference lacks ({len(extra)} in all).")
-    for name, shape in own.items():
-        if found[name] != shape:
-            raise ValueError(f"{what} has {name!r} with shape {list(found[name])}; the reference has {list(shape)}.")

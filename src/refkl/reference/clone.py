@@ -21,15 +21,16 @@ from torch.distributed.tensor import DTensor
 
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs, held_in_place, mix
+from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import foreign_forward, frozen_copy
 from refkl.reference.floor import Gauge
-from refkl.reference.peft_layers import quantised
+from refkl.reference.peft_layers import adapter_tensors, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.quantize import FORMATS, QuantizedLinear, why_not_quantized
 from refkl.reference.saved import Saved
-from refkl.reference.shape import BATCH_BYTES, Cost, Entry, added_by_peft
+from refkl.reference.shape import BATCH_BYTES, Cost, Entry
 from refkl.reference.stream import Stream, largest_pair, unit_bytes, unstreamable
+from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs, mix
 from refkl.scoring import Head, find_head
 from refkl.scoring.head import base_model
 from refkl.types import KLFloor, MemoryReport, TokenBatch
@@ -53,7 +54,6 @@ class CloneReference(Reference):
         self.model = model
         """The copy, with the policy's parameter names."""
         self._policy = weakref.ref(unwrap(request.policy))
-        self._config = request.config
         self._shared = shared
         self._stream = Stream(model) if request.config.offload else None
         self._head: Head | None = None
@@ -174,13 +174,13 @@ class CloneReference(Reference):
         if self._placed == placed:
             return
         recorded, changed = self._recorded, False
-        stays = self._config.device is not None or self._stream is not None
+        stays = self.config.device is not None or self._stream is not None
         held = {id(own) for _, own in named_weights(self.model)} if stays else set()
         for name, own in named_weights(self.model):
             theirs = weights.get(name)
             if theirs is None:
                 continue
-            dtype = theirs.dtype if self._config.dtype is None and own.is_floating_point() else own.dtype
+            dtype = theirs.dtype if self.config.dtype is None and own.is_floating_point() else own.dtype
             device = own.device if stays else theirs.device
             changed |= dtype != own.dtype
             own.data = own.data.to(device=device, dtype=dtype)
@@ -191,11 +191,11 @@ class CloneReference(Reference):
         buffers = dict(policy.named_buffers())
         # named_buffers() has those that no checkpoint holds too, such as rotary frequencies.
         for name, buffer in self.model.named_buffers():
-            dtype = buffers[name].dtype if self._config.dtype is None and name in buffers else buffer.dtype
+            dtype = buffers[name].dtype if self.config.dtype is None and name in buffers else buffer.dtype
             device = buffer.device if id(buffer) in held else self._device or first.device
             buffer.data = buffer.data.to(device=device, dtype=dtype)
         for module in self.model.modules():
-            if isinstance(module, QuantizedLinear) and self._config.dtype is None:
+            if isinstance(module, QuantizedLinear) and self.config.dtype is None:
                 module.dtype = first.dtype
         if self._stream is not None:
             self._stream.settle(first.device)
@@ -351,7 +351,7 @@ def _streamed_cost(request: BuildRequest, copied: list[Entry], dtype: torch.dtyp
     """Of a whole copy in host memory, of which two units at most are on the device."""
     shape, policy, without = request.shape, unwrap(request.policy), set[int]()
     if request.config.source != "policy":
-        policy, without = base_model(policy), added_by_peft(policy)
+        policy, without = base_model(policy), adapter_tensors(policy)
     units, rest = unit_bytes(policy, dtype=dtype, without=without)
     stays = [e for e in copied if e.buffer and not e.persistent]
     return Cost(

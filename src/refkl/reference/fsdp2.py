@@ -19,9 +19,10 @@ from torch import nn
 from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
 from refkl.backend import weights_of as shards_of
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs, held_in_place, mix
+from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import foreign_forward, frozen_copy, replaced_forward
 from refkl.reference.shape import Cost
+from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs, mix
 from refkl.types import MemoryReport
 
 

@@ -21,6 +21,11 @@ def adapter_buffers(policy: nn.Module) -> set[int]:
     return {id(buffer) for part in _adapter_parts(policy) for buffer in part.buffers()}
 
 
+def adapter_tensors(policy: nn.Module) -> set[int]:
+    """ids of all that PEFT added: what the model inside would not have without it."""
+    return adapter_parameters(policy) | adapter_buffers(policy)
+
+
 def _adapter_parts(policy: nn.Module) -> Iterator[nn.Module]:
     """What an adapted layer has beside the layer that it adapts; and learned prompts."""
     for module in policy.modules():

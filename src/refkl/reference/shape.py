@@ -222,11 +222,6 @@ def _ways(tensor: Tensor) -> int | None:
     return None
 
 
-def added_by_peft(policy: nn.Module) -> set[int]:
-    """ids of the tensors that the model inside PEFT would not have without it."""
-    return adapter_parameters(policy) | adapter_buffers(policy)
-
-
 def _lookups(policy: nn.Module) -> set[int]:
     """Weights of embeddings that are tied to no head."""
     rows = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}

@@ -28,9 +28,10 @@ from refkl.backend import (
 )
 from refkl.backend.zero import release
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, check_pairs, held_in_place, mix
+from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
 from refkl.reference.shape import Cost, Entry
+from refkl.reference.tensors import bytes_held, check_pairs, mix
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
 

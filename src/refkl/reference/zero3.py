@@ -26,10 +26,11 @@ from refkl.backend.zero import (
     transformers_zero3,
 )
 from refkl.messages import size
-from refkl.reference.base import BuildRequest, Reference, bytes_held, bytes_offloaded, check_pairs, held_in_place, mix
+from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import replaced_forward
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.shape import Cost
+from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs, mix
 from refkl.scoring.forward import base_model
 from refkl.types import MemoryReport
 
