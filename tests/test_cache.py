@@ -591,7 +591,11 @@ def test_dpo_scores_the_reference_in_its_first_epoch_alone(tmp_path: Path, forwa
     assert first[1] == pytest.approx(without[1], abs=1e-5) and second[1] == pytest.approx(without[1], abs=1e-5)
 
 
-RANKS = [("multi", "clone"), ("zero3", "zero3"), ("fsdp2", "fsdp2"), ("fsdp2", "swap")]
+RANKS = [
+    ("zero3", "zero3"),
+    ("fsdp2", "fsdp2"),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in (("multi", "clone"), ("fsdp2", "swap"))),
+]
 
 
 @pytest.mark.parametrize(("backend", "strategy"), RANKS)

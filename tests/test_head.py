@@ -513,7 +513,10 @@ def test_a_compiled_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["multi", "multi find_unused_parameters", "multi static_graph", "zero3"])
+@pytest.mark.parametrize(
+    "launch",
+    ["multi", "multi find_unused_parameters", "zero3", pytest.param("multi static_graph", marks=pytest.mark.slow)],
+)
 def test_two_processes_have_the_gradients_of_one(launch: str, tmp_path: Path) -> None:
     config, *options = launch.split()
     for name in ("tied", "untied"):

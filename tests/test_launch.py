@@ -19,6 +19,8 @@ STEPS = 5
 GLOBAL_BATCH = 4
 OFFLOAD = "deepspeed/zero3_offload.json"
 
+pytestmark = pytest.mark.xdist_group("launches")
+
 LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
     "one process": ("plain", 1, lambda *a, **k: accelerate_launch("single", *a, module=True, **k)),
     "two processes": ("ddp", 2, lambda *a, **k: accelerate_launch("multi", *a, module=True, **k)),
@@ -113,7 +115,9 @@ def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, An
     assert kl["zero3"][2] < kl["zero3"][1]  # the reference came nearer
 
 
-@pytest.mark.parametrize("name", ["two processes", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "name", ["zero3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two processes", "zero2"))]
+)
 def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
     """Mixed precision (DDP) casts in autocast, DeepSpeed casts the policy: the reference must follow it in both."""
     _inputs(tmp_path, max_steps=3, learning_rate=0.01)
@@ -122,7 +126,7 @@ def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
     assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
 
 
-@pytest.mark.parametrize("name", ["two processes", "zero3"])
+@pytest.mark.parametrize("name", ["two processes", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     _inputs(tmp_path, "grpo", max_steps=2)
     found = _train(name, tmp_path)
@@ -148,7 +152,7 @@ def test_lora_under_zero3_uses_the_adapter(tmp_path: Path) -> None:
     assert record["before"]["fingerprint"] == record["after"]["fingerprint"]
 
 
-@pytest.mark.parametrize("launch", ["zero3", "zero2"])
+@pytest.mark.parametrize("launch", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_partitioned_reference_is_the_policy_in_memory(launch: str, tmp_path: Path) -> None:
     _inputs(tmp_path)
     flags = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0")
