@@ -19,5 +19,5 @@ export HF_HUB_OFFLINE=1
 export PATH="$REFKL_VENV/bin:$PATH"
 # the tests' tensors are tiny: a thread for each worker is quicker than two that wait for each other
 export OMP_NUM_THREADS=1
-say "python -m pytest -n 2 --dist loadgroup $*"
-exec "$PY" -m pytest -n 2 --dist loadgroup "$@"
+say "python -m pytest -n 2 $*"
+exec "$PY" -m pytest -n 2 "$@"

@@ -128,8 +128,9 @@ def test_the_memory_reading_sees_what_was_freed_again(modules, reader):
 
     def work():
         temporary = torch.ones(64 << 18)  # 64 MiB
-        both = temporary.sum() + torch.ones(8 << 18)  # 8 MiB, while the temporary is still there
-        time.sleep(0.2)  # on a busy machine the thread that looks gets its turn late
+        # Both are over 32 MiB, below which malloc may give what was freed before.
+        both = torch.ones(40 << 18).add_(temporary.sum())  # 40 MiB, while the temporary is still there
+        time.sleep(1.0)  # on a busy machine the thread that looks gets its turn late
         return both
 
-    assert 72 << 20 <= getattr(measure, reader)(work) + (1 << 20) < 100 << 20
+    assert 104 << 20 <= getattr(measure, reader)(work) + (1 << 20) < 132 << 20

@@ -19,8 +19,6 @@ STEPS = 5
 GLOBAL_BATCH = 4
 OFFLOAD = "deepspeed/zero3_offload.json"
 
-pytestmark = pytest.mark.xdist_group("launches")
-
 LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
     "one process": ("plain", 1, lambda *a, **k: accelerate_launch("single", *a, module=True, **k)),
     "two processes": ("ddp", 2, lambda *a, **k: accelerate_launch("multi", *a, module=True, **k)),
