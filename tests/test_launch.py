@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,16 +198,18 @@ def test_launched_processes_are_gone(tmp_path: Path) -> None:
         "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     )
     code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"
-    with pytest.raises(AssertionError, match="still running after 3 s"):
-        run([sys.executable, "-c", code], timeout=3)
+    with pytest.raises(AssertionError, match="still running after 10 s"):
+        run([sys.executable, "-c", code], timeout=10)
     child = int((tmp_path / "pid").read_text())
-    status = Path(f"/proc/{child}/status")
-    assert not status.exists() or "zombie" in status.read_text() or not _alive(child)
+    for _ in range(50):  # a busy machine takes a moment to bury it
+        if not _alive(child):
+            break
+        time.sleep(0.1)
+    assert not _alive(child)
 
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return True

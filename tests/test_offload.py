@@ -336,8 +336,9 @@ class Packed(nn.Parameter):
 
 def test_refusals() -> None:
     policy = llama()
-    with pytest.raises(ValueError, match=r"offload runs the copy on the policy's device, .* 'cpu'\. Set one of them"):
-        build_reference(policy, ReferenceConfig(strategy="clone", offload=True, device="cpu"))
+    for other in ({"device": "cpu"}, {"quantize": "int8"}):
+        with pytest.raises(ValueError, match=r"offload runs a copy in full precision on the policy's device, so"):
+            build_reference(policy, ReferenceConfig(strategy="clone", offload=True, **other))
     fresh = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"no weights of its own for reference\.offload .* Use 'swap' instead"):
         build_reference(fresh, ReferenceConfig(strategy="adapter", offload=True))
