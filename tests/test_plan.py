@@ -18,7 +18,8 @@ def test_auto_says_why() -> None:
 
 
 def test_unknown_names_give_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"Did you mean 'clone'\? Known: adapter, auto, clone, fsdp2, swap, zero3"):
+    known = "adapter, auto, clone, fsdp2, shared_trunk, swap, zero3"
+    with pytest.raises(ValueError, match=rf"Did you mean 'clone'\? Known: {known}"):
         refkl.build_reference(llama(), "clones")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -66,11 +67,12 @@ def test_the_controller_is_saved_before_older_checkpoints_are_removed(
 
 def test_a_checkpoint_of_another_controller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {**SAVING, "max_steps": 2}
-    dpo(KLDPOTrainer, llama(), tmp_path, options, kl=KLConfig(coef=0.1)).train()
+    start = llama()
+    dpo(KLDPOTrainer, copy.deepcopy(start), tmp_path, options, kl=KLConfig(coef=0.1)).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
 
     def resumed(**kl: Any) -> Any:
-        trainer = dpo(KLDPOTrainer, llama(), tmp_path, {"max_steps": 3}, kl=KLConfig(**kl))
+        trainer = dpo(KLDPOTrainer, copy.deepcopy(start), tmp_path, {"max_steps": 3}, kl=KLConfig(**kl))
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return logged(trainer, "kl/coef")[-1]
 
