@@ -114,7 +114,7 @@ def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, An
 
 
 @pytest.mark.parametrize(
-    "name", ["zero3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two processes", "zero2"))]
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3"))]
 )
 def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
     """Mixed precision (DDP) casts in autocast, DeepSpeed casts the policy: the reference must follow it in both."""
