@@ -272,12 +272,8 @@ def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
 
 
 def _rounds(config: PlanConfig, reference: ReferenceConfig) -> bool:
-    narrower = reference.dtype is not None and getattr(torch, reference.dtype).itemsize < _itemsize(config)
-    return narrower or reference.quantize is not None
-
-
-def _itemsize(config: PlanConfig) -> int:
-    return int(getattr(torch, config.dtype).itemsize)
+    held, trained = (getattr(torch, dtype).itemsize for dtype in (reference.dtype or config.dtype, config.dtype))
+    return bool(held < trained) or reference.quantize is not None
 
 
 def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:

@@ -35,10 +35,16 @@ def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[]
         folder.mkdir(parents=True, exist_ok=True)
         save_file(found, folder / f"{WEIGHTS_FILE}.tmp", metadata={"format": "pt"})
         os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
-        (folder / f"{PROVENANCE_FILE}.tmp").write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(folder / f"{PROVENANCE_FILE}.tmp", folder / PROVENANCE_FILE)
+        write_json(folder / PROVENANCE_FILE, record)
     if sharded:
         dist.barrier()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole, or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 class Saved:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from refkl.freeze import trainable_parameters
 from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
+from refkl.reference.saved import write_json
 from refkl.sync import SyncReferenceCallback
 from refkl.types import KLOutput, TokenScores
 
@@ -177,8 +177,8 @@ class KLTrainerMixin(Trainer):
             record["synced"] = self.sync.updates
         if self.args.should_save:
             checkpoint.mkdir(parents=True, exist_ok=True)
-            _write_json(checkpoint / RECORD, record)
-            _write_json(checkpoint / PENALTY_STATE, self.penalty.state_dict())
+            write_json(checkpoint / RECORD, record)
+            write_json(checkpoint / PENALTY_STATE, self.penalty.state_dict())
         super()._save_checkpoint(model, trial)
 
     def _has_adapter_of_its_own(self) -> bool:
@@ -236,13 +236,6 @@ class KLTrainerMixin(Trainer):
 _ROUNDING, _ROUNDING_16 = 1e-4, 0.05
 """Nats per token that the first KL may be, where policy and reference are scored in batches of different size: in 32
 bits, and in 16, where it is an estimate of rounding errors."""
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Whole, or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 _LOOK_EVERY, _LOOK_AT = 50, 4
