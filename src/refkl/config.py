@@ -60,6 +60,9 @@ class ReferenceConfig:
     quantize: Quantization | None = None
     """For "clone": its linear layers, but for the output head, in 8 bits ("int8", torchao) or 4 ("int4", torchao;
     "nf4", bitsandbytes). Puts a floor under the KL, which is measured before the first score: Reference.kl_floor."""
+    averages: Literal["device", "host"] = "device"
+    """For a reference in 16 bits, or in fewer, that moves with alpha < 1: where the fp32 averages that it is written
+    from are kept. Sharded as the reference is."""
     max_kl_floor: float = 0.05
     """For `quantize`: nats per token, the mean; a reference that rounding moved further than this is refused."""
 

@@ -10,19 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import Weight, evaluating, is_partitioned, reshard, unwrap, weights_of, whole
-from refkl.reference.base import BuildRequest, Reference
-from refkl.reference.peft_layers import adapter_tensors, quantised
+from refkl.backend import (
+    Weight,
+    evaluating,
+    is_partitioned,
+    layout_of,
+    local_shard,
+    named_weights,
+    reshard,
+    unwrap,
+    weights_of,
+    whole,
+)
+from refkl.reference.base import BuildRequest
+from refkl.reference.peft_layers import adapter_tensors
+from refkl.reference.saved import Saved
 from refkl.reference.shape import Cost
+from refkl.reference.swap import SwapReference
 from refkl.scoring import Head, find_head, learned_prompt, without_prompt
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -38,18 +54,17 @@ another kind only a fresh one is taken, after a look at values."""
 _FROM_DISK = "Set reference.source to 'pretrained' for the weights that the policy was loaded from."
 
 
-class AdapterReference(Reference):
-    """The policy with its adapter off."""
+class AdapterReference(SwapReference):
+    """The policy with its adapter off; from its first update on, as "swap" does, with another adapter in it."""
 
     strategy = "adapter"
+    _policy: PeftModel
+    _first_open = False
+    """Whether it scores as it did before it moved."""
 
     def __init__(self, request: BuildRequest, reason: str) -> None:
-        inner = unwrap(request.policy)
-        assert isinstance(inner, PeftModel)
-        self._bare = _is_bare(request)
-        source = "bare base, without its adapter" if self._bare else "base, under its fresh adapter"
-        super().__init__(request, reason, f"the policy's {source}" + quantised(inner))
-        self._policy: PeftModel = inner
+        source = "bare base, without its adapter" if _is_bare(request) else "base, under its fresh adapter"
+        super().__init__(request, reason, f"the policy's {source}")
         self._dtypes = self._current_dtypes()
 
     @classmethod
@@ -94,18 +109,29 @@ class AdapterReference(Reference):
         reference.fingerprint()
         return reference
 
+    @property
+    def _off(self) -> bool:
+        """Whether the reference is the policy with its adapter off, and holds nothing."""
+        return not self._kept or self._first_open
+
     def settle(self) -> None:
         """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
-        if self._dtypes != (now := self._current_dtypes()):
+        if not self._off:
+            super().settle()
+        elif self._dtypes != (now := self._current_dtypes()):
             self._dtypes = now
-            if self._recorded is not None:
+            if self._recorded is not None and not self._first_open:
                 self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
     def _current_dtypes(self) -> list[torch.dtype]:
-        return [weight.local.dtype for weight in self._weights()]
+        return [weight.local.dtype for weight in self._base_weights()]
 
     @contextmanager
     def _active(self) -> Iterator[nn.Module]:
+        if not self._off:
+            with super()._active() as model:
+                yield model
+            return
         if why_not := _merged(self._policy) or _base_trains(self._policy):
             raise ValueError(f"The policy with its adapter off is not the reference: {why_not}")
         with _switched_off(self._policy):
@@ -113,31 +139,69 @@ class AdapterReference(Reference):
 
     def head(self) -> Head | None:
         """The policy's own: one that an adapter changes is not found."""
-        return find_head(self._policy)
+        return find_head(self._policy) if self._off else super().head()
 
     def _free(self) -> bool:
         return False
 
-    def _owns(self, name: str) -> bool:
-        return False
-
     def _weights(self) -> Iterator[Weight]:
+        return self._base_weights() if self._off else super()._weights()
+
+    def _base_weights(self) -> Iterator[Weight]:
         reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
         return weights_of(self._policy, without=adapter_tensors(self._policy))
 
-    def check_movable(self, policy: nn.Module) -> None:
-        if self._bare:
+    def check_movable(self, policy: nn.Module, alpha: float = 1.0) -> None:
+        if self._kept:
+            return super().check_movable(policy, alpha)
+        if learned_prompt(self._policy) is not None:
             raise ValueError(
-                "strategy 'adapter' cannot move: its reference is the policy's bare base, which stays what it is. "
-                "Leave the sync out, or use another reference.source."
+                "strategy 'adapter' cannot move where a prompt is learned: its reference is the bare base, which stays "
+                "what it is. Leave the sync out."
             )
-        raise ValueError(
-            "strategy 'adapter' cannot move: its reference is the base that the policy shares. Use reference.strategy "
-            "'clone' (which copies the adapter alone) for a run with sync."
-        )
+        if alpha < 1.0:
+            _neutral_state(self._policy)
 
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        self.check_movable(policy)
+    def update(self, policy: nn.Module, alpha: float = 1.0, *, bias: float | None = None) -> None:
+        """As Reference.update. The first one makes it a "swap": it holds an adapter of its own from then on.
+
+        Raises:
+            ValueError: as Reference.update; or alpha < 1, and what this kind of adapter is when it does nothing is not
+                known, so that no average can begin there.
+        """
+        if self._kept:
+            return super().update(policy, alpha, bias=bias)
+        self.check_movable(policy, alpha if bias is None else 0.5)
+        start = _neutral_state(self._policy) if alpha < 1.0 or bias is not None else {}
+        self._become_swap()
+        try:
+            for name, value in start.items():
+                self._kept[name].copy_(value)
+            super().update(policy, alpha, bias=bias)
+        except BaseException:
+            if not self.updates and not self._half_moved:
+                self._kept, self._layouts = {}, {}
+                self.strategy = type(self).strategy
+            raise
+
+    def _become_swap(self) -> None:
+        self._take()
+        self.strategy = "swap"
+
+    def load(self, folder: str | Path) -> None:
+        if not self._kept and Saved(Path(folder)).provenance["updates"]:
+            self._become_swap()
+        super().load(folder)
+
+    def keep_first(self) -> None:
+        """Nothing to keep: the policy with its adapter off is what it was first."""
+        if self._first_stamp is None:
+            if self.updates:
+                raise ValueError("The reference has moved already, and what it was first was not kept.")
+            self._first_stamp = self.stamp or self.fingerprint()
+
+    def _exchange_first(self) -> None:
+        self._first_open = not self._first_open
 
 
 def _is_bare(request: BuildRequest) -> bool:
@@ -267,3 +331,46 @@ def _trained_lora(layer: LoraLayer) -> str | None:
             if bias is not None and bool(whole(bias).any()):
                 return f"lora_B.{adapter}.bias"
     return None
+
+
+def _neutral_state(policy: PeftModel) -> dict[str, Tensor]:
+    """This rank's part of tensors, by canonical name, with which the adapter does nothing; the others are as they are.
+
+    Raises:
+        ValueError: a kind of adapter of which it is not known.
+    """
+    found: dict[int, Tensor] = {}
+    for name, module in policy.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            base = dict(module.original_module.named_parameters())
+            for adapter in module.active_adapters:
+                parameters = module.modules_to_save[adapter].named_parameters()
+                found |= {id(parameter): local_shard(base[key]) for key, parameter in parameters}
+        elif isinstance(module, TrainableTokensLayer):
+            weight = module.get_base_layer().get_parameter("weight")
+            for adapter in module.active_adapters:
+                rows: Tensor = module.trainable_tokens_delta[adapter]
+                found[id(rows)] = layout_of(rows).cut(whole(weight)[module.token_indices[adapter]])
+        elif isinstance(module, BaseTunerLayer):
+            fill = next((fill for kind, fill in _NEUTRAL.items() if isinstance(module, kind)), None)
+            if fill is None or any(getattr(module, "use_dora", {}).values()):
+                kind = "DoRA" if fill else type(module).__name__
+                raise ValueError(
+                    f"{name} has an adapter ({kind}) of which refkl does not know what it is when it does nothing, so "
+                    "an average with alpha < 1 has nothing to begin with. Use alpha 1, or reference.strategy 'swap', "
+                    "which keeps the adapter as it was when the reference was built."
+                )
+            prefixes, value = fill
+            assert isinstance(module, nn.Module), "every layer of PEFT is"
+            for key, parameter in module.named_parameters():
+                if key.split(".")[0] in prefixes:
+                    found[id(parameter)] = torch.full_like(local_shard(parameter), value)
+    return {name: found[id(tensor)] for name, tensor in named_weights(policy) if id(tensor) in found}
+
+
+_NEUTRAL: dict[type, tuple[tuple[str, ...], float]] = {
+    LoraLayer: (("lora_B", "lora_embedding_B"), 0.0),
+    VeraLayer: (("vera_lambda_b",), 0.0),
+    IA3Layer: (("ia3_l",), 1.0),
+}
+"""Which tensors of an adapted layer are to be filled, and with what, so that the layer gives what its base does."""

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from refkl.backend import Backend, Weight, evaluating
 from refkl.config import ReferenceConfig
 from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
+from refkl.reference.moving import Averages, Move, Pair, Probe, same_bits
 from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.reference.tensors import check_pairs
@@ -69,10 +70,12 @@ class Reference(ABC):
     """A frozen model to compare the policy with. Subclass it, then `register_strategy`, to hold one in your own way.
 
     A strategy says whether it can (`supports`), what it adds (`cost`), makes itself (`build`), and opens the module
-    that is to be run (`_active`). It lists its weights (`_weights`), and moves them (`_move`).
+    that is to be run (`_active`). It lists its weights (`_weights`), and pairs those that move with the policy's
+    (`_pairs`).
     """
 
-    strategy: ClassVar[str]
+    strategy: str
+    """Its name in STRATEGIES; of one that moved it can become another's."""
 
     def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
         self.reason = reason
@@ -94,6 +97,11 @@ class Reference(ABC):
         self.digests: dict[str, str] = {}
         """Of each weight when the fingerprint was last taken: to name the one that changed."""
         self._verified = 0
+        self._averages = Averages(on_host=request.config.averages == "host")
+        self._half_moved = False
+        """Whether an error left it between two moves."""
+        self._first_stamp: str | None = None
+        """The fingerprint before the first move, if it was kept."""
 
     @classmethod
     @abstractmethod
@@ -128,9 +136,13 @@ class Reference(ABC):
     def _weights(self) -> Iterator[Weight]:
         """Every weight of the reference, as far as this rank holds it, in a fixed order; tied ones once."""
 
-    @abstractmethod
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        """theta_ref <- (1 - alpha) theta_ref + alpha theta_policy, all of it or, where that raises, none."""
+    def _pairs(self, policy: nn.Module) -> list[Pair]:
+        """Each weight that moves, with the policy's; nothing is written here.
+
+        Raises:
+            ValueError: names or shapes that do not pair; a strategy that cannot move.
+        """
+        raise ValueError(f"strategy {self.strategy!r} cannot move.")
 
     def _before_writing(self) -> None:  # noqa: B027 - an optional hook: most hold no copies of their shards
         """Drop what would hide new weights from the next forward."""
@@ -143,9 +155,10 @@ class Reference(ABC):
         """Whether the weight is the reference's alone, and not the policy's too."""
         return True
 
-    def check_movable(self, policy: nn.Module) -> None:
+    def check_movable(self, policy: nn.Module, alpha: float = 1.0) -> None:
         """Raise ValueError for what `update` would: a sync that can never be made is to fail before the run."""
-        raise ValueError(f"strategy {self.strategy!r} cannot move.")
+        self._check_held("be moved")
+        self._pairs(policy)
 
     @property
     def kl_floor(self) -> KLFloor | None:
@@ -282,6 +295,13 @@ class Reference(ABC):
                 "leave the weights."
             )
 
+    def _check_whole(self) -> None:
+        if self._half_moved:
+            raise ValueError(
+                "An error ended the reference's last update half-way: some of its weights were moved and some were "
+                "not. Load it from a checkpoint (reference.load), or build it anew."
+            )
+
     @contextmanager
     def logits(self, batch: TokenBatch) -> Iterator[ScoredLogits]:
         """The reference's logits for the scored tokens, in full, with the reference active for as long as this is
@@ -323,6 +343,7 @@ class Reference(ABC):
     @contextmanager
     def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
         """The module to run and the batch where it is: no grad, dropout off, nothing left changed."""
+        self._check_whole()
         self.settle()
         self._before_scoring(batch)
         with self._active() as model, torch.no_grad(), evaluating(model), self._autocast():
@@ -331,25 +352,92 @@ class Reference(ABC):
     def _autocast(self) -> AbstractContextManager[None]:
         return nullcontext() if self._accelerator is None else self._accelerator.autocast()
 
-    def update(self, policy: nn.Module, alpha: float = 1.0) -> None:
+    def update(self, policy: nn.Module, alpha: float = 1.0, *, bias: float | None = None) -> None:
         """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
+
+        Each rank moves its own part: nothing is gathered or sent. Weights of 16 bits are averaged in fp32, in tensors
+        that are kept beside them from the first move with alpha < 1 on (`reference.averages` says where).
 
         Args:
             policy: the policy, wrapped or not; weights are paired by name.
-            alpha: in (0, 1]; 1 copies the policy.
+            alpha: in (0, 1]; 1 copies the policy, to the bit.
+            bias: with it the average above is kept apart, and the reference is that average + bias (theta_policy -
+                theta_first), where theta_first is what it was when a bias was first given (BEMA, arXiv:2508.00180).
 
         Raises:
-            ValueError: alpha out of range; a strategy that cannot move; names or shapes that do not pair. The
+            ValueError: alpha or bias out of range; a strategy that cannot move; names or shapes that do not pair. The
                 reference is then as it was.
+            RuntimeError: what was written cannot be read back: something else holds the weights that are run.
         """
         if not 0.0 < alpha <= 1.0:
             raise ValueError(f"alpha must be in (0, 1], got {alpha}.")
+        if bias is not None and not 0.0 <= bias <= 1.0:
+            raise ValueError(f"bias must be in [0, 1], got {bias}.")
         self._check_held("be moved")
         self.settle()
+        step = Move(alpha, bias)
         with torch.no_grad():
-            self._move(policy, alpha)
+            pairs = self._pairs(policy)
+            self._averages.prepare(pairs, step)
+            self._before_writing()
+            self._half_moved = True
+            probes = {pair.own.name: self._averages.move(pair, step) for pair in pairs}
+            self._half_moved = False
         self.updates += 1
         self._recorded = None
+        self._check_moved(probes)
+
+    def _check_moved(self, probes: dict[str, Probe | None]) -> None:
+        """Look each changed weight up anew: a write into a gathered copy, or into a placeholder, would be lost."""
+        self._before_writing()
+        for name, local, _ in self._weights():
+            probe = probes.get(name)
+            if probe is not None and not same_bits(local.reshape(-1)[probe.place], probe.number):
+                raise RuntimeError(
+                    f"The reference was moved, and {name} did not change: something else than the weights that were "
+                    "written is what a forward reads. Was a module of it replaced after the reference was built?"
+                )
+
+    def keep_first(self) -> None:
+        """Keep a copy of the weights as they are, before the first move, for `first`.
+
+        Raises:
+            ValueError: it has moved already.
+        """
+        if self.updates and not self._averages.first:
+            raise ValueError("The reference has moved already, and what it was first was not kept.")
+        self.settle()
+        if self._first_stamp is None:
+            self._first_stamp = self.stamp or self.fingerprint()
+            self._averages.keep_first(weight for weight in self._weights() if self._owns(weight.name))
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """What the reference was before it first moved, for as long as this is open: it scores as that.
+
+        Raises:
+            ValueError: `keep_first` was not called in time.
+        """
+        if self._first_stamp is None:
+            raise ValueError("What the reference was first was not kept: call reference.keep_first() before it moves.")
+        self.settle()
+        present, self._recorded = self._recorded, self._first_stamp
+        with torch.no_grad():
+            self._exchange_first()
+            try:
+                yield
+            finally:
+                self._exchange_first()
+                self._recorded = present
+
+    def _exchange_first(self) -> None:
+        """The weights and what was kept of the first ones change places."""
+        self._before_writing()
+        for name, local, _ in self._weights():
+            if (kept := self._averages.first.get(name)) is not None:
+                present = local.clone()
+                local.copy_(kept)
+                kept.copy_(present)
 
     def fingerprint(self) -> str:
         """64 hex digits that change if and only if the name, shape, dtype or a bit of some weight does.
@@ -410,7 +498,12 @@ class Reference(ABC):
         return torch.device("cpu") if self._accelerator is None else self._accelerator.device
 
     def memory(self) -> MemoryReport:
-        """Bytes that the reference adds on this rank."""
+        """Bytes that the reference adds on this rank, averages included."""
+        held, averages = self._memory(), self._averages.memory(self._home())
+        return MemoryReport(device=held.device + averages.device, host=held.host + averages.host)
+
+    def _memory(self) -> MemoryReport:
+        """Bytes of its weights on this rank."""
         return MemoryReport(device=0, host=0)
 
     def save(self, folder: str | Path) -> None:
@@ -424,8 +517,14 @@ class Reference(ABC):
             ValueError: the weights were freed.
         """
         self._check_held("be saved")
-        own = (weight for weight in self._weights() if self._owns(weight.name))
-        write_saved(Path(folder), own, lambda: {**self.provenance(), "weights": self.digests})
+        self._check_whole()
+        own = [weight for weight in self._weights() if self._owns(weight.name)]
+
+        def record() -> dict[str, Any]:
+            averages = digests(self._averages.weights())
+            return {**self.provenance(), "weights": self.digests, "averages": averages, "first": self._first_stamp}
+
+        write_saved(Path(folder), [*own, *self._averages.weights()], record)
 
     def load(self, folder: str | Path) -> None:
         """Take over what `save` wrote; every rank calls, each for its own copy or part.
@@ -439,13 +538,16 @@ class Reference(ABC):
         saved = Saved(Path(folder))
         self.settle()
         self.fingerprint()
-        shapes = {weight.name: weight.layout.shape for weight in self._weights()}
+        layouts = {weight.name: weight.layout for weight in self._weights()}
+        shapes = {name: layout.shape for name, layout in layouts.items()}
         recorded = {name: saved.shapes.get(name, shapes.get(name, torch.Size())) for name in saved.digests}
         check_pairs(recorded, shapes, "the saved reference")
         changed = saved.changed(self.digests, self._owns)
         self._before_writing()
         saved.copy_into(weight for weight in self._weights() if weight.name in changed)
+        self._averages.load(saved.averages(), layouts)
         self.updates = int(saved.provenance["updates"])
+        self._first_stamp, self._half_moved = saved.provenance.get("first"), False
         loaded = self.fingerprint()
         assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"
 

@@ -7,7 +7,6 @@ and of nothing else.
 from __future__ import annotations
 
 import types
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,18 +18,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
+from refkl.backend import Weight, Whole, canonical_name, is_sharded, named_weights, unwrap, weights_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import foreign_forward, frozen_copy
 from refkl.reference.floor import Gauge
+from refkl.reference.moving import Pair, paired_weights
 from refkl.reference.peft_layers import adapter_tensors, quantised
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.quantize import FORMATS, QuantizedLinear, why_not_quantized
 from refkl.reference.saved import Saved
 from refkl.reference.shape import BATCH_BYTES, Cost, Entry
 from refkl.reference.stream import Stream, largest_pair, unit_bytes, unstreamable
-from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs, mix
+from refkl.reference.tensors import bytes_held, bytes_offloaded
 from refkl.scoring import Head, find_head
 from refkl.scoring.head import base_model
 from refkl.types import KLFloor, MemoryReport, TokenBatch
@@ -290,39 +290,20 @@ class CloneReference(Reference):
     def _owns(self, name: str) -> bool:
         return name not in self._shared
 
-    def check_movable(self, policy: nn.Module) -> None:
-        self._check_held("be moved")
-        self._check_not_rounded()
-        self._pairs(policy)
+    def _pairs(self, policy: nn.Module) -> list[Pair]:
+        packed = {canonical_name(n): m for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        own = [
+            weight
+            for weight in weights_of(self.model)
+            if weight.name.endswith(".bias") or weight.name.rpartition(".")[0] not in packed
+        ]
+        # The place of a quantised weight is held by its bytes, which are never read as its numbers.
+        own += [Weight(f"{n}.weight", m.get_buffer("qdata"), Whole(m.numbers_shape)) for n, m in packed.items()]
+        pairs = paired_weights(own, weights_of(unwrap(policy)))
+        layers = {f"{name}.weight": layer for name, layer in packed.items()}
+        return [pair._replace(packed=layers.get(pair.own.name)) for pair in pairs if self._owns(pair.own.name)]
 
-    def _check_not_rounded(self) -> None:
-        if self.config.quantize is not None:
-            raise ValueError(
-                f"A reference quantised to {self.config.quantize} cannot move: it is rounded once, and a moving "
-                "average of rounded numbers stands still. Leave reference.quantize out; reference.offload saves memory "
-                "too."
-            )
-
-    def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Own and policy's weights that are to be mixed."""
-        own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
-        own_shapes, their_shapes = ({name: t.shape for name, t in w.items()} for w in (own, theirs))
-        check_pairs(their_shapes, own_shapes, "the policy")
-        return [(tensor, theirs[name]) for name, tensor in own.items() if self._owns(name)]
-
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        self._check_not_rounded()
-        pairs = self._pairs(policy)
-        if alpha < 1.0 and any(own.dtype in (torch.bfloat16, torch.float16) for own, _ in pairs):
-            warnings.warn(
-                "The reference is held in 16 bits, where small steps of a moving average round to nothing. "
-                "Set reference.dtype to 'float32'.",
-                stacklevel=4,
-            )
-        for own, theirs in pairs:
-            mix(own.data, theirs, alpha)
-
-    def memory(self) -> MemoryReport:
+    def _memory(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not; a model that was loaded to be quantised
         is among them until the floor is measured. Offloaded, a score also takes device memory for two units of it."""
         if self._stream is not None:

@@ -21,8 +21,9 @@ from refkl.backend import weights_of as shards_of
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import foreign_forward, frozen_copy, replaced_forward
+from refkl.reference.moving import Pair, paired_weights
 from refkl.reference.shape import Cost
-from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs, mix
+from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs
 from refkl.types import MemoryReport
 
 
@@ -124,31 +125,15 @@ class FSDP2Reference(Reference):
         self.model = nn.Module()
         return True
 
-    def check_movable(self, policy: nn.Module) -> None:
-        self._check_held("be moved")
-        self._pairs(policy)
+    def _before_writing(self) -> None:
+        reshard(self.model)
 
-    def _pairs(self, policy: nn.Module) -> list[tuple[Weight, Weight]]:
+    def _pairs(self, policy: nn.Module) -> list[Pair]:
         inner = unwrap(policy)
         reshard(inner)
-        own, theirs = ({w.name: w for w in shards_of(m)} for m in (self.model, inner))
-        shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (theirs, own)]
-        check_pairs(shapes[0], shapes[1], "the policy")
-        for name, weight in own.items():
-            if weight.local.shape != theirs[name].local.shape:
-                raise ValueError(
-                    f"This rank's part of {name} is {list(theirs[name].local.shape)} in the policy and "
-                    f"{list(weight.local.shape)} in the reference: score once after accelerator.prepare, which shards "
-                    "the reference as the policy is."
-                )
-        return [(weight, theirs[name]) for name, weight in own.items()]
+        return paired_weights(shards_of(self.model), shards_of(inner))
 
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        """Shard by shard on each rank: nothing is gathered or sent."""
-        for own, theirs in self._pairs(policy):
-            mix(own.local, theirs.local, alpha)
-
-    def memory(self) -> MemoryReport:
+    def _memory(self) -> MemoryReport:
         """Bytes of this rank's shards."""
         if self.config.offload:
             return bytes_offloaded(map(local_shard, self.model.parameters()), self.model.buffers())

@@ -147,8 +147,8 @@ class QuantizedLinear(nn.Module):
         """[out, in]"""
         self.dtype = weight.dtype
         """That `weight` comes in."""
-        matrix = weight.t() if isinstance(layer, Conv1D) else weight
-        for part, tensor in FORMATS[name].pack(matrix.float().contiguous()).items():
+        self._transposed = isinstance(layer, Conv1D)
+        for part, tensor in self._packed(weight).items():
             self.register_buffer(part, tensor)
         self.bias = bias
 
@@ -160,6 +160,25 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         return nn.functional.linear(x, self._restored(x.dtype), self.bias)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The weight made anew, in the shape that the layer had before: what a moving average goes on from."""
+        return self.weight.t() if self._transposed else self.weight
+
+    @property
+    def numbers_shape(self) -> torch.Size:
+        """Of `numbers`."""
+        return self.shape[::-1] if self._transposed else self.shape
+
+    def repack(self, numbers: Tensor) -> None:
+        """Hold these, in the shape of the layer that was quantised."""
+        for part, tensor in self._packed(numbers).items():
+            self.get_buffer(part).copy_(tensor)
+
+    def _packed(self, numbers: Tensor) -> dict[str, Tensor]:
+        matrix = numbers.t() if self._transposed else numbers
+        return FORMATS[self.format].pack(matrix.float().contiguous())
 
     def _restored(self, dtype: torch.dtype) -> Tensor:
         return FORMATS[self.format].unpack(dict(self.named_buffers(recurse=False)), self.shape, dtype)

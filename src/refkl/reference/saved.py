@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ class Saved:
         self.provenance: dict[str, Any] = json.loads((folder / PROVENANCE_FILE).read_text())
         with self._open() as file:
             # Of the weights that are in the file; those that were shared with the policy have a digest alone.
-            self.shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if name not in self.provenance.get("averages", {})]  # noqa: SIM118
+            self.shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
 
     @property
     def digests(self) -> dict[str, str]:
@@ -93,6 +94,21 @@ class Saved:
                     "belongs to a policy with another base. Load that base, or set reference.source to where it is."
                 )
         return {name for name, digest in found.items() if digest != own[name]}
+
+    def averages(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a moving reference kept beside its weights, whole.
+
+        Raises:
+            ValueError: one was altered since it was saved.
+        """
+        with self._open() as file:
+            for name, digest in self.provenance.get("averages", {}).items():
+                tensor = file.get_tensor(name)
+                if digests([Weight(name, tensor, Whole(tensor.shape))])[name] != digest:
+                    raise ValueError(
+                        f"The reference saved in {self.folder} is not the one that was recorded: {name} was altered."
+                    )
+                yield name, tensor
 
     def copy_into(self, weights: Iterable[Weight]) -> None:
         """Put what was saved into these, each rank its own part."""

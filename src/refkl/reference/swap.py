@@ -29,9 +29,10 @@ from refkl.backend import (
 from refkl.backend.zero import release
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, held_in_place
+from refkl.reference.moving import Pair, paired_weights
 from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
 from refkl.reference.shape import Cost, Entry
-from refkl.reference.tensors import bytes_held, check_pairs, mix
+from refkl.reference.tensors import bytes_held
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
 
@@ -44,21 +45,25 @@ class SwapReference(Reference):
 
     strategy = "swap"
 
-    def __init__(self, request: BuildRequest, reason: str) -> None:
-        policy = unwrap(request.policy)
-        super().__init__(request, reason, "the policy as it stood when the reference was built" + quantised(policy))
+    def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
+        super().__init__(request, reason, source + quantised(unwrap(request.policy)))
         # The scored batch goes where the policy is; `device` says where the snapshot is.
         self._host, self._device = _on_host(request), None
-        self._policy = policy
+        self._policy = unwrap(request.policy)
         self._kept: dict[str, Tensor] = {}
         """This rank's part of each, by canonical name."""
         self._layouts: dict[str, Layout] = {}
-        for name, tensor in _snapshot_of(policy).items():
-            self._kept[name] = self._place(local_shard(tensor).detach(), copy=True)
-            self._layouts[name] = layout_of(tensor)
-        self._switches = switches(policy)
+        self._switches: dict[str, Any] = {}
         self._open = False
         """Whether the policy holds the reference's numbers for several scores."""
+
+    def _take(self) -> None:
+        """Snapshot the policy as it is now."""
+        kept, layouts = {}, {}
+        for name, tensor in _snapshot_of(self._policy).items():
+            kept[name] = self._place(local_shard(tensor).detach(), copy=True)
+            layouts[name] = layout_of(tensor)
+        self._kept, self._layouts, self._switches = kept, layouts, switches(self._policy)
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -117,7 +122,8 @@ class SwapReference(Reference):
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> SwapReference:
-        reference = cls(request, reason)
+        reference = cls(request, reason, "the policy as it stood when the reference was built")
+        reference._take()
         reference.fingerprint()
         return reference
 
@@ -211,23 +217,13 @@ class SwapReference(Reference):
     def _owns(self, name: str) -> bool:
         return name in self._kept
 
-    def check_movable(self, policy: nn.Module) -> None:
-        self._check_held("be moved")
-        self._pairs(policy)
+    def _pairs(self, policy: nn.Module) -> list[Pair]:
+        inner = unwrap(policy)
+        reshard(inner)
+        own = [Weight(name, kept, self._layouts[name]) for name, kept in self._kept.items()]
+        return paired_weights(own, (weight for weight in weights_of(inner) if weight.name in self._kept))
 
-    def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        theirs = self._current(unwrap(policy))
-        own_shapes = {name: layout.shape for name, layout in self._layouts.items()}
-        check_pairs({name: layout_of(t).shape for name, t in theirs.items()}, own_shapes, "the policy")
-        return [(kept, local_shard(theirs[name])) for name, kept in self._kept.items()]
-
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        """Part by part on each rank, on the host if that is where the snapshot is: nothing is gathered or sent."""
-        reshard(unwrap(policy))
-        for own, theirs in self._pairs(policy):
-            mix(own, theirs, alpha)
-
-    def memory(self) -> MemoryReport:
+    def _memory(self) -> MemoryReport:
         """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
         held = bytes_held(self._kept.values(), self._home())
         return MemoryReport(host=held.total, device=0) if self._host else held

@@ -1,4 +1,4 @@
-"""What strategies do with tensors: count, mix and pair them."""
+"""What strategies do with tensors: count and pair them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,6 @@ def bytes_offloaded(weights: Iterable[torch.Tensor], rest: Iterable[torch.Tensor
     """Bytes of weights that wait in host memory, and of what stays on the device, also where the device is a CPU."""
     cpu = torch.device("cpu")
     return MemoryReport(host=bytes_held(weights, cpu).total, device=bytes_held(rest, cpu).total)
-
-
-def mix(own: torch.Tensor, theirs: torch.Tensor, alpha: float) -> None:
-    """own <- (1 - alpha) own + alpha theirs, in place. At 1, and for integers, it is a copy: to the bit."""
-    theirs = theirs.detach().to(device=own.device, dtype=own.dtype)
-    if alpha == 1.0 or not own.is_floating_point():
-        own.copy_(theirs)
-    else:
-        own.lerp_(theirs, alpha)
 
 
 def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:

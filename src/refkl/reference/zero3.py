@@ -28,9 +28,10 @@ from refkl.backend.zero import (
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import replaced_forward
+from refkl.reference.moving import Pair, paired_weights
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.shape import Cost
-from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs, mix
+from refkl.reference.tensors import bytes_held, bytes_offloaded, check_pairs
 from refkl.scoring.forward import base_model
 from refkl.types import MemoryReport
 
@@ -133,30 +134,15 @@ class Zero3Reference(Reference):
         self.model = self._engine = nn.Module()
         return True
 
-    def check_movable(self, policy: nn.Module) -> None:
-        self._check_held("be moved")
-        self._pairs(policy)
-
-    def _pairs(self, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Own and policy's weights."""
-        own, theirs = dict(named_weights(self.model)), dict(named_weights(unwrap(policy)))
-        own_shapes, their_shapes = ({name: full_shape(t) for name, t in w.items()} for w in (own, theirs))
-        check_pairs(their_shapes, own_shapes, "the policy")
-        for name, tensor in own.items():
-            if any(is_partitioned(t) and not local_shard(t).numel() for t in (tensor, theirs[name])):
+    def _pairs(self, policy: nn.Module) -> list[Pair]:
+        """Be the policy partitioned alike or whole."""
+        inner = unwrap(policy)
+        for name, tensor in (*named_weights(self.model), *named_weights(inner)):
+            if is_partitioned(tensor) and not local_shard(tensor).numel():
                 raise ValueError(f"{name} is offloaded to NVMe, and cannot be synced from there.")
-        return [(tensor, theirs[name]) for name, tensor in own.items()]
+        return paired_weights(weights_of(self.model), weights_of(inner))
 
-    def _move(self, policy: nn.Module, alpha: float) -> None:
-        """Part by part on each rank: nothing is gathered or sent, be the policy partitioned alike or whole."""
-        pairs = self._pairs(policy)
-        self._before_writing()
-        for own, theirs in pairs:
-            shard, layout = local_shard(own), layout_of(own)
-            target = local_shard(theirs) if is_partitioned(theirs) == is_partitioned(own) else layout.cut(theirs)
-            mix(shard, target, alpha)
-
-    def memory(self) -> MemoryReport:
+    def _memory(self) -> MemoryReport:
         """Bytes of this rank's partitions, and of anything that a forward left gathered."""
         if self.config.offload:
             gathered = (t.data for t in self.model.parameters() if is_partitioned(t))

@@ -1,0 +1,193 @@
+"""How a reference moves: its weights are mixed with the policy's in place, part by part on each rank.
+
+Nothing is gathered or sent, and beside one chunk of a weight no memory is taken. Numbers of 16 bits cannot take small
+steps (1 + 0.001 is 1 in bf16), so weights held in them are written from an average in fp32 that is kept beside them.
+
+Each element goes through operations that round once, so that it comes out the same wherever a weight is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refkl.backend import Layout, Weight, Whole
+from refkl.reference.quantize import QuantizedLinear
+from refkl.reference.tensors import bytes_held, check_pairs
+from refkl.types import MemoryReport
+
+_CHUNK = 1 << 18
+"""Elements that are mixed at once: with their temporaries they stay in a core's cache."""
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class Pair(NamedTuple):
+    """A weight of the reference and the policy's of the same name, as far as this rank holds them."""
+
+    own: Weight
+    theirs: Weight
+    packed: QuantizedLinear | None = None
+    """The layer that holds the reference's, where it is quantised; `own.local` is then not to be written."""
+
+    @property
+    def source(self) -> Tensor:
+        """This rank's part of the policy's, cut as the reference's is."""
+        theirs = self.theirs.local.detach()
+        return self.own.layout.cut(theirs) if self.own.layout.sharded and not self.theirs.layout.sharded else theirs
+
+
+class Move(NamedTuple):
+    """One move: theta <- theta + alpha (policy - theta), and what is added to it for its bias."""
+
+    alpha: float
+    bias: float | None = None
+    """BEMA: the reference is the average + bias (policy - first), with the first weights that the reference had."""
+
+
+class Probe(NamedTuple):
+    """An element that a move changed: to see that the change can be read."""
+
+    place: int
+    """In the flattened part of this rank."""
+    number: Tensor
+    """[] what it is now."""
+
+
+@dataclass
+class Averages:
+    """What a moving reference keeps beside its weights, by name, this rank's parts."""
+
+    on_host: bool = False
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    """fp32, of weights whose own numbers are too coarse to be averaged."""
+    first: dict[str, Tensor] = field(default_factory=dict)
+    """The weights before the first move, where something asks for them."""
+    layouts: dict[str, Layout] = field(default_factory=dict)
+
+    def prepare(self, pairs: Iterable[Pair], step: Move) -> None:
+        """Take the memory that a move needs, all of it or, where that raises, none."""
+        mean, first = dict(self.mean), dict(self.first)
+        for own, _, packed in pairs:
+            self.layouts[own.name] = own.layout
+            numbers = own.local if packed is None else packed.numbers
+            if not numbers.is_floating_point():
+                continue
+            coarse = step.alpha < 1.0 and (packed is not None or numbers.dtype in _SIXTEEN_BITS)
+            if own.name not in mean and (coarse or step.bias is not None):
+                wide = torch.promote_types(numbers.dtype, torch.float32)
+                mean[own.name] = self._place(numbers.to(wide, copy=True))
+            if own.name not in first and step.bias is not None:
+                first[own.name] = self._place(numbers.clone())
+        self.mean, self.first = mean, first
+
+    def keep_first(self, weights: Iterable[Weight]) -> None:
+        """Copy the weights as they are."""
+        for name, local, layout in weights:
+            self.layouts[name] = layout
+            self.first.setdefault(name, self._place(local.clone()))
+
+    def move(self, pair: Pair, step: Move) -> Probe | None:
+        """Move one weight; an element that changed, or None where policy and reference hold the same."""
+        name, source = pair.own.name, pair.source
+        mean, first = self.mean.get(name), self.first.get(name) if step.bias is not None else None
+        if pair.packed is None:
+            return _move(pair.own.local, source, mean, first, step)
+        numbers = pair.packed.numbers
+        _move(numbers, source, mean, first, step)
+        pair.packed.repack(numbers)
+        return None
+
+    def weights(self) -> Iterator[Weight]:
+        """All that is kept, under names that say what each is; to be saved, and written into."""
+        for kind, kept in (("mean", self.mean), ("first", self.first)):
+            for name, local in kept.items():
+                yield Weight(f"{kind}:{name}", local, self.layouts[name])
+
+    def load(self, saved: Iterable[tuple[str, Tensor]], layouts: dict[str, Layout]) -> None:
+        """Take over what `weights` named, whole; `layouts` are those of the reference's weights."""
+        self.mean, self.first = {}, {}
+        for full_name, whole in saved:
+            kind, name = full_name.split(":", 1)
+            layout = layouts.get(name) or Whole(whole.shape)  # a quantised weight's bytes have other names
+            self.layouts[name] = layout
+            {"mean": self.mean, "first": self.first}[kind][name] = layout.cut(whole).clone()
+
+    def memory(self, home: torch.device) -> MemoryReport:
+        """Bytes kept, as where the model runs says."""
+        held = bytes_held((*self.mean.values(), *self.first.values()), home)
+        return MemoryReport(device=0, host=held.total) if self.on_host else held
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu") if self.on_host else tensor
+
+
+def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, first: Tensor | None, step: Move) -> Probe | None:
+    found: Probe | None = None
+    place = 0
+    for part, target, average, origin in _chunks(own, theirs, mean, first):
+        before = None if found is not None else part.clone()
+        if not part.is_floating_point():
+            part.copy_(target)
+        elif average is None:
+            _approach(part, target, step.alpha)
+        else:
+            target = target.to(average.device, average.dtype)
+            _approach(average, target, step.alpha)
+            if origin is not None and step.bias is not None:
+                lead = (target - origin.to(average.device, average.dtype)).mul_(step.bias)
+                part.copy_(lead.add_(average))
+            else:
+                part.copy_(average)
+        if before is not None:
+            changed = (before != part).reshape(-1)
+            if bool(changed.any()):
+                at = int(changed.int().argmax())
+                found = Probe(place + at, part.reshape(-1)[at].clone())
+        place += part.numel()
+    return found
+
+
+def _approach(own: Tensor, target: Tensor, alpha: float) -> None:
+    """own <- own + alpha (target - own), in place; at 1 a copy, to the bit."""
+    if alpha == 1.0:
+        own.copy_(target)
+    else:
+        own.add_((target.to(own.device, own.dtype) - own).mul_(alpha))
+
+
+def _chunks(own: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """The same part of each, one after the other: flat and short, where they lie in memory as they are counted."""
+    given = [t for t in (own, *others) if t is not None]
+    if not all(t.is_contiguous() for t in given):
+        yield own, *others  # type: ignore[misc]
+        return
+    for start in range(0, own.numel(), _CHUNK):
+        yield tuple(None if t is None else t.view(-1)[start : start + _CHUNK] for t in (own, *others))  # type: ignore[misc]
+
+
+def paired_weights(own: Iterable[Weight], theirs: Iterable[Weight]) -> list[Pair]:
+    """A reference's weights with the policy's of the same name.
+
+    Raises:
+        ValueError: names or shapes that differ; a part of a weight that is another than the policy's.
+    """
+    ours, found = ({weight.name: weight for weight in weights} for weights in (own, theirs))
+    shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (found, ours)]
+    check_pairs(shapes[0], shapes[1], "the policy")
+    for name, weight in ours.items():
+        parts = weight.local.shape, found[name].local.shape
+        if weight.layout.sharded and found[name].layout.sharded and parts[0] != parts[1]:
+            raise ValueError(
+                f"This rank's part of {name} is {list(parts[1])} in the policy and {list(parts[0])} in the reference: "
+                "score once after accelerator.prepare, which shards the reference as the policy is."
+            )
+    return [Pair(weight, found[name]) for name, weight in ours.items()]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two numbers are the same; a NaN is the same as a NaN."""
+    return torch.equal(a, b) or bool(a != a and b != b)
