@@ -236,14 +236,21 @@ def check_update_mixes_weights(case: Case) -> None:
     with torch.no_grad():
         theirs = {name: layout.join(local) for name, local, layout in weights_of(unwrap(case.policy))}
         for name, tensor in named_weights(case.plain):
-            tensor.data.lerp_(theirs[name], 0.25)
-    case.reference.update(case.policy, alpha=0.25)
-    assert case.reference.fingerprint() != fingerprint
-    for _ in range(3):
-        torch.testing.assert_close(case.reference.score(tokens).logp, case.expected(tokens), rtol=0, atol=2e-6)
+            # An adapter that was off is taken up as one with the policy's own first factor, and a second one of 0.
+            first = case.reference.strategy == "adapter" and "lora_A" in name
+            tensor.data.lerp_(theirs[name], 1.0 if first else 0.25)
+    if case.start is None:
+        case.reference.update(case.policy, alpha=0.25)
+        assert case.reference.fingerprint() != fingerprint
+        for _ in range(3):
+            found, right = case.reference.score(tokens).logp, case.expected(tokens)
+            # Of a rounded one what was rounded before is rounded again.
+            torch.testing.assert_close(found, right, rtol=0, atol=max(2 * case.tolerance, 2e-6))
+    else:  # a trained adapter that was off for its base
+        case.reference.update(case.policy, alpha=1.0)
     case.reference.update(case.policy, alpha=1.0)
     with torch.no_grad():
-        assert torch.equal(case.reference.score(tokens).logp, score_tokens(case.policy, tokens).logp)
+        assert case.right(case.reference.score(tokens).logp, score_tokens(case.policy, tokens).logp)
     assert case.reference.updates == 2
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         case.reference.update(case.policy, alpha=0.0)
@@ -251,9 +258,10 @@ def check_update_mixes_weights(case: Case) -> None:
 
 def check_save_and_load(case: Case) -> None:
     tokens = batch()
+    case.reference.score(tokens)  # what rounding does is measured before the policy trains
     if case.moves:
         case.train()
-        case.reference.update(case.policy, alpha=0.5)
+        case.reference.update(case.policy, alpha=0.5 if case.start is None else 1.0)
     right, fingerprint = case.reference.score(tokens).logp, case.reference.fingerprint()
     case.reference.save(case.folder / "saved")
     if dist.is_initialized():

@@ -23,7 +23,7 @@ LAYERS = {
     "scoring": {"types", "kl", "backend"},
     "reference": {"types", "kl", "backend", "scoring", "config", "messages", "versions"},
     "guards": {"types", "kl", "messages", "backend", "scoring", "reference"},
-    "sync": {"config", "reference"},
+    "sync": {"types", "kl", "config", "backend", "scoring", "reference"},
     "trl": {"types", "config", "backend", "freeze", "guards", "penalty", "scoring", "reference", "sync"},
     "planner": {"config", "freeze", "messages", "backend", "reference"},
     "demo": set(),

@@ -113,7 +113,7 @@ def _case(strategy: str | ReferenceConfig, policy: nn.Module, folder: Path) -> C
 
     reference = build_reference(policy, strategy)
     kind = reference.config.quantize
-    moves = reference.strategy != "adapter" and kind is None
+    moves = learned_prompt(policy) is None
     return Case(policy, reference, plain, step, moves, folder, start=start, tolerance=TOLERANCES[kind])
 
 

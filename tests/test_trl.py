@@ -286,14 +286,14 @@ def test_trls_own_sync_setting_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_tr_dpo_with_lora(tmp_path: Path) -> None:
-    """TRL refuses sync with PEFT; a clone of the adapter can."""
-    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
-    trainer = dpo(KLDPOTrainer, policy, tmp_path, reference="clone", sync=SyncConfig(every=1, alpha=1.0))
-    trainer.train()
-    assert trainer.reference.updates == 3 and logged(trainer, "kl") == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="'clone' \\(which copies the adapter alone\\)"):
-        dpo(KLDPOTrainer, get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path,
-            reference="adapter", sync=SyncConfig())  # fmt: skip
+    """TRL refuses sync with PEFT."""
+    for reference, after in (("clone", "clone"), ("auto", "swap")):
+        policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+        sync = SyncConfig(every=1, alpha=1.0)
+        trainer = dpo(KLDPOTrainer, policy, tmp_path / reference, reference=reference, sync=sync)
+        trainer.train()
+        assert trainer.reference.updates == 3 and logged(trainer, "kl") == [0.0, 0.0, 0.0]
+        assert trainer.reference.strategy == after
 
 
 def test_resume_brings_back_a_reference_that_had_moved(tmp_path: Path) -> None:

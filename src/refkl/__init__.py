@@ -13,7 +13,7 @@ from refkl.guards import Finding, check_reference
 from refkl.penalty import KLPenalty, global_normalizer
 from refkl.reference import STRATEGIES, BuildRequest, Reference, build_reference, register_strategy, score_pair
 from refkl.scoring import score_tokens
-from refkl.sync import SyncReferenceCallback
+from refkl.sync import ReferenceSync, SyncReferenceCallback
 from refkl.types import KLFloor, KLOutput, MemoryReport, PairScores, TokenBatch, TokenScores
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "PairScores",
     "Reference",
     "ReferenceConfig",
+    "ReferenceSync",
     "SyncConfig",
     "SyncReferenceCallback",
     "TokenBatch",

@@ -1,55 +1,261 @@
-"""When the reference moves."""
+"""When the reference moves: every so many steps, as a moving average, or when the KL to it has grown too large."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from refkl.backend import communicating_device, evaluating, unwrap
 from refkl.config import SyncConfig
+from refkl.kl import estimate
 from refkl.reference import Reference
+from refkl.scoring import score_tokens
+from refkl.types import TokenBatch
+
+
+class ReferenceSync:
+    """Moves a reference as a SyncConfig says. In a loop of your own, one call of `step` after each optimizer step.
+
+    Args:
+        reference: what moves.
+        config: when, and how far.
+        optimizer: the policy's; for `config.reset_optimizer` alone.
+    """
+
+    def __init__(self, reference: Reference, config: SyncConfig | None = None, optimizer: Any = None) -> None:
+        self.reference = reference
+        self.config = config or SyncConfig()
+        self.optimizer = optimizer
+        """The policy's; a trainer's callback gives it when training begins."""
+        self.steps = 0
+        """Optimizer steps so far."""
+        self.updates: list[dict[str, Any]] = []
+        """One entry for each update: {"step", "alpha"}, with "bias" for "bema", and with "kl" for a reset."""
+        self.first_kl: list[dict[str, Any]] = []
+        """One entry for each measurement of the KL to the first reference: {"step", "kl"}, nats per token."""
+
+    def begin(self, policy: nn.Module) -> None:
+        """Before training: refuse what `step` could not do, and keep what it needs. `step` does it if nobody has.
+
+        Raises:
+            ValueError: the reference cannot move; or what it was first is asked for and was not kept.
+        """
+        self.check(policy)
+        if self.config.reset_optimizer and self.optimizer is None:
+            raise ValueError("sync.reset_optimizer needs the optimizer: give ReferenceSync optimizer=.")
+        if self.config.first_kl_every is not None:
+            self.reference.keep_first()
+
+    def check(self, policy: nn.Module) -> None:
+        """Raise ValueError for an update that could not be made."""
+        self.reference.check_movable(policy, 0.5 if self.config.average == "bema" else self.config.alpha or 1.0)
+
+    def step(
+        self,
+        policy: nn.Module,
+        *,
+        kl: float | None = None,
+        batch: TokenBatch | None = None,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """Count one optimizer step; every rank calls.
+
+        Args:
+            policy: as the step left it, wrapped or not.
+            kl: to the reference, nats per token, over all ranks (`KLPenalty.step` gives it); needed for `max_kl`.
+            batch: what to measure the KL to the first reference on; needed for `first_kl_every`.
+            temperature: of that measurement.
+
+        Returns:
+            Metrics: "kl/first", nats per token, where it was measured; "sync/updates", how often the reference moved.
+
+        Raises:
+            ValueError: kl or batch is missing; as `Reference.update`.
+        """
+        if self.steps == 0:
+            self.begin(policy)
+        self.steps += 1
+        metrics = {}
+        every = self.config.first_kl_every
+        if every is not None and self.steps % every == 0:
+            metrics["kl/first"] = self._measure_first(policy, batch, temperature)
+            self.first_kl.append({"step": self.steps, "kl": metrics["kl/first"]})
+        self._move(policy, kl)
+        return {**metrics, "sync/updates": float(len(self.updates))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters; the reference's own state is in `Reference.save`."""
+        return {"steps": self.steps, "updates": list(self.updates), "first_kl": list(self.first_kl)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: the reference has not seen as many updates, so it is another one.
+        """
+        if len(state["updates"]) != self.reference.updates:
+            raise ValueError(
+                f"The state was saved after {len(state['updates'])} syncs and this reference has seen "
+                f"{self.reference.updates}: the run would go on with another reference. Call reference.load with what "
+                "was saved beside it first."
+            )
+        self.steps = int(state["steps"])
+        self.updates, self.first_kl = list(state["updates"]), list(state["first_kl"])
+
+    def _move(self, policy: nn.Module, kl: float | None) -> None:
+        config, age = self.config, self.steps - self.config.warmup
+        if age <= 0:
+            return
+        if config.max_kl is not None and self._passed(kl, config.max_kl):
+            self.reference.update(policy, 1.0)
+            self.updates.append({"step": self.steps, "alpha": 1.0, "kl": kl})
+            if config.reset_optimizer:
+                reset_optimizer(self.optimizer)
+            return
+        if config.every is None or age % config.every:
+            return
+        record: dict[str, Any] = {"step": self.steps, "alpha": config.alpha}
+        if config.average == "bema":
+            record["alpha"], record["bias"] = self._bema()
+        self.reference.update(policy, record["alpha"], bias=record.get("bias"))
+        self.updates.append(record)
+
+    def _bema(self) -> tuple[float, float]:
+        """alpha and bias, by the steps since the warm-up or since the last reset."""
+        config = self.config
+        assert config.lag is not None and config.ema_power is not None and config.bias_power is not None
+        last = max((u["step"] for u in self.updates if "kl" in u), default=config.warmup)
+        base = config.lag + self.steps - last
+        return min(1.0, base**-config.ema_power), min(1.0, base**-config.bias_power)
+
+    def _passed(self, kl: float | None, limit: float) -> bool:
+        """Whether any rank's KL is over the limit: all must do the same."""
+        if kl is None:
+            raise ValueError("sync.max_kl needs the KL of each step: pass kl=, nats per token, to ReferenceSync.step.")
+        if not dist.is_initialized():
+            return kl > limit
+        flag = torch.tensor(float(kl > limit), device=communicating_device())
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _measure_first(self, policy: nn.Module, batch: TokenBatch | None, temperature: float) -> float:
+        """KL(policy ‖ first reference), nats per token of the batches of all ranks, by k3."""
+        if batch is None:
+            raise ValueError("sync.first_kl_every needs tokens to measure on: pass batch= to ReferenceSync.step.")
+        with torch.no_grad(), evaluating(unwrap(policy)):
+            ours = score_tokens(policy, batch, temperature=temperature).logp
+        with self.reference.first():
+            first = self.reference.score(batch, temperature=temperature).logp
+        mask = batch.completion_mask.to(ours.device)
+        kl = estimate(ours, first.to(ours.device), "k3", gradient="none", mask=mask)
+        sums = torch.stack([kl.sum().double(), mask.sum().double()])
+        if dist.is_initialized():
+            sums = sums.to(communicating_device())
+            dist.all_reduce(sums)
+        total, tokens = sums.tolist()
+        return total / max(tokens, 1.0)
+
+
+def reset_optimizer(optimizer: Any) -> None:
+    """Set an optimizer's state to what it is at the start: moments and step counts 0, in place, sharded or not."""
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's are around torch's
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:  # the fused ones of apex and DeepSpeed count there
+            group["step"] = 0
 
 
 class SyncReferenceCallback(TrainerCallback, ExportableState):
-    """Every `every` optimizer steps: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
+    """`ReferenceSync` in any transformers or TRL trainer.
 
-    For any transformers or TRL trainer. Its counters are in the trainer's checkpoints; the reference's weights are in
-    `checkpoint-N/reference` once it has moved.
+    Its counters are in the trainer's checkpoints; the reference's weights are in `checkpoint-N/reference` once it has
+    moved.
+
+    Args:
+        reference: what moves.
+        config: when, and how far.
+        kl: gives the KL of the last step, nats per token over all ranks; needed for `max_kl`.
+        batch: gives the tokens that the KL to the first reference is measured on; needed for `first_kl_every`.
+        temperature: of that measurement.
+
+    Raises:
+        ValueError: `kl` or `batch` is needed and missing.
     """
 
-    def __init__(self, reference: Reference, config: SyncConfig | None = None) -> None:
-        self.reference = reference
-        self.config = config or SyncConfig()
-        self.updates: list[dict[str, Any]] = []
-        """One entry for each update: {"step", "alpha"}."""
+    def __init__(
+        self,
+        reference: Reference,
+        config: SyncConfig | None = None,
+        *,
+        kl: Callable[[], float | None] | None = None,
+        batch: Callable[[], TokenBatch | None] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.sync = ReferenceSync(reference, config)
+        for setting, given, name in (("max_kl", kl, "kl"), ("first_kl_every", batch, "batch")):
+            if getattr(self.sync.config, setting) is not None and given is None:
+                raise ValueError(
+                    f"sync.{setting} needs what only a trainer of refkl has by itself: give SyncReferenceCallback "
+                    f"{name}=, a function without arguments."
+                )
+        self._kl, self._batch, self._temperature = kl, batch, temperature
+        self.metrics: dict[str, float] = {}
+        """Of the last step: what `ReferenceSync.step` returned."""
         self.saves = True
         """Whether it saves the moved reference with each checkpoint; a refkl trainer does so itself, and earlier."""
+
+    @property
+    def reference(self) -> Reference:
+        """What moves."""
+        return self.sync.reference
+
+    @property
+    def config(self) -> SyncConfig:
+        """When, and how far."""
+        return self.sync.config
+
+    @property
+    def updates(self) -> list[dict[str, Any]]:
+        """One entry for each update, as `ReferenceSync.updates`."""
+        return self.sync.updates
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse to go on from a checkpoint whose reference had moved, with one that has not."""
-        self.reference.check_movable(kwargs["model"])
-        if state.global_step == 0:
-            return
-        callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
-        # A run that is resumed with a sync it did not have before: transformers looks for this entry when it saves.
-        recorded = callbacks.setdefault(type(self).__name__, self.state())
-        self.updates = list(recorded["attributes"]["updates"])
-        if len(self.updates) != self.reference.updates:
-            raise ValueError(
-                f"The checkpoint was made after {len(self.updates)} syncs and this reference has seen "
-                f"{self.reference.updates}: the run would go on with another reference. Call "
-                f"reference.load('{args.output_dir}/checkpoint-{state.global_step}/reference') before "
-                "train(resume_from_checkpoint=…)."
-            )
+        self.sync.optimizer = kwargs.get("optimizer")
+        if state.global_step:
+            callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
+            # A run that is resumed with a sync it did not have before: transformers looks for this entry when it saves.
+            recorded = callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+            try:
+                self.sync.load_state_dict({"first_kl": [], **recorded, "steps": state.global_step})
+            except ValueError as error:
+                folder = f"{args.output_dir}/checkpoint-{state.global_step}/reference"
+                raise ValueError(
+                    f"{error} That is, here: reference.load('{folder}') before train(resume_from_checkpoint=…)."
+                ) from None
+        self.sync.begin(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count optimizer steps, and sync on each multiple of `every`."""
-        if state.global_step % self.config.every == 0:
-            self.reference.update(kwargs["model"], self.config.alpha)
-            self.updates.append({"step": state.global_step, "alpha": self.config.alpha})
+        """Count one optimizer step."""
+        kl = None if self._kl is None else self._kl()
+        batch = None if self._batch is None else self._batch()
+        self.sync.steps = state.global_step - 1
+        self.metrics = self.sync.step(kwargs["model"], kl=kl, batch=batch, temperature=self._temperature)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the moved reference with the checkpoint; every rank calls."""
@@ -58,5 +264,6 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the trainer keeps in trainer_state.json."""
-        config = {"every": self.config.every, "alpha": self.config.alpha}
-        return {"args": {"config": config}, "attributes": {"updates": self.updates}}
+        state = self.sync.state_dict()
+        attributes = {name: state[name] for name in ("updates", "first_kl")}
+        return {"args": {"config": asdict(self.config)}, "attributes": attributes}

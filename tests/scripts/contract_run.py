@@ -114,7 +114,7 @@ class Run:
             optimizer.zero_grad()
 
         rounded = option in FORMATS
-        moves = reference.strategy != "adapter" and not rounded
+        moves = self.policy != "prompt"
         rounding = 0.1 if rounded else 0.0
         return Case(wrapped, reference, plain, step, moves, self.folder, LR, start, rounding)
 
@@ -178,8 +178,8 @@ def main() -> None:
         if check.__name__ in unfit:
             continue
         case = run.make_case(accelerator)
+        strategies.add(case.reference.strategy)  # one that moves may become another
         check(case)
-        strategies.add(case.reference.strategy)
         accelerator.print(f"passed {check.__name__}", flush=True)
         share = held_share(case)
         accelerator.free_memory()

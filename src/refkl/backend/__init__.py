@@ -2,7 +2,7 @@
 
 from refkl.backend.detect import Backend, check_launch, detect
 from refkl.backend.fsdp import is_sharded, mixed_precision, own_class, reshard, shard_like
-from refkl.backend.layout import Layout, Weight, Whole, layout_of, weights_of, whole
+from refkl.backend.layout import Layout, Weight, Whole, communicating_device, layout_of, weights_of, whole
 from refkl.backend.modules import canonical_name, dropout_rates, evaluating, named_weights, unwrap
 from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard, set_micro_batch
 
@@ -14,6 +14,7 @@ __all__ = [
     "canonical_name",
     "check_can_save",
     "check_launch",
+    "communicating_device",
     "detect",
     "dropout_rates",
     "evaluating",

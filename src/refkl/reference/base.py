@@ -362,7 +362,8 @@ class Reference(ABC):
             policy: the policy, wrapped or not; weights are paired by name.
             alpha: in (0, 1]; 1 copies the policy, to the bit.
             bias: with it the average above is kept apart, and the reference is that average + bias (theta_policy -
-                theta_first), where theta_first is what it was when a bias was first given (BEMA, arXiv:2508.00180).
+                theta_start), where theta_start is what it was when a bias was first given since it was built, or since
+                an update without one (BEMA, arXiv:2508.00180).
 
         Raises:
             ValueError: alpha or bias out of range; a strategy that cannot move; names or shapes that do not pair. The

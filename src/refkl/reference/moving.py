@@ -45,7 +45,7 @@ class Move(NamedTuple):
 
     alpha: float
     bias: float | None = None
-    """BEMA: the reference is the average + bias (policy - first), with the first weights that the reference had."""
+    """BEMA: the reference is the average + bias (policy - start)."""
 
 
 class Probe(NamedTuple):
@@ -64,13 +64,15 @@ class Averages:
     on_host: bool = False
     mean: dict[str, Tensor] = field(default_factory=dict)
     """fp32, of weights whose own numbers are too coarse to be averaged."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """The weights when a bias was first given, or first after a copy of the policy."""
     first: dict[str, Tensor] = field(default_factory=dict)
     """The weights before the first move, where something asks for them."""
     layouts: dict[str, Layout] = field(default_factory=dict)
 
     def prepare(self, pairs: Iterable[Pair], step: Move) -> None:
         """Take the memory that a move needs, all of it or, where that raises, none."""
-        mean, first = dict(self.mean), dict(self.first)
+        mean, start = dict(self.mean), dict(self.start)
         for own, _, packed in pairs:
             self.layouts[own.name] = own.layout
             numbers = own.local if packed is None else packed.numbers
@@ -80,9 +82,9 @@ class Averages:
             if own.name not in mean and (coarse or step.bias is not None):
                 wide = torch.promote_types(numbers.dtype, torch.float32)
                 mean[own.name] = self._place(numbers.to(wide, copy=True))
-            if own.name not in first and step.bias is not None:
-                first[own.name] = self._place(numbers.clone())
-        self.mean, self.first = mean, first
+            if own.name not in start and step.bias is not None:
+                start[own.name] = self._place(numbers.clone())
+        self.mean, self.start = mean, start
 
     def keep_first(self, weights: Iterable[Weight]) -> None:
         """Copy the weights as they are."""
@@ -93,42 +95,47 @@ class Averages:
     def move(self, pair: Pair, step: Move) -> Probe | None:
         """Move one weight; an element that changed, or None where policy and reference hold the same."""
         name, source = pair.own.name, pair.source
-        mean, first = self.mean.get(name), self.first.get(name) if step.bias is not None else None
+        mean, start = self.mean.get(name), self.start.get(name) if step.bias is not None else None
+        if step.bias is None:
+            self.start.pop(name, None)
         if pair.packed is None:
-            return _move(pair.own.local, source, mean, first, step)
+            return _move(pair.own.local, source, mean, start, step)
         numbers = pair.packed.numbers
-        _move(numbers, source, mean, first, step)
+        _move(numbers, source, mean, start, step)
         pair.packed.repack(numbers)
         return None
 
     def weights(self) -> Iterator[Weight]:
         """All that is kept, under names that say what each is; to be saved, and written into."""
-        for kind, kept in (("mean", self.mean), ("first", self.first)):
+        for kind, kept in self._kinds().items():
             for name, local in kept.items():
                 yield Weight(f"{kind}:{name}", local, self.layouts[name])
 
     def load(self, saved: Iterable[tuple[str, Tensor]], layouts: dict[str, Layout]) -> None:
         """Take over what `weights` named, whole; `layouts` are those of the reference's weights."""
-        self.mean, self.first = {}, {}
+        self.mean, self.start, self.first = {}, {}, {}
         for full_name, whole in saved:
             kind, name = full_name.split(":", 1)
             layout = layouts.get(name) or Whole(whole.shape)  # a quantised weight's bytes have other names
             self.layouts[name] = layout
-            {"mean": self.mean, "first": self.first}[kind][name] = layout.cut(whole).clone()
+            self._kinds()[kind][name] = layout.cut(whole).clone()
 
     def memory(self, home: torch.device) -> MemoryReport:
         """Bytes kept, as where the model runs says."""
-        held = bytes_held((*self.mean.values(), *self.first.values()), home)
+        held = bytes_held((tensor for kept in self._kinds().values() for tensor in kept.values()), home)
         return MemoryReport(device=0, host=held.total) if self.on_host else held
+
+    def _kinds(self) -> dict[str, dict[str, Tensor]]:
+        return {"mean": self.mean, "start": self.start, "first": self.first}
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu") if self.on_host else tensor
 
 
-def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, first: Tensor | None, step: Move) -> Probe | None:
+def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None, step: Move) -> Probe | None:
     found: Probe | None = None
     place = 0
-    for part, target, average, origin in _chunks(own, theirs, mean, first):
+    for part, target, average, origin in _chunks(own, theirs, mean, start):
         before = None if found is not None else part.clone()
         if not part.is_floating_point():
             part.copy_(target)

@@ -24,7 +24,7 @@ from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.reference.saved import write_json
 from refkl.sync import SyncReferenceCallback
-from refkl.types import KLOutput, TokenScores
+from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
 
@@ -79,10 +79,20 @@ class KLTrainerMixin(Trainer):
     _metrics: dict[str, defaultdict[str, list[float]]]
     _looked = False
     """Whether the first KL of the training was looked at."""
+    _step_kl: float | None = None
+    """The KL of the last optimizer step, nats per token over all ranks."""
+    _last_batch: TokenBatch | None = None
+    """Tokens that were scored in the last optimizer step."""
     placements: ClassVar[tuple[str, ...]] = ("loss",)
     """Where this trainer can put the penalty."""
 
-    def _attach(self, reference: str | ReferenceConfig | Reference, kl: KLConfig, sync: SyncConfig | None) -> None:
+    def _attach(
+        self,
+        reference: str | ReferenceConfig | Reference,
+        kl: KLConfig,
+        sync: SyncConfig | None,
+        temperature: float = 1.0,
+    ) -> None:
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
         self._check_kl(kl)
         if not isinstance(reference, Reference):
@@ -100,10 +110,13 @@ class KLTrainerMixin(Trainer):
                     "restore_callback_states_from_checkpoint makes callbacks anew, the sync's without its reference. "
                     "Leave it False: a resumed run takes up the sync's counters without it."
                 )
-            reference.check_movable(self.model)
-            self.sync = SyncReferenceCallback(reference, sync)
+            self.sync = SyncReferenceCallback(
+                reference, sync, kl=lambda: self._step_kl, batch=lambda: self._last_batch, temperature=temperature
+            )
+            self.sync.sync.check(self.model)
             self.sync.saves = False
             self.add_callback(self.sync)
+            self.add_callback(_SyncMetrics(self))
 
     def _check_kl(self, kl: KLConfig) -> None:
         """Raise ValueError for a penalty that this trainer cannot apply as it is asked for."""
@@ -242,6 +255,18 @@ _LOOK_EVERY, _LOOK_AT = 50, 4
 """Every so many optimizer steps so many of the reference's weights are compared with its fingerprint."""
 
 
+class _SyncMetrics(TrainerCallback):
+    """Logs what the sync says of each step; added after it."""
+
+    def __init__(self, trainer: KLTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.trainer.sync is not None
+        for name, value in self.trainer.sync.metrics.items():
+            self.trainer._metrics["train"][name].append(value)
+
+
 class _PenaltySteps(TrainerCallback):
     """Closes the penalty's window at each optimizer step, lets the reference follow the prepared policy, and sees to it
     that nothing else moves the reference."""
@@ -273,7 +298,9 @@ class _PenaltySteps(TrainerCallback):
             logger.warning(f"{finding.found}: if such a token comes up, {finding.advice}.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for name, value in self.trainer.penalty.step(self.trainer.accelerator).items():
+        metrics = self.trainer.penalty.step(self.trainer.accelerator)
+        self.trainer._step_kl = metrics.get("kl")
+        for name, value in metrics.items():
             self.trainer._metrics["train"][name].append(value)
         if state.global_step % _LOOK_EVERY == 0:
             self.trainer.reference.verify(_LOOK_AT)

@@ -95,6 +95,8 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         policy = _PolicyView(model, self.use_weighting)
         reference = _ReferenceView(self.reference, inputs.pop(_SCORED, None))
         self.ref_model = reference  # type: ignore[assignment]  # TRL's loss does nothing but call it
+        if self.model.training:
+            self._last_batch = _tokens(inputs)
         try:
             with self.reference.paired(model, _tokens(inputs)):
                 result = super()._compute_loss(policy, inputs, return_outputs)

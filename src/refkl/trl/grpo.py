@@ -67,7 +67,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
             super().__init__(*args, **kwargs)
         self._policy_logp: Tensor | None = None
         self._rewarded: dict[str, Any] | None = None
-        self._attach(reference, kl or _as_trl(beta, self.loss_type, self.max_completion_length), sync)
+        penalty = kl or _as_trl(beta, self.loss_type, self.max_completion_length)
+        self._attach(reference, penalty, sync, self.temperature)
         if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
             logger.warning(
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
@@ -104,6 +105,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
             if compute_aux_loss:
                 aux_losses.append(scored.outputs.aux_loss)
         self._policy_logp = torch.cat(logps)
+        if self.model.training:
+            self._last_batch = batch
         if self._rewarded is not None:
             self._add_reward(self._rewarded, self._policy_logp)
         aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
