@@ -111,9 +111,10 @@ class ReferenceSync:
 
     def _move(self, policy: nn.Module, kl: float | None) -> None:
         config, age = self.config, self.steps - self.config.warmup
+        passed = config.max_kl is not None and self._passed(kl, config.max_kl)
         if age <= 0:
             return
-        if config.max_kl is not None and self._passed(kl, config.max_kl):
+        if passed:
             self.reference.update(policy, 1.0)
             self.updates.append({"step": self.steps, "alpha": 1.0, "kl": kl})
             if config.reset_optimizer:
