@@ -182,11 +182,11 @@ def memory_case(text: str) -> None:
     inputs = make_inputs(case)
     _ = inputs.all_scored
     gc.collect()
-    peak = _cuda_peak if case.device == "cuda" else _host_peak
+    peak = cuda_peak if case.device == "cuda" else host_peak
     print(f"{MARK}{peak(lambda: step(peer, case, inputs))}", flush=True)
 
 
-def _cuda_peak(work: Callable[[], object]) -> int:
+def cuda_peak(work: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -197,7 +197,7 @@ def _cuda_peak(work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _host_peak(work: Callable[[], object]) -> int:
+def host_peak(work: Callable[[], object]) -> int:
     with contextlib.suppress(OSError, AttributeError):
         # Freed blocks that glibc keeps would be used again without raising the resident size.
         ctypes.CDLL("libc.so.6").malloc_trim(0)

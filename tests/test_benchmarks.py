@@ -122,7 +122,7 @@ def test_a_peer_that_raises_is_a_row_of_its_own(modules):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("reader", ["_host_peak", "_sampled_peak"])
+@pytest.mark.parametrize("reader", ["host_peak", "_sampled_peak"])
 def test_the_memory_reading_sees_what_was_freed_again(modules, reader):
     _, measure, _ = modules
 

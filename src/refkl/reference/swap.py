@@ -175,7 +175,9 @@ class SwapReference(Reference):
         release(tensors.values())
         with ExitStack() as stack:
             stack.callback(torch.clear_autocast_cache)
-            stack.callback(release, tensors.values())  # what a forward gathered of ours is not the policy's
+            # What a forward gathered of ours is not the policy's: ZeRO-3 and FSDP2 would run it again as it is.
+            stack.callback(release, tensors.values())
+            stack.callback(reshard, self._policy)
             for name, tensor in tensors.items():
                 if tensor.requires_grad and tensor.is_leaf and not is_partitioned(tensor):
                     stack.callback(tensor.register_hook(_refuse_backward).remove)
