@@ -24,6 +24,7 @@ def train(
     reference = refkl.build_reference(model, "auto", accelerator)  # the policy as it stands now
     accelerator.print(f"reference: {reference.strategy}: {reference.reason}.")
     penalty = refkl.KLPenalty(refkl.KLConfig(coef=0.3, estimator="k3"))
+    sync = refkl.ReferenceSync(reference, refkl.SyncConfig(every=100, alpha=0.5))  # without: the leash is to the start
     model, optimizer = accelerator.prepare(model, optimizer)
     history = []
     for step, prompts in enumerate(batches, start=1):
@@ -40,9 +41,7 @@ def train(
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"reward": rewards.mean().item(), **penalty.step(accelerator)})
-        if step % 100 == 0:
-            reference.update(model, alpha=0.5)  # or never: then the leash is to the first policy
+        history.append({"reward": rewards.mean().item(), **penalty.step(accelerator), **sync.step(model)})
         accelerator.print(f"step {step}  reward {history[-1]['reward']:.3f}  KL {history[-1]['kl']:.4f} nats per token")
     return history
 

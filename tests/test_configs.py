@@ -18,6 +18,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STRATEGY = {
     "quickstart": "adapter",
     "no_kl": "adapter",
+    "moving_reference": "adapter",
     "full_finetune": "clone",
     "dpo": "clone",
     "offload": "clone",
