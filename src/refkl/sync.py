@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
+from refkl.checkpoint import REFERENCE, complete
 from refkl.config import SyncConfig
 from refkl.reference import Reference
 
@@ -29,8 +33,17 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse to go on from a checkpoint whose reference had moved, with one that has not."""
+        """Refuse to go on from a checkpoint whose reference had moved, with one that has not.
+
+        Raises:
+            ValueError: that; or checkpoints are rotated so that a kill could leave none that is whole.
+        """
         self.reference.check_movable(kwargs["model"])
+        if self.saves and args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "save_total_limit 1 has transformers delete the only whole checkpoint before the reference is in the "
+                "next one. Set it to 2, or use a refkl trainer, which deletes afterwards."
+            )
         if state.global_step == 0:
             return
         callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
@@ -52,9 +65,16 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
             self.updates.append({"step": state.global_step, "alpha": self.config.alpha})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the moved reference with the checkpoint; every rank calls."""
-        if self.updates and self.saves:
-            self.reference.save(f"{args.output_dir}/checkpoint-{state.global_step}/reference")
+        """Keep the moved reference with the checkpoint, and mark this as complete; every rank calls."""
+        if not self.saves:
+            return
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self.updates:
+            self.reference.save(checkpoint / REFERENCE)
+        if dist.is_initialized():
+            dist.barrier()  # what is marked is of all ranks
+        if args.should_save:
+            complete(checkpoint)
 
     def state(self) -> dict[str, Any]:
         """What the trainer keeps in trainer_state.json."""
