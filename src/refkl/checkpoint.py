@@ -156,7 +156,10 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-_FULL = ("no space left", "os error 28", "disk quota", "file too large", "os error 27", "failed writing file")
+_FULL = (
+    *("no space left", "os error 28", "disk quota", "file too large", "os error 27"),
+    *("failed writing file", "unexpected pos", "iostream error"),  # torch.save, which does not say why
+)
 """What libraries that write files in C++ or Rust say of a disk that is full, in errors that are not OSError."""
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 

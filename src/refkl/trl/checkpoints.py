@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from refkl.checkpoint import (
     why_not_whole,
 )
 from refkl.config import OnCheckpointError, ResumedReference
-from refkl.messages import unknown
+from refkl.messages import size, unknown
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference
 from refkl.reference.saved import write_json
@@ -87,8 +88,8 @@ class Checkpointing(Trainer):
                 raise unknown(name, value, known)
         if on_checkpoint_error == "continue" and (why := self._saves_together()) is not None:
             raise ValueError(
-                f"on_checkpoint_error 'continue' needs ranks that tell each other of a failed write, and {why} they wait"
-                " inside the save for the one that failed. Use 'stop': the last whole checkpoint stays."
+                f"on_checkpoint_error 'continue' needs ranks that tell each other of a failed write, and {why} they "
+                "wait inside the save for the one that failed. Use 'stop': the last whole checkpoint stays."
             )
         self.resume_reference, self.on_checkpoint_error = resume_reference, on_checkpoint_error
 
@@ -145,6 +146,7 @@ class Checkpointing(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if (own := disk_failure(error)) is None:
                 raise
+            own = f"{own}; {size(shutil.disk_usage(checkpoint.parent).free)} free there"
             if alone is not None:
                 raise CheckpointError(self._unwritten(checkpoint, own)) from error
         found: list[str | None] = gather_object([own])
