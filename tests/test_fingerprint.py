@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,8 +11,7 @@ from support import MODELS
 from torch import Tensor
 
 from refkl import build_reference
-from refkl.backend import Layout, Weight, Whole
-from refkl.backend.layout import Run
+from refkl.backend import Block, Layout, Weight, Whole
 from refkl.reference import fingerprint
 from refkl.reference.fingerprint import combined, content_sum, digests
 
@@ -34,8 +32,8 @@ class Piece(Layout):
     def join(self, local: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def runs(self) -> Iterator[Run]:
-        yield Run(0, self.start, self.length)
+    def block(self) -> Block:
+        return Block((self.shape.numel(),), (self.start,), (self.length,))
 
 
 def splitmix(seed: int) -> int:

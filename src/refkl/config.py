@@ -21,6 +21,8 @@ Method = Literal["grpo", "dpo"]
 BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "nf4"]
+ResumedReference = Literal["recorded", "initial"]
+OnCheckpointError = Literal["stop", "continue"]
 
 
 def _offered(section: str, config: Any) -> None:
@@ -410,6 +412,35 @@ class LaunchConfig:
     """The number of processes that must be found, or None for any."""
 
 
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What happens when a checkpoint cannot be written. How often one is, and how many are kept, are `trainer`'s
+    save_strategy, save_steps and save_total_limit."""
+
+    on_error: OnCheckpointError = "stop"
+    """When a disk is full or fails: "stop" ends the run with an error, "continue" goes on without that checkpoint. What
+    there is of it is deleted, and the last whole one stays. "continue" is for one process and for DDP."""
+
+    def __post_init__(self) -> None:
+        _offered("checkpoint", self)
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """Where a run goes on that was stopped or killed; on the command line, `--resume` and `--resume PATH`."""
+
+    checkpoint: str | None = None
+    """"newest": the newest whole checkpoint of the run folder; or a checkpoint's folder. None starts anew."""
+    reference: ResumedReference = "recorded"
+    """"recorded": the reference that the checkpoint was trained against, or none. "initial": the one that the
+    configuration gives, whatever the checkpoint says."""
+
+    def __post_init__(self) -> None:
+        _offered("resume", self)
+        if self.checkpoint == "":
+            raise ValueError("resume.checkpoint is empty: use 'newest', name a checkpoint's folder, or leave it out.")
+
+
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -442,6 +473,10 @@ class RunConfig:
     """Texts to look at."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """What the launcher must have given."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What happens when a checkpoint cannot be written."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """Where the run goes on."""
     trainer: Any = None
     """trl.GRPOConfig or trl.DPOConfig, with all of its fields; `trainer.output_dir` is the run folder."""
 

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, through no fault of its configuration; the message says what to do."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
     matches = get_close_matches(name, sorted(known), n=1, cutoff=0.5)

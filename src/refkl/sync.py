@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from refkl.backend import communicating_device, evaluating, unwrap
+from refkl.checkpoint import REFERENCE, complete
 from refkl.config import SyncConfig
 from refkl.kl import estimate
 from refkl.reference import Reference
@@ -236,7 +239,16 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse to go on from a checkpoint whose reference had moved, with one that has not."""
+        """Refuse to go on from a checkpoint whose reference had moved, with one that has not.
+
+        Raises:
+            ValueError: that; or checkpoints are rotated so that a kill could leave none that is whole.
+        """
+        if self.saves and args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "save_total_limit 1 has transformers delete the only whole checkpoint before the reference is in the "
+                "next one. Set it to 2, or use a refkl trainer, which deletes afterwards."
+            )
         self.sync.optimizer = kwargs.get("optimizer")
         if state.global_step:
             callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
@@ -259,9 +271,16 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
         self.metrics = self.sync.step(kwargs["model"], kl=kl, batch=batch, temperature=self._temperature)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the moved reference with the checkpoint; every rank calls."""
-        if self.updates and self.saves:
-            self.reference.save(f"{args.output_dir}/checkpoint-{state.global_step}/reference")
+        """Keep the moved reference with the checkpoint, and mark this as complete; every rank calls."""
+        if not self.saves:
+            return
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self.updates:
+            self.reference.save(checkpoint / REFERENCE)
+        if dist.is_initialized():
+            dist.barrier()  # what is marked is of all ranks
+        if args.should_save:
+            complete(checkpoint)
 
     def state(self) -> dict[str, Any]:
         """What the trainer keeps in trainer_state.json."""

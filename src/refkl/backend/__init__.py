@@ -2,13 +2,26 @@
 
 from refkl.backend.detect import Backend, check_launch, detect
 from refkl.backend.fsdp import is_sharded, mixed_precision, own_class, reshard, shard_like
-from refkl.backend.layout import Layout, Weight, Whole, communicating_device, layout_of, weights_of, whole
+from refkl.backend.layout import (
+    Block,
+    Layout,
+    Run,
+    Weight,
+    Whole,
+    communicating_device,
+    layout_of,
+    weights_of,
+    whole,
+)
 from refkl.backend.modules import canonical_name, dropout_rates, evaluating, named_weights, unwrap
+from refkl.backend.ranks import peer_gone
 from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard, set_micro_batch
 
 __all__ = [
     "Backend",
+    "Block",
     "Layout",
+    "Run",
     "Weight",
     "Whole",
     "canonical_name",
@@ -27,6 +40,7 @@ __all__ = [
     "mixed_precision",
     "named_weights",
     "own_class",
+    "peer_gone",
     "reshard",
     "set_micro_batch",
     "shard_like",

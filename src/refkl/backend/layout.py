@@ -31,6 +31,31 @@ class Run(NamedTuple):
     length: int
 
 
+class Block(NamedTuple):
+    """A rectangular part of a tensor, as a file of parts states it."""
+
+    whole: tuple[int, ...]
+    """Shape of all of it: the weight's own, or [elements] where ranks hold parts of the flattened weight."""
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def runs(self) -> Iterator[Run]:
+        """Where its elements are in the whole."""
+        if not prod(self.shape):
+            return
+        # From the last dimension that is split on, elements lie side by side.
+        split = max((dim for dim, n in enumerate(self.shape) if n != self.whole[dim]), default=0)
+        length = prod(self.shape[split:])
+        strides = [prod(self.whole[dim + 1 :]) for dim in range(len(self.shape))]
+        for number in range(prod(self.shape[:split])):
+            rest, whole = number, 0
+            for dim in reversed(range(split)):
+                rest, index = divmod(rest, self.shape[dim])
+                whole += (self.start[dim] + index) * strides[dim]
+            first = self.start[split] * strides[split] if self.shape else 0
+            yield Run(number * length, whole + first, length)
+
+
 @dataclass(frozen=True)
 class Layout(ABC):
     """What this rank holds of a weight."""
@@ -52,8 +77,20 @@ class Layout(ABC):
         """The whole weight, on every rank, from the parts; collective where sharded."""
 
     @abstractmethod
+    def block(self) -> Block:
+        """This rank's part, padding left out, as a file of parts states it."""
+
+    def part(self, local: Tensor) -> Tensor:
+        """This rank's part in the shape of its block."""
+        return local
+
     def runs(self) -> Iterator[Run]:
         """Where the elements of this rank's part are in the whole; padding is in none."""
+        return self.block().runs()
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """Memory for this rank's part, all 0."""
+        return torch.zeros(self.block().shape, dtype=dtype)
 
 
 class Whole(Layout):
@@ -67,8 +104,8 @@ class Whole(Layout):
     def join(self, local: Tensor) -> Tensor:
         return local
 
-    def runs(self) -> Iterator[Run]:
-        yield Run(0, 0, prod(self.shape))
+    def block(self) -> Block:
+        return Block(tuple(self.shape), (0,) * len(self.shape), tuple(self.shape))
 
 
 @dataclass(frozen=True)
@@ -91,11 +128,16 @@ class Partition(Layout):
         dist.all_gather_into_tensor(flat, local, group=self.group)
         return flat[: prod(self.shape)].view(self.shape)
 
-    def runs(self) -> Iterator[Run]:
-        start = self.group.rank() * self.size
-        length = min(self.size, prod(self.shape) - start)
-        if length > 0:
-            yield Run(0, start, length)
+    def block(self) -> Block:
+        total = prod(self.shape)
+        start = min(self.group.rank() * self.size, total)
+        return Block((total,), (start,), (min(self.size, total - start),))
+
+    def part(self, local: Tensor) -> Tensor:
+        return local[: self.block().shape[0]]
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.size, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -113,7 +155,7 @@ class Sharded(Layout):
         )
 
     def cut(self, whole: Tensor) -> Tensor:
-        shape, start = self._block()
+        _, start, shape = self.block()
         for dim, (length, first) in enumerate(zip(shape, start, strict=True)):
             whole = whole.narrow(dim, first if length else 0, length)
         return whole
@@ -130,24 +172,7 @@ class Sharded(Layout):
         )
         return part.full_tensor()
 
-    def runs(self) -> Iterator[Run]:
-        shape, start = self._block()
-        if not prod(shape):
-            return
-        # From the last dimension that is split on, elements lie side by side.
-        split = max((dim for dim, n in enumerate(shape) if n != self.shape[dim]), default=0)
-        length = prod(shape[split:])
-        strides = [prod(self.shape[dim + 1 :]) for dim in range(len(shape))]
-        for number in range(prod(shape[:split])):
-            rest, whole = number, 0
-            for dim in reversed(range(split)):
-                rest, index = divmod(rest, shape[dim])
-                whole += (start[dim] + index) * strides[dim]
-            first = start[split] * strides[split] if shape else 0
-            yield Run(number * length, whole + first, length)
-
-    def _block(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape of this rank's part, and where it begins in the whole."""
+    def block(self) -> Block:
         for placement in self.like.placements:
             if not (isinstance(placement, Replicate) or type(placement) is Shard):
                 raise ValueError(
@@ -155,7 +180,7 @@ class Sharded(Layout):
                     "and replicas are understood: use FSDP2 without tensor parallelism on the same dimension."
                 )
         shape, start = compute_local_shape_and_global_offset(self.shape, self.like.device_mesh, self.like.placements)
-        return tuple(shape), tuple(start)
+        return Block(tuple(self.shape), tuple(start), tuple(shape))
 
 
 def layout_of(tensor: Tensor) -> Layout:

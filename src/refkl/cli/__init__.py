@@ -7,8 +7,11 @@ import re
 import sys
 from collections.abc import Sequence
 
+from refkl.messages import RunError
+
 USAGE = """\
 usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
+       refkl train CONFIG.yaml --resume [CHECKPOINT]   goes on from the newest whole checkpoint, or from this one
        refkl train --help [--method grpo|dpo]        every key, with what it means
        refkl check CONFIG.yaml [--key value ...]     is the reference the right one? looks, and trains nothing
        refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
@@ -19,8 +22,8 @@ usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a check that found a fault, 2 for an input that cannot be used,
-    130 for a run that was stopped."""
+    """Run a command; returns the exit status: 0, 1 for a check that found a fault and for a run that could not go on, 2
+    for an input that cannot be used, 130 for a run that was stopped."""
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
@@ -57,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from refkl.messages import unknown
 
         raise unknown("command", command, ["train", "check", "plan", "export", "report"])
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, RunError) as error:
         if os.environ.get("REFKL_TRACEBACK"):
             raise
         print(f"refkl: error: {error}\n(REFKL_TRACEBACK=1 in the environment shows where)", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunError) else 2
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ class ParsedRun:
     """Arguments for TRL's configuration."""
     resolved: str
     """YAML of everything, defaults included."""
+    path: Path
+    """The configuration file."""
 
     def trainer_config(self) -> Any:
         """TRL's configuration object.
@@ -49,7 +52,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     Raises:
         ValueError: a missing file, an unknown key (the nearest known one is named), a value of the wrong kind.
     """
-    path, options = _split(arguments)
+    path, options = _split(_resume_in_full(arguments))
     values = _read(path) if path is not None else {}
     given = {option[2:].split("=")[0].rstrip("+") for option in options if option.startswith("--")}
     method = str(_option(options, "--method") or values.get("method", "grpo"))
@@ -78,7 +81,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     peft_config(config.peft)
     if built.trainer.model_init_kwargs:
         raise ValueError("trainer.model_init_kwargs would be ignored: refkl loads the model. Use model.init_kwargs.")
-    return ParsedRun(config, built.trainer.as_dict(), resolved)
+    return ParsedRun(config, built.trainer.as_dict(), resolved, path)
 
 
 def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
@@ -122,6 +125,17 @@ def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
         path = rest[at + 1]
         del rest[at : at + 2]
     return (None if path is None else Path(path)), rest
+
+
+def _resume_in_full(arguments: list[str]) -> list[str]:
+    """`--resume` and `--resume PATH` as the option that they stand for."""
+    full: list[str] = []
+    for at, argument in enumerate(arguments):
+        if argument == "--resume" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
+            full += ["--resume.checkpoint", "newest"]
+        else:
+            full.append(re.sub(r"^--resume(?==|$)", "--resume.checkpoint", argument))
+    return full
 
 
 def _option(options: list[str], name: str) -> str | None:

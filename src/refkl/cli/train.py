@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
-from refkl.backend import check_can_save, check_launch, detect
+from refkl.backend import check_can_save, check_launch, detect, peer_gone
+from refkl.checkpoint import disk_failure, newest_whole
 from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path
 from refkl.cli.report import draw_report
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
+from refkl.config import ResumeConfig
+from refkl.messages import RunError
 
 
 def train(run: ParsedRun) -> int:
     """Train, and leave a run folder; returns 0, or 130 if it was stopped by a signal (the folder is usable then too).
 
     Raises:
-        ValueError: an input that cannot be used, or a launch that gave something else than was asked for.
+        ValueError: an input that cannot be used, a launch that gave something else than was asked for, or no whole
+            checkpoint to resume from.
+        RunError: a checkpoint could not be written, and the run was to stop then; another process of it ended.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = run.config
@@ -26,6 +32,7 @@ def train(run: ParsedRun) -> int:
     rewards = [load_reward(r) for r in config.reward]
     args = run.trainer_config()
     args.disable_tqdm = True  # the run's own progress bar shows reward and KL
+    wanted = _resumed_from(config.resume, args.resume_from_checkpoint)
     trainer = make_trainer(run, args, data, rewards)
     accelerator = trainer.accelerator
     found = detect(trainer.model, accelerator)
@@ -36,7 +43,9 @@ def train(run: ParsedRun) -> int:
     if main:
         console.print(f"reference: {trainer.reference.strategy}: {trainer.reference.reason}.")
         console.print(f"policy: {model_path(config.model)} on {found}, {accelerator.device}")
-    checkpoint = args.resume_from_checkpoint
+    checkpoint = trainer.checkpoint_to_resume(wanted)
+    if main and checkpoint is not None:
+        console.print(f"resumes from {checkpoint}")
     folder = RunFolder(args.output_dir, write=main)
     folder.start(run.resolved, resumed=checkpoint is not None)
     trainer.remove_callback(PrinterCallback)
@@ -49,12 +58,14 @@ def train(run: ParsedRun) -> int:
             trainer.add_callback(stopper)
             trainer.train(resume_from_checkpoint=checkpoint)
         ended = True
+    except RuntimeError as error:
+        if not peer_gone(error):
+            raise
+        raise RunError(_lost(error, folder.path, run.path)) from error
     finally:
-        # One process can save what it has whatever went wrong; of several, the others may be in another collective.
-        if ended or accelerator.num_processes == 1:
-            trainer.save_model(str(folder.path / "model"))
         if not ended:
-            folder.fail()
+            _keep_what_there_is(trainer, folder)
+    trainer.save_model(str(folder.path / "model"))
     trainer.reference.fingerprint()  # anew: `changed_weight` compares it with what it was
     folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
     if main:
@@ -71,6 +82,44 @@ def train(run: ParsedRun) -> int:
     return 130 if stopper.stopped else 0
 
 
+def _resumed_from(resume: ResumeConfig, of_trainer: str | None) -> str | bool | None:
+    """What is asked for: True for the newest whole checkpoint, or a folder.
+
+    Raises:
+        ValueError: asked for twice, or a reference for a run that is not resumed.
+    """
+    if resume.checkpoint is not None and of_trainer is not None:
+        raise ValueError(
+            f"Both resume.checkpoint {resume.checkpoint!r} and trainer.resume_from_checkpoint {of_trainer!r} say where "
+            "to go on. Leave one out."
+        )
+    if resume.checkpoint is None and of_trainer is None and resume.reference == "initial":
+        raise ValueError("resume.reference 'initial' is for a run that is resumed: add --resume, or leave it out.")
+    return True if resume.checkpoint == "newest" else resume.checkpoint or of_trainer
+
+
+def _lost(error: RuntimeError, folder: Path, config: Path) -> str:
+    """What to say, and do, when another rank is gone."""
+    whole = newest_whole(folder, contents=False).path
+    last = "There is no whole checkpoint yet." if whole is None else f"The newest whole checkpoint is {whole}."
+    how = "start again" if whole is None else f"go on, launched as before, with: refkl train {config} --resume"
+    return (
+        f"Another process of this run is gone, or no longer answers ({str(error).splitlines()[0]}). What it printed "
+        f"itself says why. {last} Once that is mended, {how}."
+    )
+
+
+def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
+    """After an error, the model as it is: of one process, since of several the others may be in another collective."""
+    try:
+        if trainer.accelerator.num_processes == 1:
+            trainer.save_model(str(folder.path / "model"))
+        folder.fail()
+    except Exception as error:
+        if disk_failure(error) is None:
+            raise  # else the error that ended the run says more
+
+
 def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
     """The trainer that the configuration asks for, its reference built."""
     from refkl.trl import KLDPOTrainer, KLGRPOTrainer
@@ -84,6 +133,8 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
         "reference": config.reference,
         "kl": config.kl,
         "sync": config.sync,
+        "resume_reference": config.resume.reference,
+        "on_checkpoint_error": config.checkpoint.on_error,
     }
     if config.method == "dpo":
         return KLDPOTrainer(processing_class=load_tokenizer(config.model, "right"), **shared)

@@ -511,11 +511,11 @@ class Reference(ABC):
         """Write the reference's own weights (safetensors) and provenance (JSON) into `folder`.
 
         Of weights that it shares with the policy, such as an adapter's base, the provenance has digests, which `load`
-        compares. Rank 0 writes, each file under a temporary name first, so that there is a whole one or none. Where
-        weights are sharded every rank must call; else the others may, and do nothing.
+        compares. The folder takes its name once it is whole, also in the place of one that was saved before. Where
+        weights are sharded every rank must call, and writes its own parts; else rank 0 writes, and the others may call.
 
         Raises:
-            ValueError: the weights were freed.
+            ValueError: the weights were freed; the folder holds other files.
         """
         self._check_held("be saved")
         self._check_whole()
@@ -528,7 +528,8 @@ class Reference(ABC):
         write_saved(Path(folder), [*own, *self._averages.weights()], record)
 
     def load(self, folder: str | Path) -> None:
-        """Take over what `save` wrote; every rank calls, each for its own copy or part.
+        """Take over what `save` wrote, whatever strategy and number of ranks wrote it; every rank calls, and reads its
+        own copy or part.
 
         Raises:
             ValueError: no saved reference there; a weight that is not as it was saved; names, shapes or dtypes that
@@ -540,13 +541,14 @@ class Reference(ABC):
         self.settle()
         self.fingerprint()
         layouts = {weight.name: weight.layout for weight in self._weights()}
+        devices = {weight.name: weight.local.device for weight in self._weights()}
         shapes = {name: layout.shape for name, layout in layouts.items()}
         recorded = {name: saved.shapes.get(name, shapes.get(name, torch.Size())) for name in saved.digests}
         check_pairs(recorded, shapes, "the saved reference")
-        changed = saved.changed(self.digests, self._owns)
+        changed = saved.changed(self.digests, self._owns, layouts)
         self._before_writing()
         saved.copy_into(weight for weight in self._weights() if weight.name in changed)
-        self._averages.load(saved.averages(), layouts)
+        self._averages.load(saved.averages(layouts), devices)
         self.updates = int(saved.provenance["updates"])
         self._first_stamp, self._half_moved = saved.provenance.get("first"), False
         loaded = self.fingerprint()

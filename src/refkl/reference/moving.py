@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refkl.backend import Layout, Weight, Whole
+from refkl.backend import Layout, Weight
 from refkl.reference.quantize import QuantizedLinear
 from refkl.reference.tensors import bytes_held, check_pairs
 from refkl.types import MemoryReport
@@ -111,14 +111,14 @@ class Averages:
             for name, local in kept.items():
                 yield Weight(f"{kind}:{name}", local, self.layouts[name])
 
-    def load(self, saved: Iterable[tuple[str, Tensor]], layouts: dict[str, Layout]) -> None:
-        """Take over what `weights` named, whole; `layouts` are those of the reference's weights."""
+    def load(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> None:
+        """Take over what `weights` named; `devices` says where the reference's weights are."""
         self.mean, self.start, self.first = {}, {}, {}
-        for full_name, whole in saved:
+        for full_name, local, layout in saved:
             kind, name = full_name.split(":", 1)
-            layout = layouts.get(name) or Whole(whole.shape)  # a quantised weight's bytes have other names
             self.layouts[name] = layout
-            self._kinds()[kind][name] = layout.cut(whole).clone()
+            held = self._place(local if self.on_host else local.to(devices.get(name, local.device)))
+            self._kinds()[kind][name] = held
 
     def memory(self, home: torch.device) -> MemoryReport:
         """Bytes kept, as where the model runs says."""

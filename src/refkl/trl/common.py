@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from refkl.backend import dropout_rates
-from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
 from refkl.freeze import trainable_parameters
 from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
-from refkl.reference.saved import write_json
 from refkl.sync import SyncReferenceCallback
+from refkl.trl.checkpoints import Checkpointing
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
-
-RECORD = "reference.json"
-"""In a checkpoint: which reference it was trained against, and each update of it."""
-PENALTY_STATE = "kl_penalty.json"
-"""In a checkpoint: the state of the coefficient's controller."""
 
 
 def trainer_args(trainer: type, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -55,27 +45,9 @@ def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
     return SyncConfig(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
 
 
-@contextmanager
-def overridden(args: Any, **values: Any) -> Iterator[None]:
-    """The trainer's arguments with other values while TRL's __init__ reads them."""
-    if args is None:
-        yield
-        return
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(before)
-
-
-class KLTrainerMixin(Trainer):
+class KLTrainerMixin(Checkpointing):
     """What a TRL trainer gains: `.reference`, `.penalty`, `.sync`, and KL metrics."""
 
-    reference: Reference
-    penalty: KLPenalty
-    sync: SyncReferenceCallback | None = None
-    model: nn.Module  # Trainer's type allows None; TRL's trainers always have one
     _metrics: dict[str, defaultdict[str, list[float]]]
     _looked = False
     """Whether the first KL of the training was looked at."""
@@ -91,10 +63,13 @@ class KLTrainerMixin(Trainer):
         reference: str | ReferenceConfig | Reference,
         kl: KLConfig,
         sync: SyncConfig | None,
+        resume_reference: ResumedReference,
+        on_checkpoint_error: OnCheckpointError,
         temperature: float = 1.0,
     ) -> None:
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
         self._check_kl(kl)
+        self._settle_checkpoints(resume_reference, on_checkpoint_error)
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
         if not trainable_parameters(self.model):
@@ -174,76 +149,6 @@ class KLTrainerMixin(Trainer):
                 f"The KL of the first step is {float(kl.mean()):.3g} nats per token, and the policy has not trained "
                 f"yet: {CHANGED}. `refkl check` and refkl.check_reference look closer."
             )
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The controller, and a reference that has moved, go into the checkpoint before older ones are rotated away.
-
-        Raises:
-            ValueError: the reference changed with no update to explain it.
-        """
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self.reference.verify()
-        if self.reference.updates or self._has_adapter_of_its_own():
-            self.reference.save(checkpoint / "reference")
-        record = self.reference.provenance()
-        if self.sync is not None:
-            record["synced"] = self.sync.updates
-        if self.args.should_save:
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            write_json(checkpoint / RECORD, record)
-            write_json(checkpoint / PENALTY_STATE, self.penalty.state_dict())
-        super()._save_checkpoint(model, trial)
-
-    def _has_adapter_of_its_own(self) -> bool:
-        """Whether it holds an adapter that a resumed script may not make again: small, and drawn at random."""
-        reference = self.reference
-        adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        own = reference.config.source == "policy" and any(map(reference._owns, reference.digests))
-        return adapted and own and not reference.freed
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """On resume, bring back the controller, and a reference that had moved.
-
-        Raises:
-            ValueError: the checkpoint was trained against another reference.
-        """
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if (Path(checkpoint) / "reference").is_dir():
-            self.reference.load(Path(checkpoint) / "reference")
-        elif (Path(checkpoint) / RECORD).is_file():
-            self._check_recorded(Path(checkpoint) / RECORD)
-        self._load_controller(Path(checkpoint) / PENALTY_STATE)
-
-    def _check_recorded(self, path: Path) -> None:
-        record = json.loads(path.read_text())
-        self.reference.settle()
-        if record["fingerprint"] != (self.reference.stamp or self.reference.fingerprint()):
-            raise ValueError(
-                f"The checkpoint was trained against a reference with fingerprint {record['fingerprint'][:12]} "
-                f"({record['strategy']}, from {record['source']}), and this run's has "
-                f"{(self.reference.stamp or '')[:12]} ({self.reference.strategy}, from {self.reference.source}). Give "
-                "the trainer the model that the first run began with; its trained weights come from the checkpoint."
-            )
-        if record.get("kl_floor") is not None:
-            self.reference.recall_floor(record["kl_floor"])  # a policy that has trained cannot show it any more
-
-    def _load_controller(self, path: Path) -> None:
-        kind = self.penalty.config.controller
-        if not path.is_file():
-            if kind != "fixed":
-                logger.warning(
-                    f"{path} is not there: the {kind!r} KL controller begins at coefficient {self.penalty.coef}."
-                )
-            return
-        coef = self.penalty.coef
-        try:
-            self.penalty.load_state_dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{error} The state is {path}.") from None
-        if kind == "fixed":
-            self.penalty.controller.coef = coef  # a setting, not a state: what this run asks for holds
 
 
 _ROUNDING, _ROUNDING_16 = 1e-4, 0.05

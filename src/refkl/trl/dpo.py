@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
 from refkl.scoring import Call, score_model
-from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
+from refkl.trl.checkpoints import overridden
+from refkl.trl.common import KLTrainerMixin, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
 
 _TOKENS = ("input_ids", "attention_mask", "completion_mask")
@@ -40,6 +41,8 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: a penalty added to DPO's loss; by default none, only measured.
         sync: when the reference moves (TR-DPO); by default never, or as `args.sync_ref_model` says.
+        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
+        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 
     Raises:
         ValueError: `ref_model` is given, or an option of TRL's that refkl cannot honour.
@@ -51,6 +54,8 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         reference: str | ReferenceConfig | Reference = "auto",
         kl: KLConfig | None = None,
         sync: SyncConfig | None = None,
+        resume_reference: ResumedReference = "recorded",
+        on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
         if trainer_args(DPOTrainer, args, kwargs, "ref_model") is not None:
@@ -68,7 +73,7 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         sync = settled_sync(config, sync)
         with overridden(config, sync_ref_model=False), _no_reference_of_trl(model):
             super().__init__(*args, **kwargs)
-        self._attach(reference, kl or KLConfig(coef=0.0), sync)
+        self._attach(reference, kl or KLConfig(coef=0.0), sync, resume_reference, on_checkpoint_error)
         self._window: list[Tensor] = []
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

@@ -15,10 +15,11 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from refkl.backend import dropout_rates
-from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
 from refkl.reference import Reference
 from refkl.scoring import score_model
-from refkl.trl.common import KLTrainerMixin, overridden, settled_sync, trainer_args
+from refkl.trl.checkpoints import overridden
+from refkl.trl.common import KLTrainerMixin, settled_sync, trainer_args
 from refkl.types import TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
             TRL has scaled them: per token, or ("sequence") the same for all tokens of a completion. It then is the
             KL of the policy that sampled, and takes part in all that `loss_type` does to advantages.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
+        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
+        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 
     Raises:
         ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl's scorer cannot honour; with the KL
@@ -49,6 +52,8 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         reference: str | ReferenceConfig | Reference = "auto",
         kl: KLConfig | None = None,
         sync: SyncConfig | None = None,
+        resume_reference: ResumedReference = "recorded",
+        on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
         config = trainer_args(GRPOTrainer, args, kwargs, "args")
@@ -68,7 +73,7 @@ class KLGRPOTrainer(KLTrainerMixin, GRPOTrainer):
         self._policy_logp: Tensor | None = None
         self._rewarded: dict[str, Any] | None = None
         penalty = kl or _as_trl(beta, self.loss_type, self.max_completion_length)
-        self._attach(reference, penalty, sync, self.temperature)
+        self._attach(reference, penalty, sync, resume_reference, on_checkpoint_error, self.temperature)
         if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
             logger.warning(
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
