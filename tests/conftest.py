@@ -1,4 +1,4 @@
-"""What every test gets: no network, a fixed seed, and `--slow` for what takes long."""
+"""What every test gets: no network, a fixed seed, and `--slow` and `--faults` for what takes long."""
 
 import os
 
@@ -11,13 +11,15 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--faults", action="store_true", help="kill runs more often, at more moments")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+    for name in ("slow", "faults"):
+        if not config.getoption(f"--{name}"):
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: runs with --{name}"))
 
 
 @pytest.fixture(autouse=True)

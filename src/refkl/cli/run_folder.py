@@ -157,7 +157,9 @@ class RunRecorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         sync = self.trainer.sync
         if sync is not None and len(sync.updates) > len(self.updates):
-            record = {**sync.updates[-1], "fingerprint": self.trainer.reference.fingerprint()}
+            record = sync.updates[-1]  # in the checkpoints too
+            if sync.config.every != 1:  # it reads all weights, and is too much for each step
+                record["fingerprint"] = self.trainer.reference.fingerprint()
             self.updates.append(record)
             self.folder.append("metrics.jsonl", {"reference_update": record})
         if self._bar is not None:
