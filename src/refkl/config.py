@@ -269,8 +269,22 @@ class SyncConfig:
     alpha: float = 0.6
     """theta_ref <- (1 - alpha) theta_ref + alpha theta. 1 copies the policy (TR-DPO hard); 0.6 every 512 steps is the
     soft variant's recommendation (Gorbatovski et al., arXiv:2404.09656)."""
+    lora: Literal["factors", "product"] = "factors"
+    """What of a LoRA policy's layers is averaged with alpha < 1: "factors", A and B each by itself, or "product", the
+    change of weight B · A that they make, exactly; the reference's rank then grows with each sync."""
+    lora_rank: int | None = None
+    """For lora "product": the rank that the reference is cut back to at each sync, as the best approximation. None
+    keeps the average exact, and its rank no higher than the smaller side of a layer's weight."""
 
     def __post_init__(self) -> None:
+        _offered("sync", self)
+        if self.lora_rank is not None and self.lora != "product":
+            raise ValueError(
+                f"sync.lora_rank has no use with lora {self.lora!r}, which leaves the rank as it is. Set sync.lora "
+                "'product', or leave it out."
+            )
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"sync.lora_rank must be at least 1, got {self.lora_rank}.")
         if self.every < 1:
             raise ValueError(f"sync.every counts optimizer steps and must be at least 1, got {self.every}.")
         if not 0.0 < self.alpha <= 1.0:

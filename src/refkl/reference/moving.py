@@ -8,9 +8,9 @@ Each element goes through operations that round once, so that it comes out the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from refkl.types import MemoryReport
 
 _CHUNK = 1 << 18
 """Elements that are mixed at once: with their temporaries they stay in a core's cache."""
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Pair(NamedTuple):
@@ -46,6 +46,26 @@ class Move(NamedTuple):
     alpha: float
     bias: float | None = None
     """BEMA: the reference is the average + bias (policy - first), with the first weights that the reference had."""
+    lora: Literal["factors", "product"] = "factors"
+    """What of LoRA layers is averaged; see lora.py."""
+    rank: int | None = None
+    """For "product": what its ranks are cut to."""
+
+    def check(self) -> None:
+        """Raise ValueError for what no reference can do."""
+        if not 0.0 < self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in (0, 1], got {self.alpha}.")
+        if self.bias is not None and not 0.0 <= self.bias <= 1.0:
+            raise ValueError(f"bias must be in [0, 1], got {self.bias}.")
+        if self.lora not in ("factors", "product"):
+            raise ValueError(f"lora must be 'factors' or 'product', got {self.lora!r}.")
+        if self.lora == "product" and self.bias is not None:
+            raise ValueError("bias is added to tensors one by one, and has no use with lora='product'. Leave one out.")
+        if self.rank is not None and (self.lora != "product" or self.rank < 1):
+            raise ValueError(
+                f"rank is for lora='product', and at least 1; got rank={self.rank} with lora={self.lora!r}. Leave it "
+                "out, or set lora."
+            )
 
 
 class Probe(NamedTuple):
@@ -76,19 +96,19 @@ class Averages:
             numbers = own.local if packed is None else packed.numbers
             if not numbers.is_floating_point():
                 continue
-            coarse = step.alpha < 1.0 and (packed is not None or numbers.dtype in _SIXTEEN_BITS)
+            coarse = step.alpha < 1.0 and (packed is not None or numbers.dtype in SIXTEEN_BITS)
             if own.name not in mean and (coarse or step.bias is not None):
                 wide = torch.promote_types(numbers.dtype, torch.float32)
-                mean[own.name] = self._place(numbers.to(wide, copy=True))
+                mean[own.name] = self.place(numbers.to(wide, copy=True))
             if own.name not in first and step.bias is not None:
-                first[own.name] = self._place(numbers.clone())
+                first[own.name] = self.place(numbers.clone())
         self.mean, self.first = mean, first
 
     def keep_first(self, weights: Iterable[Weight]) -> None:
         """Copy the weights as they are."""
         for name, local, layout in weights:
             self.layouts[name] = layout
-            self.first.setdefault(name, self._place(local.clone()))
+            self.first.setdefault(name, self.place(local.clone()))
 
     def move(self, pair: Pair, step: Move) -> Probe | None:
         """Move one weight; an element that changed, or None where policy and reference hold the same."""
@@ -105,7 +125,9 @@ class Averages:
         """All that is kept, under names that say what each is; to be saved, and written into."""
         for kind, kept in (("mean", self.mean), ("first", self.first)):
             for name, local in kept.items():
-                yield Weight(f"{kind}:{name}", local, self.layouts[name])
+                layout = self.layouts[name]
+                # The rank of a LoRA layer may be another by now than it was first.
+                yield Weight(f"{kind}:{name}", local, layout if layout.sharded else Whole(local.shape))
 
     def load(self, saved: Iterable[tuple[str, Tensor]], layouts: dict[str, Layout]) -> None:
         """Take over what `weights` named, whole; `layouts` are those of the reference's weights."""
@@ -121,8 +143,9 @@ class Averages:
         held = bytes_held((*self.mean.values(), *self.first.values()), home)
         return MemoryReport(device=0, host=held.total) if self.on_host else held
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to("cpu") if self.on_host else tensor
+    def place(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+        """A tensor where averages are kept: in host memory, or on `device`, where the weight is."""
+        return tensor.to("cpu" if self.on_host else tensor.device if device is None else device)
 
 
 def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, first: Tensor | None, step: Move) -> Probe | None:
@@ -169,15 +192,17 @@ def _chunks(own: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor, Tenso
         yield tuple(None if t is None else t.view(-1)[start : start + _CHUNK] for t in (own, *others))  # type: ignore[misc]
 
 
-def paired_weights(own: Iterable[Weight], theirs: Iterable[Weight]) -> list[Pair]:
-    """A reference's weights with the policy's of the same name.
+def paired_weights(
+    own: Iterable[Weight], theirs: Iterable[Weight], free: Mapping[str, int] | None = None
+) -> list[Pair]:
+    """A reference's weights with the policy's of the same name; in the dimension that `free` names they may differ.
 
     Raises:
         ValueError: names or shapes that differ; a part of a weight that is another than the policy's.
     """
     ours, found = ({weight.name: weight for weight in weights} for weights in (own, theirs))
     shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (found, ours)]
-    check_pairs(shapes[0], shapes[1], "the policy")
+    check_pairs(shapes[0], shapes[1], "the policy", free)
     for name, weight in ours.items():
         parts = weight.local.shape, found[name].local.shape
         if weight.layout.sharded and found[name].layout.sharded and parts[0] != parts[1]:
