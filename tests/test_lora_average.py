@@ -217,13 +217,13 @@ def test_small_steps_add_up_in_16_bits_with_a_rank() -> None:
     reference, plain = build_reference(policy, "swap"), Plain(policy)
     first = _products(reference, policy)
     train(policy)
-    for _ in range(100):
+    for _ in range(30):
         reference.update(policy, 0.004, lora="product", rank=8)
         plain.mix(policy, 0.004)
     for name, found in _products(reference, policy).items():
         way, error = plain.deltas[name] - first[name], found - plain.deltas[name]
         assert float(error.norm() / plain.deltas[name].norm()) < 4e-3  # the bf16 of what is held
-        assert float(error.norm() / way.norm()) < 0.02
+        assert float(error.norm() / way.norm()) < 0.05
     means = {name: mean for name, mean in reference._averages.mean.items() if "lora_" in name}
     assert means and all(mean.dtype == torch.float32 for mean in means.values())
     for name, mean in means.items():
@@ -288,6 +288,15 @@ def test_an_adapters_first_update_keeps_the_rank() -> None:
         assert ranks(reference) == {8}
         torch.testing.assert_close(reference.score(tokens).logp, plain.logp(tokens), rtol=0, atol=1e-9)
     assert torch.equal(*scores)
+
+
+def test_a_factor_that_both_have_adds_no_rank() -> None:
+    for kind in ("A frozen", "MiCA"):
+        policy = train(POLICIES[kind]())
+        reference = build_reference(policy, "swap")
+        reference.update(train(policy), 0.3, lora="product")
+        assert reference.last_update is not None
+        assert ranks(reference) == {4} and reference.last_update.distance == 0.0
 
 
 def test_a_product_that_is_zero_adds_no_rank() -> None:
@@ -431,17 +440,20 @@ def test_a_saved_rank_without_its_scaling_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("holder", ["swap", "swap on the host", "clone"])
-def test_what_it_was_first_comes_back(holder: str) -> None:
+def test_what_it_was_first_comes_back(holder: str, tmp_path: Path) -> None:
     policy = train(lora())
     reference = build_reference(policy, HOLDERS[holder])
     first = reference.score(batch())
     reference.keep_first()
     reference.update(train(policy), 0.5, lora="product")
     present, before = reference.score(batch()).logp, bits(policy)
-    with reference.first():
-        found = reference.score(batch())
-    assert torch.equal(found.logp, first.logp) and found.fingerprint == first.fingerprint
-    assert torch.equal(reference.score(batch()).logp, present)
+    for _ in range(2):
+        with reference.first():
+            found = reference.score(batch())
+        assert torch.equal(found.logp, first.logp) and found.fingerprint == first.fingerprint
+        assert torch.equal(reference.score(batch()).logp, present)
+        reference.save(tmp_path)
+        reference.load(tmp_path)
     assert not torch.equal(present, first.logp)
     assert_untouched(policy, before)
 
@@ -459,7 +471,11 @@ def test_factors_of_unlike_rank_have_no_average() -> None:
                 call(policy, **option)
     assert reference.fingerprint() == before and reference.updates == 1
     reference.update(policy)
-    reference.update(train(policy), 0.5)
+    copied = reference.fingerprint()
+    train(policy)
+    reference.verify()
+    assert reference.fingerprint() == copied, "it holds memory of the policy's"
+    reference.update(policy, 0.5)
     assert reference.updates == 3 and ranks(reference) == {4}
 
 
@@ -533,7 +549,7 @@ def test_sharded_policies_are_refused(tmp_path: Path) -> None:
 def test_an_update_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = train(lora())
     reference = build_reference(policy, "swap")
-    before, calls = reference.fingerprint(), []
+    before, right, calls = reference.fingerprint(), reference.score(batch()).logp, []
 
     def fail(*args: Any) -> None:
         calls.append(args)
@@ -545,6 +561,7 @@ def test_an_update_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.M
     with pytest.raises(torch.OutOfMemoryError):
         reference.update(train(policy), 0.5, lora="product")
     assert reference.fingerprint() == before and reference.updates == 0
+    assert torch.equal(reference.score(batch()).logp, right)
     monkeypatch.undo()
     reference.update(policy, 0.5, lora="product")
 
