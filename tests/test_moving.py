@@ -365,15 +365,15 @@ def test_no_memory_for_averages_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPa
     reference = build_reference(policy, "clone")
     first = reference.fingerprint()
     moved(policy)
-    place, calls = moving.Averages._place, []
+    place, calls = moving.Averages.place, []
 
-    def fails(self: Any, tensor: Tensor) -> Tensor:
+    def fails(self: Any, tensor: Tensor, *device: Any) -> Tensor:
         calls.append(tensor)
         if len(calls) == 5:
             raise MemoryError
-        return place(self, tensor)
+        return place(self, tensor, *device)
 
-    monkeypatch.setattr(moving.Averages, "_place", fails)
+    monkeypatch.setattr(moving.Averages, "place", fails)
     with pytest.raises(MemoryError):
         reference.update(policy, alpha=0.5)
     assert reference.fingerprint() == first and not reference._averages.mean

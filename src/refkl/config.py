@@ -284,6 +284,12 @@ class SyncConfig:
     None is 0.2."""
     lag: float | None = None
     """For "bema": how many steps old it begins. None is 10."""
+    lora: Literal["factors", "product"] = "factors"
+    """What of a LoRA policy's layers is averaged with alpha < 1: "factors", A and B each by itself, or "product", the
+    change of weight B · A that they make, exactly; the reference's rank then grows with each sync."""
+    lora_rank: int | None = None
+    """For lora "product": the rank that the reference is cut back to at each sync, as the best approximation. None
+    keeps the average exact, and its rank no higher than the smaller side of a layer's weight."""
     warmup: int = 0
     """Optimizer steps before any of it; `every` and "bema" count from there."""
     max_kl: float | None = None
@@ -296,6 +302,19 @@ class SyncConfig:
     an anchor that moves hides how far it has gone. Costs a copy of what moves (none for a fresh adapter)."""
 
     def __post_init__(self) -> None:
+        _offered("sync", self)
+        if self.lora_rank is not None and self.lora != "product":
+            raise ValueError(
+                f"sync.lora_rank has no use with lora {self.lora!r}, which leaves the rank as it is. Set sync.lora "
+                "'product', or leave it out."
+            )
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"sync.lora_rank must be at least 1, got {self.lora_rank}.")
+        if self.lora == "product" and self.average == "bema":
+            raise ValueError(
+                "sync.lora 'product' has no use with sync.average 'bema', which is corrected tensor by tensor. Leave "
+                "it out."
+            )
         for name in ("every", "first_kl_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"sync.{name} counts optimizer steps and must be at least 1, got {value}.")

@@ -58,7 +58,9 @@ class ReferenceSync:
 
     def check(self, policy: nn.Module) -> None:
         """Raise ValueError for an update that could not be made."""
-        self.reference.check_movable(policy, 0.5 if self.config.average == "bema" else self.config.alpha or 1.0)
+        config = self.config
+        alpha = 0.5 if config.average == "bema" else config.alpha or 1.0
+        self.reference.check_movable(policy, alpha, lora=config.lora, rank=config.lora_rank)
 
     def step(
         self,
@@ -128,7 +130,7 @@ class ReferenceSync:
         record: dict[str, Any] = {"step": self.steps, "alpha": config.alpha}
         if config.average == "bema":
             record["alpha"], record["bias"] = self._bema()
-        self.reference.update(policy, record["alpha"], bias=record.get("bias"))
+        self.reference.update(policy, record["alpha"], bias=record.get("bias"), lora=config.lora, rank=config.lora_rank)
         self.updates.append(record)
 
     def _bema(self) -> tuple[float, float]:

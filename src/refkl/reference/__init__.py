@@ -4,6 +4,7 @@ from refkl.reference.adapter import AdapterReference
 from refkl.reference.base import BuildRequest, Reference
 from refkl.reference.clone import CloneReference
 from refkl.reference.fsdp2 import FSDP2Reference
+from refkl.reference.lora_moves import LastUpdate
 from refkl.reference.pair import score_pair
 from refkl.reference.plan import STRATEGIES, build_reference, choose, register_strategy
 from refkl.reference.shape import Cost, Shape, Step
@@ -18,6 +19,7 @@ __all__ = [
     "CloneReference",
     "Cost",
     "FSDP2Reference",
+    "LastUpdate",
     "Reference",
     "Shape",
     "SharedTrunkReference",

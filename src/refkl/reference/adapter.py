@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -35,10 +36,12 @@ from refkl.backend import (
     whole,
 )
 from refkl.reference.base import BuildRequest
+from refkl.reference.lora_moves import planned
+from refkl.reference.moving import Move, Pair
 from refkl.reference.peft_layers import adapter_tensors
 from refkl.reference.saved import Saved
 from refkl.reference.shape import Cost
-from refkl.reference.swap import SwapReference
+from refkl.reference.swap import SwapReference, snapshot_of
 from refkl.scoring import Head, find_head, learned_prompt, without_prompt
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -151,18 +154,40 @@ class AdapterReference(SwapReference):
         reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
         return weights_of(self._policy, without=adapter_tensors(self._policy))
 
-    def check_movable(self, policy: nn.Module, alpha: float = 1.0) -> None:
+    def check_movable(
+        self,
+        policy: nn.Module,
+        alpha: float = 1.0,
+        *,
+        bias: float | None = None,
+        lora: Literal["factors", "product"] = "factors",
+        rank: int | None = None,
+    ) -> None:
         if self._kept:
-            return super().check_movable(policy, alpha)
+            return super().check_movable(policy, alpha, bias=bias, lora=lora, rank=rank)
+        step = Move(alpha, bias, lora, rank)
+        step.check()
         if learned_prompt(self._policy) is not None:
             raise ValueError(
                 "strategy 'adapter' cannot move where a prompt is learned: its reference is the bare base, which stays "
                 "what it is. Leave the sync out."
             )
-        if alpha < 1.0:
+        if alpha < 1.0 or bias is not None:
             _neutral_state(self._policy)
+        # What it will hold is of the policy's shapes.
+        names = snapshot_of(self._policy).keys()
+        snapshot = [weight for weight in weights_of(self._policy) if weight.name in names]
+        planned(step, [Pair(weight, weight) for weight in snapshot], self._lora_layers())
 
-    def update(self, policy: nn.Module, alpha: float = 1.0, *, bias: float | None = None) -> None:
+    def update(
+        self,
+        policy: nn.Module,
+        alpha: float = 1.0,
+        *,
+        bias: float | None = None,
+        lora: Literal["factors", "product"] = "factors",
+        rank: int | None = None,
+    ) -> None:
         """As Reference.update. The first one makes it a "swap": it holds an adapter of its own from then on.
 
         Raises:
@@ -170,28 +195,38 @@ class AdapterReference(SwapReference):
                 known, so that no average can begin there.
         """
         if self._kept:
-            return super().update(policy, alpha, bias=bias)
-        self.check_movable(policy, alpha if bias is None else 0.5)
+            return super().update(policy, alpha, bias=bias, lora=lora, rank=rank)
+        self.check_movable(policy, alpha, bias=bias, lora=lora, rank=rank)
         start = _neutral_state(self._policy) if alpha < 1.0 or bias is not None else {}
         self._become_swap()
         try:
             for name, value in start.items():
                 self._kept[name].copy_(value)
-            super().update(policy, alpha, bias=bias)
+            super().update(policy, alpha, bias=bias, lora=lora, rank=rank)
         except BaseException:
             if not self.updates and not self._half_moved:
-                self._kept, self._layouts = {}, {}
-                self.strategy = type(self).strategy
+                self._become_adapter()
             raise
 
     def _become_swap(self) -> None:
         self._take()
         self.strategy = "swap"
 
+    def _become_adapter(self) -> None:
+        self._kept, self._layouts, self._shapes = {}, {}, {}
+        self.strategy = type(self).strategy
+
     def load(self, folder: str | Path) -> None:
-        if not self._kept and Saved(Path(folder)).provenance["updates"]:
-            self._become_swap()
-        super().load(folder)
+        if self._kept or not Saved(Path(folder)).provenance["updates"]:
+            return super().load(folder)
+        found = self._recorded, self.digests
+        self._become_swap()
+        try:
+            super().load(folder)
+        except BaseException:
+            self._become_adapter()
+            self._recorded, self.digests = found
+            raise
 
     def keep_first(self) -> None:
         """Nothing to keep: the policy with its adapter off is what it was first."""

@@ -8,17 +8,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from refkl.backend import Backend, Weight, evaluating
+from refkl.backend import Backend, Weight, Whole, evaluating
 from refkl.config import ReferenceConfig
 from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
+from refkl.reference.lora_moves import LastUpdate, planned
 from refkl.reference.moving import Averages, Move, Pair, Probe, same_bits
+from refkl.reference.peft_layers import LoraFactors, check_scalings, rank_dims
 from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.reference.tensors import check_pairs
@@ -84,6 +86,8 @@ class Reference(ABC):
         """Where the weights came from."""
         self.updates = 0
         """How often it has been moved by `update`."""
+        self.last_update: LastUpdate | None = None
+        """What the last of them did; None before the first, and once it is loaded."""
         self._accelerator = request.accelerator
         self.config = request.config
         """What was asked for."""
@@ -144,6 +148,15 @@ class Reference(ABC):
         """
         raise ValueError(f"strategy {self.strategy!r} cannot move.")
 
+    def _lora_layers(self) -> list[LoraFactors]:
+        """The LoRA layers of which it can hold another rank than the policy's; a strategy that lists any has
+        `_replace`."""
+        return []
+
+    def _replace(self, weights: dict[str, Tensor]) -> None:
+        """Let these be the reference's, which were of other shapes; the tensors are its own from then on."""
+        raise ValueError(f"strategy {self.strategy!r} cannot hold weights of other shapes than the policy's.")
+
     def _before_writing(self) -> None:  # noqa: B027 - an optional hook: most hold no copies of their shards
         """Drop what would hide new weights from the next forward."""
 
@@ -155,10 +168,20 @@ class Reference(ABC):
         """Whether the weight is the reference's alone, and not the policy's too."""
         return True
 
-    def check_movable(self, policy: nn.Module, alpha: float = 1.0) -> None:
+    def check_movable(
+        self,
+        policy: nn.Module,
+        alpha: float = 1.0,
+        *,
+        bias: float | None = None,
+        lora: Literal["factors", "product"] = "factors",
+        rank: int | None = None,
+    ) -> None:
         """Raise ValueError for what `update` would: a sync that can never be made is to fail before the run."""
+        step = Move(alpha, bias, lora, rank)
+        step.check()
         self._check_held("be moved")
-        self._pairs(policy)
+        planned(step, self._pairs(policy), self._lora_layers())
 
     @property
     def kl_floor(self) -> KLFloor | None:
@@ -352,7 +375,15 @@ class Reference(ABC):
     def _autocast(self) -> AbstractContextManager[None]:
         return nullcontext() if self._accelerator is None else self._accelerator.autocast()
 
-    def update(self, policy: nn.Module, alpha: float = 1.0, *, bias: float | None = None) -> None:
+    def update(
+        self,
+        policy: nn.Module,
+        alpha: float = 1.0,
+        *,
+        bias: float | None = None,
+        lora: Literal["factors", "product"] = "factors",
+        rank: int | None = None,
+    ) -> None:
         """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
 
         Each rank moves its own part: nothing is gathered or sent. Weights of 16 bits are averaged in fp32, in tensors
@@ -364,29 +395,38 @@ class Reference(ABC):
             bias: with it the average above is kept apart, and the reference is that average + bias (theta_policy -
                 theta_start), where theta_start is what it was when a bias was first given since it was built, or since
                 an update without one (BEMA, arXiv:2508.00180).
+            lora: what of LoRA layers is averaged with alpha < 1; all else that trains is, as it stands. "factors": A
+                and B, each by itself. "product": the change of weight B · A that they make, exactly, which adds the
+                policy's rank to the reference's with each update, up to the smaller side of the layer's weight; with
+                alpha 1 the rank is the policy's again. `last_update.distance` says how far apart the two are.
+            rank: for "product", the rank to keep: the best approximation of the average in the Frobenius norm.
 
         Raises:
-            ValueError: alpha or bias out of range; a strategy that cannot move; names or shapes that do not pair. The
-                reference is then as it was.
+            ValueError: alpha, bias, lora or rank out of range; a strategy that cannot move; names or shapes that do not
+                pair; "product" without LoRA layers, for adapters whose change of weight is not B · A alone (DoRA), for
+                weights of which ranks hold parts, or with a bias; "factors" for a reference that has another rank
+                than the policy. The reference is then as it was.
             RuntimeError: what was written cannot be read back: something else holds the weights that are run.
         """
-        if not 0.0 < alpha <= 1.0:
-            raise ValueError(f"alpha must be in (0, 1], got {alpha}.")
-        if bias is not None and not 0.0 <= bias <= 1.0:
-            raise ValueError(f"bias must be in [0, 1], got {bias}.")
+        step = Move(alpha, bias, lora, rank)
+        step.check()
         self._check_held("be moved")
         self.settle()
-        step = Move(alpha, bias)
         with torch.no_grad():
-            pairs = self._pairs(policy)
-            self._averages.prepare(pairs, step)
+            plan = planned(step, self._pairs(policy), self._lora_layers())
+            new, distance = plan.new(self._averages), plan.distance(self._averages)
+            self._averages.prepare(plan.pairs, step)
             self._before_writing()
             self._half_moved = True
-            probes = {pair.own.name: self._averages.move(pair, step) for pair in pairs}
+            if new.weights:
+                self._replace(new.weights)
+                new.keep(self._averages)
+            probes = {pair.own.name: self._averages.move(pair, step) for pair in plan.pairs}
             self._half_moved = False
         self.updates += 1
+        self.last_update = LastUpdate(alpha, lora, distance, plan.rank(new), new.cut)
         self._recorded = None
-        self._check_moved(probes)
+        self._check_moved(probes | {name: Probe(0, tensor.reshape(-1)[0]) for name, tensor in new.weights.items()})
 
     def _check_moved(self, probes: dict[str, Probe | None]) -> None:
         """Look each changed weight up anew: a write into a gathered copy, or into a placeholder, would be lost."""
@@ -434,11 +474,18 @@ class Reference(ABC):
     def _exchange_first(self) -> None:
         """The weights and what was kept of the first ones change places."""
         self._before_writing()
+        replaced = {}
         for name, local, _ in self._weights():
-            if (kept := self._averages.first.get(name)) is not None:
-                present = local.clone()
+            if (kept := self._averages.first.get(name)) is None:
+                continue
+            present = local.clone()
+            if kept.shape == local.shape:
                 local.copy_(kept)
                 kept.copy_(present)
+            else:
+                replaced[name], self._averages.first[name] = kept, self._averages.place(present)
+        if replaced:
+            self._replace(replaced)
 
     def fingerprint(self) -> str:
         """64 hex digits that change if and only if the name, shape, dtype or a bit of some weight does.
@@ -523,7 +570,9 @@ class Reference(ABC):
 
         def record() -> dict[str, Any]:
             averages = digests(self._averages.weights())
-            return {**self.provenance(), "weights": self.digests, "averages": averages, "first": self._first_stamp}
+            scalings = {layer.b: layer.scaling for layer in self._lora_layers()}
+            kept = {"averages": averages, "first": self._first_stamp, "scalings": scalings}
+            return {**self.provenance(), "weights": self.digests, **kept}
 
         write_saved(Path(folder), [*own, *self._averages.weights()], record)
 
@@ -531,10 +580,12 @@ class Reference(ABC):
         """Take over what `save` wrote, whatever strategy and number of ranks wrote it; every rank calls, and reads its
         own copy or part.
 
+        The rank of its LoRA layers may be another than the policy's.
+
         Raises:
             ValueError: no saved reference there; a weight that is not as it was saved; names, shapes or dtypes that
-                differ from this reference's; a weight that the policy shares and that is another there. Nothing is
-                changed then.
+                differ from this reference's; a weight that the policy shares and that is another there; a LoRA layer
+                of another rank that was not saved with this one's scaling. Nothing is changed then.
         """
         self._check_held("be loaded into")
         saved = Saved(Path(folder))
@@ -544,12 +595,20 @@ class Reference(ABC):
         devices = {weight.name: weight.local.device for weight in self._weights()}
         shapes = {name: layout.shape for name, layout in layouts.items()}
         recorded = {name: saved.shapes.get(name, shapes.get(name, torch.Size())) for name in saved.digests}
-        check_pairs(recorded, shapes, "the saved reference")
+        layers = [layer for layer in self._lora_layers() if layer.b in layouts]
+        free = {name: dim for name, dim in rank_dims(layers).items() if not layouts[name].sharded}
+        check_pairs(recorded, shapes, "the saved reference", free)
+        other = {name for name, shape in saved.shapes.items() if shape != shapes[name]}
+        check_scalings(layers, saved.provenance.get("scalings", {}), other)
+        layouts |= {name: Whole(saved.shapes[name]) for name in other}
         changed = saved.changed(self.digests, self._owns, layouts)
         self._before_writing()
+        if other:
+            own = {weight.name: weight.local for weight in self._weights()}
+            self._replace({name: own[name].new_empty(saved.shapes[name]) for name in other})
         saved.copy_into(weight for weight in self._weights() if weight.name in changed)
         self._averages.load(saved.averages(layouts), devices)
-        self.updates = int(saved.provenance["updates"])
+        self.updates, self.last_update = int(saved.provenance["updates"]), None
         self._first_stamp, self._half_moved = saved.provenance.get("first"), False
         loaded = self.fingerprint()
         assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"

@@ -24,7 +24,7 @@ from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import foreign_forward, frozen_copy
 from refkl.reference.floor import Gauge
 from refkl.reference.moving import Pair, paired_weights
-from refkl.reference.peft_layers import adapter_tensors, quantised
+from refkl.reference.peft_layers import LoraFactors, adapter_tensors, lora_factors, quantised, rank_dims
 from refkl.reference.pretrained import load_pretrained, source_folder
 from refkl.reference.quantize import FORMATS, QuantizedLinear, why_not_quantized
 from refkl.reference.saved import Saved
@@ -299,9 +299,18 @@ class CloneReference(Reference):
         ]
         # The place of a quantised weight is held by its bytes, which are never read as its numbers.
         own += [Weight(f"{n}.weight", m.get_buffer("qdata"), Whole(m.numbers_shape)) for n, m in packed.items()]
-        pairs = paired_weights(own, weights_of(unwrap(policy)))
+        pairs = paired_weights(own, weights_of(unwrap(policy)), rank_dims(self._lora_layers()))
         layers = {f"{name}.weight": layer for name, layer in packed.items()}
         return [pair._replace(packed=layers.get(pair.own.name)) for pair in pairs if self._owns(pair.own.name)]
+
+    def _lora_layers(self) -> list[LoraFactors]:
+        return lora_factors(self.model)
+
+    def _replace(self, weights: dict[str, Tensor]) -> None:
+        for name, own in named_weights(self.model):
+            if (new := weights.get(name)) is not None:
+                placed = new.to(own.device, own.dtype)
+                own.data = placed.pin_memory() if own.device.type == "cpu" and own.is_pinned() else placed
 
     def _memory(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not; a model that was loaded to be quantised

@@ -8,21 +8,21 @@ Each element goes through operations that round once, so that it comes out the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from refkl.backend import Layout, Weight
+from refkl.backend import Layout, Weight, Whole
 from refkl.reference.quantize import QuantizedLinear
 from refkl.reference.tensors import bytes_held, check_pairs
 from refkl.types import MemoryReport
 
 _CHUNK = 1 << 18
 """Elements that are mixed at once: with their temporaries they stay in a core's cache."""
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Pair(NamedTuple):
@@ -46,6 +46,26 @@ class Move(NamedTuple):
     alpha: float
     bias: float | None = None
     """BEMA: the reference is the average + bias (policy - start)."""
+    lora: Literal["factors", "product"] = "factors"
+    """What of LoRA layers is averaged; see lora.py."""
+    rank: int | None = None
+    """For "product": what its ranks are cut to."""
+
+    def check(self) -> None:
+        """Raise ValueError for what no reference can do."""
+        if not 0.0 < self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in (0, 1], got {self.alpha}.")
+        if self.bias is not None and not 0.0 <= self.bias <= 1.0:
+            raise ValueError(f"bias must be in [0, 1], got {self.bias}.")
+        if self.lora not in ("factors", "product"):
+            raise ValueError(f"lora must be 'factors' or 'product', got {self.lora!r}.")
+        if self.lora == "product" and self.bias is not None:
+            raise ValueError("bias is added to tensors one by one, and has no use with lora='product'. Leave one out.")
+        if self.rank is not None and (self.lora != "product" or self.rank < 1):
+            raise ValueError(
+                f"rank is for lora='product', and at least 1; got rank={self.rank} with lora={self.lora!r}. Leave it "
+                "out, or set lora."
+            )
 
 
 class Probe(NamedTuple):
@@ -78,19 +98,19 @@ class Averages:
             numbers = own.local if packed is None else packed.numbers
             if not numbers.is_floating_point():
                 continue
-            coarse = step.alpha < 1.0 and (packed is not None or numbers.dtype in _SIXTEEN_BITS)
+            coarse = step.alpha < 1.0 and (packed is not None or numbers.dtype in SIXTEEN_BITS)
             if own.name not in mean and (coarse or step.bias is not None):
                 wide = torch.promote_types(numbers.dtype, torch.float32)
-                mean[own.name] = self._place(numbers.to(wide, copy=True))
+                mean[own.name] = self.place(numbers.to(wide, copy=True))
             if own.name not in start and step.bias is not None:
-                start[own.name] = self._place(numbers.clone())
+                start[own.name] = self.place(numbers.clone())
         self.mean, self.start = mean, start
 
     def keep_first(self, weights: Iterable[Weight]) -> None:
         """Copy the weights as they are."""
         for name, local, layout in weights:
             self.layouts[name] = layout
-            self.first.setdefault(name, self._place(local.clone()))
+            self.first.setdefault(name, self.place(local.clone()))
 
     def move(self, pair: Pair, step: Move) -> Probe | None:
         """Move one weight; an element that changed, or None where policy and reference hold the same."""
@@ -109,7 +129,9 @@ class Averages:
         """All that is kept, under names that say what each is; to be saved, and written into."""
         for kind, kept in self._kinds().items():
             for name, local in kept.items():
-                yield Weight(f"{kind}:{name}", local, self.layouts[name])
+                layout = self.layouts[name]
+                # The rank of a LoRA layer may be another by now than it was first.
+                yield Weight(f"{kind}:{name}", local, layout if layout.sharded else Whole(local.shape))
 
     def load(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> None:
         """Take over what `weights` named; `devices` says where the reference's weights are."""
@@ -117,7 +139,7 @@ class Averages:
         for full_name, local, layout in saved:
             kind, name = full_name.split(":", 1)
             self.layouts[name] = layout
-            held = self._place(local if self.on_host else local.to(devices.get(name, local.device)))
+            held = self.place(local if self.on_host else local.to(devices.get(name, local.device)))
             self._kinds()[kind][name] = held
 
     def memory(self, home: torch.device) -> MemoryReport:
@@ -128,8 +150,9 @@ class Averages:
     def _kinds(self) -> dict[str, dict[str, Tensor]]:
         return {"mean": self.mean, "start": self.start, "first": self.first}
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to("cpu") if self.on_host else tensor
+    def place(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+        """A tensor where averages are kept: in host memory, or on `device`, where the weight is."""
+        return tensor.to("cpu" if self.on_host else tensor.device if device is None else device)
 
 
 def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None, step: Move) -> Probe | None:
@@ -176,15 +199,17 @@ def _chunks(own: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor, Tenso
         yield tuple(None if t is None else t.view(-1)[start : start + _CHUNK] for t in (own, *others))  # type: ignore[misc]
 
 
-def paired_weights(own: Iterable[Weight], theirs: Iterable[Weight]) -> list[Pair]:
-    """A reference's weights with the policy's of the same name.
+def paired_weights(
+    own: Iterable[Weight], theirs: Iterable[Weight], free: Mapping[str, int] | None = None
+) -> list[Pair]:
+    """A reference's weights with the policy's of the same name; in the dimension that `free` names they may differ.
 
     Raises:
         ValueError: names or shapes that differ; a part of a weight that is another than the policy's.
     """
     ours, found = ({weight.name: weight for weight in weights} for weights in (own, theirs))
     shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (found, ours)]
-    check_pairs(shapes[0], shapes[1], "the policy")
+    check_pairs(shapes[0], shapes[1], "the policy", free)
     for name, weight in ours.items():
         parts = weight.local.shape, found[name].local.shape
         if weight.layout.sharded and found[name].layout.sharded and parts[0] != parts[1]:

@@ -2,12 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
+
+from refkl.backend import named_weights
+
+_SAME_FORWARD = {"ALoraLinearVariant", "MiCAEmbeddingVariant", "MiCALinearVariant", "VeloraLinearVariant"}
+"""Variants of LoRA whose forward outside of training adds the product of the two factors, as plain LoRA's does."""
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The two factors of one adapter in one layer, by their canonical names."""
+
+    module: str
+    """The layer's name in the model, for messages."""
+    a: str
+    """[r, inputs]; of a layer of experts [experts · r, inputs]"""
+    b: str
+    """[outputs, r]; of a layer of experts [outputs, r · experts]"""
+    experts: int
+    scaling: float
+    """The layer's weight changes by scaling · B · A."""
+    refused: str | None = None
+    """Why that is not all that the adapter does, so that averages of it are not averages of the layer; else None."""
+
+
+def lora_factors(model: nn.Module) -> list[LoraFactors]:
+    """Of each LoRA layer and each of its adapters, on or not."""
+    names = {id(tensor): name for name, tensor in named_weights(model)}
+    found = []
+    for module_name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter, scaling in module.scaling.items():
+            if (factors := _factors(module, adapter)) is None:
+                continue
+            refused, (a, b) = _refused(module, adapter), factors
+            experts = module.num_experts if isinstance(module, ParamWrapper) else 1
+            found.append(LoraFactors(module_name, names[id(a)], names[id(b)], experts, float(scaling), refused))
+    uses = Counter(name for layer in found for name in (layer.a, layer.b))
+    shared = "shares a factor with another layer"
+    return [replace(f, refused=f.refused or shared) if max(uses[f.a], uses[f.b]) > 1 else f for f in found]
+
+
+def rank_dims(layers: Iterable[LoraFactors]) -> dict[str, int]:
+    """The dimension of each factor that counts the rank."""
+    return {name: dim for layer in layers for name, dim in ((layer.a, 0), (layer.b, 1))}
+
+
+def check_scalings(layers: Iterable[LoraFactors], saved: Mapping[str, float], other: Collection[str]) -> None:
+    """Raise ValueError if a saved layer's factors would make another product here.
+
+    Args:
+        saved: by name of B, the scaling with which it was saved; older folders have none.
+        other: names of factors that were saved with another rank.
+    """
+    for layer in layers:
+        found = saved.get(layer.b)
+        if found == layer.scaling or (found is None and not {layer.a, layer.b} & set(other)):
+            continue
+        raise ValueError(
+            f"The saved reference multiplies the factors of {layer.module} by "
+            f"{'what was not recorded' if found is None else found}, and this policy by {layer.scaling}: its adapter "
+            "was made with another r or lora_alpha. Load it beside a policy that is configured as the saved one's was."
+        )
+
+
+def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
+    """What an adapter has for A and B, in whatever shape; None if it has no such two."""
+    if adapter in module.lora_embedding_A:
+        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    if adapter not in module.lora_A:
+        return None
+    a, b = (_weight(factor[adapter]) for factor in (module.lora_A, module.lora_B))
+    return None if a is None or b is None else (a, b)
+
+
+def _weight(factor: Tensor | nn.Module) -> Tensor | None:
+    """AdaLoRA's factors are parameters, which a ModuleDict is not said to hold."""
+    weight = factor if isinstance(factor, Tensor) else getattr(factor, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _refused(module: LoraLayer, adapter: str) -> str | None:
+    variant = module.lora_variant.get(adapter)
+    if module.use_dora.get(adapter):
+        return "is DoRA, which divides by a norm of the product"
+    if variant is not None and type(variant).__name__ not in _SAME_FORWARD:
+        return f"is of another kind than plain LoRA ({type(variant).__name__})"
+    if adapter in module.lora_embedding_A:
+        return None
+    kinds = [type(factor[adapter]) for factor in (module.lora_A, module.lora_B)]
+    if kinds != [nn.Linear, nn.Linear]:
+        return f"has factors ({kinds[0].__name__}, {kinds[1].__name__}) that are not two matrices"
+    return None
 
 
 def adapter_parameters(policy: nn.Module) -> set[int]:

@@ -197,6 +197,7 @@ class Saved:
             local.copy_(self._files.read(name, layout))
 
     def _layout(self, name: str, layouts: dict[str, Layout]) -> Layout:
-        own = name.split(":", 1)[1] if name in self.averaged else name
-        # A quantised weight's bytes have other names than the averages that it is written from.
-        return layouts.get(own) or Whole(self._files.shapes[name])
+        own = layouts.get(name.split(":", 1)[1] if name in self.averaged else name)
+        # A quantised weight's bytes have other names than the averages that it is written from, and a LoRA layer's rank
+        # may be another than it was first; neither is sharded.
+        return own if own is not None and own.shape == self._files.shapes[name] else Whole(self._files.shapes[name])

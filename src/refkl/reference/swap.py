@@ -2,7 +2,8 @@
 
 Costs a copy of the trained tensors: of the adapter alone for a PEFT policy of any type, however it was made or trained
 before. Nothing is added to the user's model, so what they save is theirs alone. Tensors of ours on the policy's device
-are swapped in by pointer; in host memory, or where the policy is sharded, numbers change places one tensor at a time.
+are swapped in by pointer; in host memory, or where the policy is sharded, numbers change places one tensor at a time
+(or, of a LoRA factor of another rank than the policy's, a copy takes the place of the tensor).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from refkl.backend import (
     Layout,
     Weight,
+    Whole,
     is_partitioned,
     layout_of,
     local_shard,
@@ -30,7 +32,15 @@ from refkl.backend.zero import release
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.moving import Pair, paired_weights
-from refkl.reference.peft_layers import adapter_buffers, adapter_parameters, quantised, switches
+from refkl.reference.peft_layers import (
+    LoraFactors,
+    adapter_buffers,
+    adapter_parameters,
+    lora_factors,
+    quantised,
+    rank_dims,
+    switches,
+)
 from refkl.reference.shape import Cost, Entry
 from refkl.reference.tensors import bytes_held
 from refkl.scoring import Head, find_head
@@ -53,6 +63,10 @@ class SwapReference(Reference):
         self._kept: dict[str, Tensor] = {}
         """This rank's part of each, by canonical name."""
         self._layouts: dict[str, Layout] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        """The policy's, of LoRA factors that are of another rank here."""
+        self._waiting: dict[str, Tensor] = {}
+        """What is in host memory while a copy of it, of another shape than the policy's, is in the policy."""
         self._switches: dict[str, Any] = {}
         self._open = False
         """Whether the policy holds the reference's numbers for several scores."""
@@ -60,10 +74,10 @@ class SwapReference(Reference):
     def _take(self) -> None:
         """Snapshot the policy as it is now."""
         kept, layouts = {}, {}
-        for name, tensor in _snapshot_of(self._policy).items():
+        for name, tensor in snapshot_of(self._policy).items():
             kept[name] = self._place(local_shard(tensor).detach(), copy=True)
             layouts[name] = layout_of(tensor)
-        self._kept, self._layouts, self._switches = kept, layouts, switches(self._policy)
+        self._kept, self._layouts, self._switches, self._shapes = kept, layouts, switches(self._policy), {}
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -129,6 +143,8 @@ class SwapReference(Reference):
 
     def settle(self) -> None:
         """Cut, move and cast the snapshot as the policy has been since it was taken."""
+        if self._open:  # the policy holds it, and what is kept here is the policy's
+            return
         reshard(self._policy)
         changed = False
         current = self._current(self._policy)
@@ -139,10 +155,17 @@ class SwapReference(Reference):
                     "the last change to the policy's modules."
                 )
             local, layout = local_shard(tensor), layout_of(tensor)
-            if type(layout) is not type(self._layouts[name]):
-                kept = layout.cut(self._layouts[name].join(kept)).clone()
-            self._layouts[name] = layout
-            if kept.shape != local.shape:
+            if (expected := self._shapes.get(name)) is None:
+                if type(layout) is not type(self._layouts[name]):
+                    kept = layout.cut(self._layouts[name].join(kept)).clone()
+                self._layouts[name], expected = layout, kept.shape
+            elif layout.sharded:
+                raise ValueError(
+                    f"{name} is of another rank in the reference ({list(kept.shape)}) than in the policy, which was "
+                    "sharded since: ranks can hold parts only of what is the same. Move the reference with "
+                    "lora='product' once the policy is whole on each rank, or not at all."
+                )
+            if expected != local.shape:
                 raise ValueError(
                     f"{name} has shape {list(local.shape)} in the policy and {list(kept.shape)} in the reference: it "
                     "changed after the reference was built (was the vocabulary resized?). Build it after that."
@@ -212,8 +235,20 @@ class SwapReference(Reference):
         """The policy's tensors of which there is a copy here."""
         return {name: tensor for name, tensor in named_weights(policy) if name in self._kept}
 
+    def _lora_layers(self) -> list[LoraFactors]:
+        return lora_factors(self._policy)
+
+    def _replace(self, weights: dict[str, Tensor]) -> None:
+        for name, tensor in self._current(self._policy).items():
+            if (new := weights.get(name)) is not None:
+                self._kept[name] = self._place(new.to(tensor.dtype), like=tensor)
+                self._layouts[name] = Whole(new.shape)
+                self._shapes.pop(name, None)
+                if new.shape != tensor.shape:
+                    self._shapes[name] = tensor.shape
+
     def _free(self) -> bool:
-        self._kept, self._layouts = {}, {}
+        self._kept, self._layouts, self._shapes = {}, {}, {}
         return True
 
     def _owns(self, name: str) -> bool:
@@ -223,7 +258,8 @@ class SwapReference(Reference):
         inner = unwrap(policy)
         reshard(inner)
         own = [Weight(name, kept, self._layouts[name]) for name, kept in self._kept.items()]
-        return paired_weights(own, (weight for weight in weights_of(inner) if weight.name in self._kept))
+        theirs = (weight for weight in weights_of(inner) if weight.name in self._kept)
+        return paired_weights(own, theirs, rank_dims(self._lora_layers()))
 
     def _memory(self) -> MemoryReport:
         """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
@@ -250,10 +286,22 @@ class SwapReference(Reference):
             tensor.data = kept
             self._kept[name] = theirs
             return
+        if name in self._shapes:
+            self._exchange_by_pointer(tensor, name)
+            return
         local = local_shard(tensor).detach()
         theirs = local.clone()
         local.copy_(kept)
         kept.copy_(theirs)
+
+    def _exchange_by_pointer(self, tensor: Tensor, name: str) -> None:
+        """From host memory, what is of another shape than the policy's: a copy of it is in the policy meanwhile."""
+        if (waiting := self._waiting.pop(name, None)) is not None:
+            tensor.data, self._kept[name] = self._kept[name], waiting
+            return
+        kept, theirs = self._kept[name], tensor.data
+        tensor.data = kept.to(tensor.device)
+        self._kept[name], self._waiting[name] = theirs, kept
 
     def _check_policy(self) -> None:
         """Raise ValueError if the policy with our tensors in it would be something else than what was captured."""
@@ -281,11 +329,11 @@ def _on_host(request: BuildRequest) -> bool:
 
 
 def _entries(request: BuildRequest) -> list[Entry]:
-    """What a snapshot holds, as `_snapshot_of` says."""
+    """What a snapshot holds, as `snapshot_of` says."""
     return [e for e in request.shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]
 
 
-def _snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
+def snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
     """What a snapshot must hold, by canonical name: what trains, the adapters' other parameters (AdaLoRA's ranks), and
     persistent buffers, which a forward in training mode may change."""
     tuned, constant = adapter_parameters(policy), adapter_buffers(policy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -28,12 +28,20 @@ def bytes_offloaded(weights: Iterable[torch.Tensor], rest: Iterable[torch.Tensor
     return MemoryReport(host=bytes_held(weights, cpu).total, device=bytes_held(rest, cpu).total)
 
 
-def check_pairs(found: dict[str, torch.Size], own: dict[str, torch.Size], what: str) -> None:
-    """Raise ValueError unless both hold the same names with the same shapes."""
+def check_pairs(
+    found: dict[str, torch.Size], own: dict[str, torch.Size], what: str, free: Mapping[str, int] | None = None
+) -> None:
+    """Raise ValueError unless both hold the same names with the same shapes, but for the dimension that `free` names of
+    a weight: the rank of a LoRA factor."""
     if missing := sorted(own.keys() - found.keys()):
         raise ValueError(f"{what} has no weight {missing[0]!r} ({len(missing)} missing); it is another model.")
     if extra := sorted(found.keys() - own.keys()):
         raise ValueError(f"{what} has a weight {extra[0]!r} that the reference lacks ({len(extra)} in all).")
     for name, shape in own.items():
-        if found[name] != shape:
+        dim = None if free is None else free.get(name)
+        if _without(found[name], dim) != _without(shape, dim):
             raise ValueError(f"{what} has {name!r} with shape {list(found[name])}; the reference has {list(shape)}.")
+
+
+def _without(shape: torch.Size, dim: int | None) -> list[int]:
+    return [size for place, size in enumerate(shape) if place != dim]
