@@ -213,6 +213,8 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     assert "no whole checkpoint in" in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()
     assert main(["train", str(config)]) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "other")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # as a kill leaves it
     assert main(["train", str(config), "--resume", *longer]) == 0
     assert f"resumes from {tmp_path / 'run' / 'checkpoint-2'}" in capsys.readouterr().err
     named = ["--resume", str(tmp_path / "other" / "checkpoint-1"), "--trainer.output_dir", str(tmp_path / "other")]

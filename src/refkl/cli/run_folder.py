@@ -74,7 +74,7 @@ class RunFolder:
     def _trim(self, step: int) -> list[dict[str, Any]]:
         """Drop what was logged after the checkpoint; the training steps that are left."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            lines = [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+            lines = _lines(self.path / name)
             lines = [line for line in lines if line.get("reference_update", line)["step"] <= step]
             if name == "metrics.jsonl":
                 kept = [line for line in lines if "loss" in line]
@@ -114,6 +114,19 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.replace(self.path, aside)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file with a JSON object a line; the last one may have been cut short by a kill."""
+    texts = path.read_text().splitlines()
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            if number < len(texts):
+                raise ValueError(f"{path} is damaged in line {number}.") from None
+    return lines
 
 
 class RunRecorder(TrainerCallback):
