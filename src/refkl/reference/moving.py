@@ -20,8 +20,8 @@ from refkl.reference.quantize import QuantizedLinear
 from refkl.reference.tensors import bytes_held, check_pairs
 from refkl.types import MemoryReport
 
-_CHUNK = 1 << 18
-"""Elements that are mixed at once: with their temporaries they stay in a core's cache."""
+_CHUNK, _CHUNK_OF_A_GPU = 1 << 17, 1 << 24
+"""Elements that are mixed at once: with what is made of them they stay in a core's cache, or keep a GPU busy."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -158,20 +158,23 @@ class Averages:
 def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None, step: Move) -> Probe | None:
     found: Probe | None = None
     place = 0
+    scratch = torch.empty(0)
     for part, target, average, origin in _chunks(own, theirs, mean, start):
         before = None if found is not None else part.clone()
+        wide = part if average is None else average
+        if scratch.shape != wide.shape and step.alpha < 1.0:
+            scratch = torch.empty_like(wide)  # made once: a new one for each chunk costs more than the sums
         if not part.is_floating_point():
             part.copy_(target)
-        elif average is None:
-            _approach(part, target, step.alpha)
+        elif step.alpha == 1.0:
+            wide.copy_(target)  # to the bit
         else:
-            target = target.to(average.device, average.dtype)
-            _approach(average, target, step.alpha)
-            if origin is not None and step.bias is not None:
-                lead = (target - origin.to(average.device, average.dtype)).mul_(step.bias)
-                part.copy_(lead.add_(average))
-            else:
-                part.copy_(average)
+            wide.add_(scratch.copy_(target).sub_(wide).mul_(step.alpha))
+        if average is not None and origin is not None and step.bias is not None:
+            lead = target.to(average.device, average.dtype) - origin.to(average.device, average.dtype)
+            part.copy_(lead.mul_(step.bias).add_(average))
+        elif average is not None:
+            part.copy_(average)
         if before is not None:
             changed = (before != part).reshape(-1)
             if bool(changed.any()):
@@ -181,22 +184,15 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
     return found
 
 
-def _approach(own: Tensor, target: Tensor, alpha: float) -> None:
-    """own <- own + alpha (target - own), in place; at 1 a copy, to the bit."""
-    if alpha == 1.0:
-        own.copy_(target)
-    else:
-        own.add_((target.to(own.device, own.dtype) - own).mul_(alpha))
-
-
 def _chunks(own: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """The same part of each, one after the other: flat and short, where they lie in memory as they are counted."""
     given = [t for t in (own, *others) if t is not None]
     if not all(t.is_contiguous() for t in given):
         yield own, *others  # type: ignore[misc]
         return
-    for start in range(0, own.numel(), _CHUNK):
-        yield tuple(None if t is None else t.view(-1)[start : start + _CHUNK] for t in (own, *others))  # type: ignore[misc]
+    length = _CHUNK if own.device.type == "cpu" else _CHUNK_OF_A_GPU
+    for start in range(0, own.numel(), length):
+        yield tuple(None if t is None else t.view(-1)[start : start + length] for t in (own, *others))  # type: ignore[misc]
 
 
 def paired_weights(
