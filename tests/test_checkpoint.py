@@ -281,6 +281,24 @@ def test_the_command_says_so_too(small_disk: Path, tmp_path: Path, capsys: pytes
     assert re.search(r"refkl: error: \S+ could not be written .* the newest whole checkpoint is", error), error
 
 
+def test_two_processes_go_on_together_without_a_checkpoint(small_disk: Path, tmp_path: Path) -> None:
+    """The disk fails on one of them."""
+    torch.manual_seed(0)
+    trainer = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "per_device_train_batch_size": 2}
+    sections: dict[str, Any] = {"sync": {"every": 1, "alpha": 0.5}, "checkpoint": {"on_error": "continue"}}
+    options = trainer | {"output_dir": str(small_disk / "run")}
+    config = write_config(tmp_path, "dpo", trainer=options, samples={"prompts": 0}, **sections)
+    # Room for the trained model, which is smaller than a checkpoint, beside four of these.
+    subprocess.run(["mount", "-o", "remount,size=2600k", str(small_disk)], check=True)
+    output = accelerate_launch("multi", "refkl", "train", str(config), module=True)
+    assert output.count("Training goes on without it.") >= 2, output[-3000:]  # each of them says so
+    steps = [
+        json.loads(line).get("step", 0) for line in (small_disk / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert max(steps) == 6
+    assert all(map(is_whole, (small_disk / "run").glob("checkpoint-*")))
+
+
 def test_a_rank_that_is_gone(tmp_path: Path) -> None:
     """The other one ends too, soon, and says how to go on."""
     torch.manual_seed(0)

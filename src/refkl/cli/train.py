@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback
 
 from refkl.backend import check_can_save, check_launch, detect, peer_gone
@@ -65,7 +66,7 @@ def train(run: ParsedRun) -> int:
     finally:
         if not ended:
             _keep_what_there_is(trainer, folder)
-    trainer.save_model(str(folder.path / "model"))
+    _save_trained(trainer, folder.path)
     trainer.reference.fingerprint()  # anew: `changed_weight` compares it with what it was
     folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
     if main:
@@ -107,6 +108,22 @@ def _lost(error: RuntimeError, folder: Path, config: Path) -> str:
         f"Another process of this run is gone, or no longer answers ({str(error).splitlines()[0]}). What it printed "
         f"itself says why. {last} Once that is mended, {how}."
     )
+
+
+def _save_trained(trainer: Any, folder: Path) -> None:
+    """The trained model; every rank calls.
+
+    Raises:
+        RunError: the disk is full, or fails.
+    """
+    try:
+        trainer.save_model(str(folder / "model"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (failure := disk_failure(error)) is None:
+            raise
+        last = newest_whole(folder, contents=False).path
+        where = "" if last is None else f" The newest whole checkpoint is {last}."
+        raise RunError(f"{folder / 'model'} could not be written ({failure}).{where}") from error
 
 
 def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
