@@ -118,6 +118,7 @@ def worker(backend: str, layers: int, rounds: int) -> list[dict[str, Any]]:
         for side in sides.values():
             side()
         for _ in range(rounds):
+            change(inner)
             for name, side in sides.items():
                 together()
                 start = time.perf_counter()

@@ -144,13 +144,24 @@ def test_an_update_takes_no_memory_but_for_a_chunk(alpha: float, monkeypatch: py
         assert 0 < largest.found <= 4 * 64
 
 
-def test_chunks_are_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each element comes out the same wherever a weight is cut, so that shards of it do."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alpha", [0.001, 0.3, 0.6, 1.0])
+def test_an_element_comes_out_the_same_wherever_a_weight_is_cut(alpha: float, dtype: torch.dtype) -> None:
+    """So that shards of a weight do: torch's lerp has one path for full vectors and one for what is left over."""
+    own, theirs = torch.randn(2, 1003).to(dtype)
+    whole = torch.lerp(own, theirs, alpha)
+    for length in (1, 3, 7, 16, 33, 500):
+        parts = [own[i : i + length].clone().lerp_(theirs[i : i + length], alpha) for i in range(0, 1003, length)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_are_no_matter(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for chunk in (1 << 20, 7):
         monkeypatch.setattr(moving, "_CHUNK", chunk)
         torch.manual_seed(0)
-        policy = llama()
+        policy = llama().to(dtype)
         reference = build_reference(policy, "clone")
         moved(policy)
         reference.update(policy, alpha=0.3)

@@ -92,7 +92,7 @@ def check_update(case: Case, alpha: float, *, bias: float | None = None) -> None
         old, new = first.get(name, theirs[name]), theirs[name]
         if name not in first and "lora_B" in name:
             old = torch.zeros_like(old)  # an adapter that was off
-        mixed = new if alpha == 1.0 else old + (new - old) * alpha
+        mixed = new if alpha == 1.0 else torch.lerp(old, new, alpha)
         if bias is not None:
             mixed = (new - old) * bias + mixed
         right[name] = mixed.to(tensor.dtype)
