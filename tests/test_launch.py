@@ -78,7 +78,11 @@ def test_one_process_moves(alone: tuple[Path, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if "offloaded" in n else ()) for n in LAUNCHES if n != "one process"],
+    [
+        pytest.param(n, marks=pytest.mark.slow if "offloaded" in n or n == "zero2" else ())
+        for n in LAUNCHES
+        if n != "one process"
+    ],
 )
 def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, expected = alone
@@ -98,6 +102,7 @@ def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, An
     assert prints == {expected["reference"]["before"]["fingerprint"]}
 
 
+@pytest.mark.slow
 def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = alone
     results = {}
@@ -133,6 +138,7 @@ def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     assert len((tmp_path / name.replace(" ", "-") / "samples.jsonl").read_text().splitlines()) == 3 * 2
 
 
+@pytest.mark.slow
 def test_lora_under_zero3_uses_the_adapter(tmp_path: Path) -> None:
     _inputs(tmp_path, max_steps=3, learning_rate=0.05)
     options = ["--peft.peft_type", "LORA", "--peft.r", "4", "--peft.target_modules", "[q_proj, v_proj]"]
@@ -177,7 +183,13 @@ WRONG_LAUNCHES: dict[str, tuple[str, dict[str, str], list[str], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG_LAUNCHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("FSDP that became DDP", "another size") else ())
+        for n in WRONG_LAUNCHES
+    ],
+)
 def test_a_launch_that_gives_something_else_is_refused(name: str, tmp_path: Path) -> None:
     import re
 
