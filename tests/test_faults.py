@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ from typing import Any
 import faulty
 import pytest
 import torch
+from launching import accelerate_launch
 from train_inputs import write_config
 
-from refkl.checkpoint import newest_whole
+from refkl.checkpoint import MARK, newest_whole
 
 STEPS = {
     "save_strategy": "steps",
@@ -114,3 +118,44 @@ def test_a_killed_run_comes_to_the_same_end(
     assert resumed == 0, (tmp_path / "log").read_text()[-3000:]
     assert _end(tmp_path) == expected
     print(f"{kind} {kill.at:.1f} of {counts[kind]:.1f}: from {found.path and found.path.name}")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("backend", ["multi", "zero3"])
+def test_when_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(backend: str, tmp_path: Path) -> None:
+    """Within a minute, with a message; resumed on two processes, to the end of a run that nobody killed."""
+    folders = {name: tmp_path / name for name in ("whole", "killed")}
+    configs = {}
+    for name, folder in folders.items():
+        folder.mkdir()
+        torch.manual_seed(0)
+        trainer = {**STEPS, "save_steps": 1, "max_steps": 40, "per_device_train_batch_size": 2}
+        sync = {"every": 2, "alpha": 0.5}
+        configs[name] = write_config(folder, "dpo", trainer=trainer, samples={"prompts": 0}, sync=sync)
+    accelerate_launch(backend, "refkl", "train", str(configs["whole"]), module=True)
+    pid, mark = tmp_path / "pid", folders["killed"] / "run" / "checkpoint-5" / MARK
+    (tmp_path / "victim.py").write_text(
+        "import os, sys\n"
+        f"if os.environ.get('RANK') == '1': open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        "from refkl.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    watch = (
+        "import os, pathlib, signal, time\n"
+        f"pid, mark = pathlib.Path({str(pid)!r}), pathlib.Path({str(mark)!r})\n"
+        "while not mark.exists(): time.sleep(0.05)\n"
+        "os.kill(int(pid.read_text()), signal.SIGKILL)\n"
+        f"open({str(tmp_path / 'when')!r}, 'w').write(str(time.time()))\n"
+    )
+    watcher = subprocess.Popen([sys.executable, "-c", watch])
+    try:
+        arguments = str(tmp_path / "victim.py"), "train", str(configs["killed"])
+        output = accelerate_launch(backend, *arguments, fails=True)
+    finally:
+        watcher.kill()
+    assert time.time() - float((tmp_path / "when").read_text()) < 60
+    assert "Another process of this run is gone" in output and "--resume" in output, output[-3000:]
+    found = newest_whole(folders["killed"] / "run").path
+    assert found is not None and 5 <= int(found.name.split("-")[1]) < 40
+    accelerate_launch(backend, "refkl", "train", str(configs["killed"]), "--resume", module=True)
+    assert _end(folders["killed"]) == _end(folders["whole"])

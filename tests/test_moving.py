@@ -14,6 +14,8 @@ from storages import counting
 from support import batch, gpt2, llama, qwen2
 from test_swap import ADAPTERS, lora, moved
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refkl import Reference, ReferenceConfig, build_reference, freeze, score_tokens, trainable_parameters
@@ -345,6 +347,29 @@ def test_nothing_is_written_where_something_does_not_fit(name: str) -> None:
         with pytest.raises(ValueError, match=match):
             reference.update(moved(other), alpha=0.5)
     assert reference.fingerprint() == first and reference.updates == 0 and not reference._averages.mean
+
+
+def test_a_policy_in_parts_does_not_move_a_whole_reference(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        reference = build_reference(llama(), "clone")
+        first = reference.fingerprint()
+        sharded = fully_shard(moved(llama()), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="is in parts on the ranks in the policy"):
+            reference.update(sharded)
+        assert reference.fingerprint() == first and not reference.updates
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_policy_that_holds_the_references_numbers_does_not_move_it() -> None:
+    policy = moved(lora())
+    reference = build_reference(policy, "swap")
+    moved(policy)
+    with reference.several(), pytest.raises(ValueError, match=r"are in the policy \(reference\.several\)"):
+        reference.update(policy)
+    reference.update(policy)
+    assert torch.equal(reference.score(batch()).logp, scored(policy))
 
 
 def test_an_error_half_way_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

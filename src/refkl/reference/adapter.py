@@ -175,7 +175,10 @@ class AdapterReference(SwapReference):
         if alpha < 1.0 or bias is not None:
             _neutral_state(self._policy)
         # What it will hold is of the policy's shapes.
-        names = snapshot_of(self._policy).keys()
+        tensors = snapshot_of(self._policy)
+        if any(is_partitioned(t) and not local_shard(t).numel() for t in tensors.values()):
+            raise ValueError("An adapter that ZeRO-3 keeps on NVMe cannot be copied part by part, so it cannot move.")
+        names = tensors.keys()
         snapshot = [weight for weight in weights_of(self._policy) if weight.name in names]
         planned(step, [Pair(weight, weight) for weight in snapshot], self._lora_layers())
 

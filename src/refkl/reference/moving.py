@@ -215,7 +215,12 @@ def paired_weights(
     check_pairs(shapes[0], shapes[1], "the policy", free)
     for name, weight in ours.items():
         parts = weight.local.shape, found[name].local.shape
-        if weight.layout.sharded and found[name].layout.sharded and parts[0] != parts[1]:
+        if found[name].layout.sharded and type(found[name].layout) is not type(weight.layout):
+            raise ValueError(
+                f"{name} is in parts on the ranks in the policy, and the reference has it whole or cut in another way: "
+                "it was built for another policy. Build it from this one."
+            )
+        if found[name].layout.sharded and parts[0] != parts[1]:
             raise ValueError(
                 f"This rank's part of {name} is {list(parts[1])} in the policy and {list(parts[0])} in the reference: "
                 "score once after accelerator.prepare, which shards the reference as the policy is."

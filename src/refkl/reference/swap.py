@@ -255,6 +255,8 @@ class SwapReference(Reference):
         return name in self._kept
 
     def _pairs(self, policy: nn.Module) -> list[Pair]:
+        if self._open:
+            raise ValueError("The reference's weights are in the policy (reference.several), so it cannot be moved.")
         inner = unwrap(policy)
         reshard(inner)
         own = [Weight(name, kept, self._layouts[name]) for name, kept in self._kept.items()]
