@@ -203,10 +203,14 @@ def test_a_copy_of_the_base_is_refused(strategy: str) -> None:
         build_reference(get_peft_model(llama(), lora()), ReferenceConfig(strategy=strategy, source="base"))
 
 
-def test_a_sync_is_refused() -> None:
-    policy = get_peft_model(llama(), lora())
-    with pytest.raises(ValueError, match="bare base, which stays what it is"):
-        build_reference(policy, BASE).update(policy)
+def test_a_sync_moves_it_to_the_policy() -> None:
+    policy = moved(get_peft_model(llama(), lora()))
+    reference = build_reference(policy, BASE)
+    first = reference.score(batch()).logp
+    reference.update(policy)
+    with torch.no_grad():
+        right = score_tokens(policy, batch()).logp
+    assert torch.equal(reference.score(batch()).logp, right) and not torch.equal(right, first)
 
 
 def test_a_base_unfrozen_later_is_an_error() -> None:

@@ -63,6 +63,7 @@ def test_every_installed_kernel_is_measured_and_right(tmp_path):
             assert name == "Liger GRPO" or row["errors"]["value"] < 1e-5, (name, case)
 
 
+@pytest.mark.slow
 def test_scaling_goes_over_all_token_counts(tmp_path):
     arguments = ("--scaling", "--shapes", "1x8x64", "--ops", "logp", "--heads", "frozen", "--no-memory")
     saved = benchmark(tmp_path, *arguments)

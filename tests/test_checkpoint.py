@@ -281,6 +281,7 @@ def test_the_command_says_so_too(small_disk: Path, tmp_path: Path, capsys: pytes
     assert re.search(r"refkl: error: \S+ could not be written .* the newest whole checkpoint is", error), error
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_together_without_a_checkpoint(small_disk: Path, tmp_path: Path) -> None:
     """The disk fails on one of them."""
     torch.manual_seed(0)

@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refkl import Reference, ReferenceConfig, build_reference, freeze, score_tokens, trainable_parameters
+from refkl import Reference, ReferenceConfig, build_reference, freeze, score_pair, score_tokens, trainable_parameters
 from refkl.backend import named_weights
 from refkl.reference import moving
+from refkl.reference.parts import Files
 
 HELD = {
     "clone": ReferenceConfig(strategy="clone"),
@@ -362,12 +363,13 @@ def test_a_policy_in_parts_does_not_move_a_whole_reference(tmp_path: Path) -> No
         torch.distributed.destroy_process_group()
 
 
-def test_a_policy_that_holds_the_references_numbers_does_not_move_it() -> None:
+def test_a_policy_that_holds_the_references_numbers_does_not_move_it(tmp_path: Path) -> None:
     policy = moved(lora())
     reference = build_reference(policy, "swap")
     moved(policy)
-    with reference.several(), pytest.raises(ValueError, match=r"are in the policy \(reference\.several\)"):
-        reference.update(policy)
+    for use in (lambda: reference.update(policy), reference.fingerprint, lambda: reference.save(tmp_path)):
+        with reference.several(), pytest.raises(ValueError, match=r"are in the policy \(reference\.several\)"):
+            use()
     reference.update(policy)
     assert torch.equal(reference.score(batch()).logp, scored(policy))
 
@@ -392,8 +394,38 @@ def test_an_error_half_way_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.
     for use in (lambda: reference.score(batch()), lambda: reference.save(tmp_path / "b")):
         with pytest.raises(ValueError, match="ended the reference's last update half-way"):
             use()
+    with pytest.raises(ValueError, match="half-way"):
+        reference.update(policy, alpha=0.5)  # it would be of a mixture
     reference.load(tmp_path)
     assert torch.equal(reference.score(batch()).logp, right)
+    calls.clear()
+    with pytest.raises(MemoryError):
+        reference.update(policy, alpha=0.5)
+    reference.update(policy)  # a copy mends it too
+    assert torch.equal(reference.score(batch()).logp, scored(policy))
+
+
+def test_a_load_half_way_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = llama()
+    reference = build_reference(policy, "clone")
+    reference.update(moved(policy))
+    reference.save(tmp_path)
+    reference.update(moved(policy))
+    read, calls = Files.read, []
+
+    def fails(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 30:
+            raise OSError("the disk is gone")
+        return read(*args)
+
+    monkeypatch.setattr(Files, "read", fails)
+    with pytest.raises(OSError, match="is gone"):
+        reference.load(tmp_path)
+    with pytest.raises(ValueError, match="half-way"):
+        reference.score(batch())
+    reference.load(tmp_path)
+    reference.score(batch())
 
 
 def test_no_memory_for_averages_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +518,95 @@ def test_it_scores_as_it_did_first(name: str, tmp_path: Path) -> None:
     with other.first():
         assert torch.equal(other.score(batch()).logp, first.logp)
     assert torch.equal(other.score(batch()).logp, now)
+
+
+def test_an_error_while_the_first_is_put_in_place_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = llama()
+    reference = build_reference(policy, "clone")
+    reference.keep_first()
+    reference.update(moved(policy))
+    weights = list(reference._weights())
+
+    def fails() -> Any:
+        yield from weights[:3]
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reference, "_weights", fails)
+        patched.setattr(reference._averages, "settle", lambda weights: None)
+        with pytest.raises(MemoryError), reference.first():
+            raise AssertionError
+    with pytest.raises(ValueError, match="half-way"):
+        reference.score(batch())
+
+
+def test_gradients_are_kept_while_the_first_is_in_place() -> None:
+    policy = llama()
+    reference = build_reference(policy, "clone")
+    reference.keep_first()
+    reference.update(moved(policy))
+    with reference.first():
+        assert score_pair(policy, reference, batch()).policy.logp.requires_grad
+
+
+def test_the_first_is_not_taken_from_one_that_did_not_keep_it_so(tmp_path: Path) -> None:
+    """An adapter keeps none: it was off. A swap that loads what it saved has no first, and says so."""
+    torch.manual_seed(4)
+    policy = lora()
+    reference = build_reference(policy, "adapter")
+    reference.keep_first()
+    reference.update(moved(policy))
+    reference.save(tmp_path / "a")
+    for strategy, knows in (("adapter", True), ("swap", False), ("clone", False)):
+        torch.manual_seed(4)
+        again = lora()
+        other = build_reference(again, strategy)
+        right = other.score(batch()).logp
+        other.load(tmp_path / "a")
+        if knows:
+            with other.first():
+                assert torch.equal(other.score(batch()).logp, right)
+        else:
+            with pytest.raises(ValueError, match="was not kept"), other.first():
+                pass
+
+
+def test_what_is_kept_follows_the_policys_dtype() -> None:
+    policy = llama().bfloat16()
+    reference = build_reference(policy, "swap")
+    reference.keep_first()
+    first = reference.score(batch()).logp
+    reference.update(moved(policy, 0.05), alpha=0.5)
+    policy.float()
+    reference.update(moved(policy, 0.05), alpha=0.5)
+    now = reference.score(batch()).logp
+    with reference.first():
+        torch.testing.assert_close(reference.score(batch()).logp, first, rtol=0, atol=0.05)  # bf16's rounding
+    assert torch.equal(reference.score(batch()).logp, now)
+    reference.verify()
+
+
+def test_what_is_kept_is_cut_as_the_policy_is(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        policy = moved(lora()).bfloat16()
+        reference = build_reference(policy, "swap")
+        reference.keep_first()
+        first = {n: t.clone() for n, t in reference._averages.first.items()}
+        reference.update(moved(policy, 0.05), alpha=0.5)
+        means = {n: t.clone() for n, t in reference._averages.mean.items()}
+        fully_shard(policy, mesh=init_device_mesh("cpu", (1,)))
+        for parameter in trainable_parameters(policy):
+            parameter.data.add_(0.01)
+        reference.update(policy, alpha=0.5)
+        assert all(layout.sharded for n, layout in reference._averages.layouts.items() if n in means)
+        theirs = dict(named_weights(policy))
+        for name, mean in means.items():
+            local = theirs[name].to_local().float()
+            assert torch.equal(reference._averages.mean[name], torch.lerp(mean, local, 0.5))
+            assert torch.equal(reference._averages.first[name], first[name])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_what_was_not_kept_in_time_is_refused() -> None:

@@ -85,9 +85,9 @@ def test_a_reset_when_the_kl_has_passed_the_limit() -> None:
         ReferenceSync(build_reference(policy, "clone"), config).step(policy)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adafactor", "RMSprop"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adafactor", "RMSprop", "NAdam", "Rprop", "ASGD"])
 def test_a_reset_optimizer_goes_on_as_a_new_one(kind: str) -> None:
-    options = {"lr": 0.05, **({"momentum": 0.9} if kind == "SGD" else {})}
+    options = {"lr": 0.05, **({"momentum": 0.9, "dampening": 0.5} if kind == "SGD" else {})}
     first, second = (nn.Linear(3, 3) for _ in range(2))
     used = getattr(torch.optim, kind)(first.parameters(), **options)
 
@@ -120,10 +120,12 @@ def test_the_optimizer_is_reset_with_the_reference() -> None:
         score_tokens(policy, batch()).logp.sum().backward()
         optimizer.step()
         sync.step(policy, kl=kl_now)
-        moments = [state["exp_avg"].abs().max().item() for state in optimizer.state.values()]
-        assert (max(moments) == 0) == reset
-    with pytest.raises(ValueError, match=r"reset_optimizer needs the optimizer"):
-        ReferenceSync(build_reference(policy, "clone"), sync.config).step(policy, kl=0.0)
+        assert (not optimizer.state) == reset
+    for steps in (0, 5):  # also where it goes on from a state
+        again = ReferenceSync(build_reference(policy, "clone"), sync.config)
+        again.load_state_dict({"steps": steps, "updates": [], "first_kl": []})
+        with pytest.raises(ValueError, match=r"reset_optimizer needs the optimizer"):
+            again.step(policy, kl=0.0)
 
 
 @pytest.mark.parametrize("make", [llama, lora], ids=["clone", "adapter"])
@@ -251,6 +253,7 @@ def test_grpo_measures_the_kl_to_the_first_reference(tmp_path: Path) -> None:
     assert trainer.reference.strategy == "swap" and trainer.reference.updates == 4
     found = logged(trainer, "kl/first")
     assert len(found) == 2 and found[1] > 0
+    assert logged(trainer, "sync/updates") == [1.0, 2.0, 3.0, 4.0]
     tokens = trainer._last_batch
     with torch.no_grad():
         ours = score_tokens(policy, tokens, temperature=0.8).logp
@@ -258,6 +261,15 @@ def test_grpo_measures_the_kl_to_the_first_reference(tmp_path: Path) -> None:
             first = score_tokens(policy, tokens, temperature=0.8).logp
     right = kl.estimate(ours, first, "k3", mask=tokens.completion_mask).sum() / tokens.completion_mask.sum()
     assert found[1] == pytest.approx(right.item(), abs=1e-4)  # TRL rounds what it logs
+
+
+def test_a_step_in_which_nothing_was_scored_resets_nothing(tmp_path: Path) -> None:
+    """All completions cut off, and masked for it: there is no KL."""
+    options = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 2}
+    sync = SyncConfig(every=None, max_kl=0.5)
+    trainer = grpo(KLGRPOTrainer, llama(), tmp_path, options, kl=KLConfig(coef=0.1), sync=sync)
+    trainer.train()
+    assert trainer.sync.updates == [] and trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 from trl import GRPOTrainer
 
 from refkl import KLConfig, ReferenceConfig
+from refkl.checkpoint import MARK, RECORD
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
-from refkl.trl.common import PENALTY_STATE
+from refkl.trl.checkpoints import PENALTY_STATE
 
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "adaptive": {"coef": 0.1, "target": 0.05, "horizon": 20},
@@ -71,8 +72,9 @@ def test_a_checkpoint_of_another_controller(tmp_path: Path, caplog: pytest.LogCa
     dpo(KLDPOTrainer, copy.deepcopy(start), tmp_path, options, kl=KLConfig(coef=0.1)).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
 
-    def resumed(**kl: Any) -> Any:
-        trainer = dpo(KLDPOTrainer, copy.deepcopy(start), tmp_path, {"max_steps": 3}, kl=KLConfig(**kl))
+    def resumed(reference: str = "recorded", **kl: Any) -> Any:
+        options = {"kl": KLConfig(**kl), "resume_reference": reference}
+        trainer = dpo(KLDPOTrainer, copy.deepcopy(start), tmp_path, {"max_steps": 3}, **options)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return logged(trainer, "kl/coef")[-1]
 
@@ -82,10 +84,11 @@ def test_a_checkpoint_of_another_controller(tmp_path: Path, caplog: pytest.LogCa
     ):
         resumed(**dual)
     assert resumed(coef=0.7) == 0.7  # a fixed coefficient is a setting: what this run asks for holds
-    (checkpoint / PENALTY_STATE).unlink()
+    for name in (PENALTY_STATE, RECORD, MARK):  # as TRL's own trainer writes one
+        (checkpoint / name).unlink()
     transformers.utils.logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
-        assert resumed(**dual) == 0.25
+        assert resumed("initial", **dual) == 0.25
     transformers.utils.logging.disable_propagation()
     assert "is not there: the 'dual' KL controller begins at coefficient 0.25" in caplog.text
 

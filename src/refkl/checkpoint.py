@@ -144,6 +144,21 @@ def rotate(folder: Path, limit: int | None, keep: Collection[str | Path | None])
         discard(path)
 
 
+def set_later_aside(checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints of later steps beside this one, which a run goes on from: else, the next time, the newest
+    would be one of a course that was given up."""
+    moved = []
+    for path in checkpoints(checkpoint.parent):
+        later = int(path.name.split("-")[1]) > int(checkpoint.name.split("-")[1])
+        if later and (path / MARK).is_file():
+            number = 1
+            while (aside := path.with_name(f"abandoned-{number}-{path.name}")).exists():
+                number += 1
+            os.replace(path, aside)
+            moved.append(aside)
+    return moved
+
+
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; from the first moment on it counts as one that was not completed."""
     if (checkpoint / MARK).is_file():

@@ -41,6 +41,8 @@ class ReferenceSync:
         """Optimizer steps so far."""
         self.updates: list[dict[str, Any]] = []
         """One entry for each update: {"step", "alpha"}, with "bias" for "bema", and with "kl" for a reset."""
+        self._begun = False
+        self._last_reset: int | None = None
         self.first_kl: list[dict[str, Any]] = []
         """One entry for each measurement of the KL to the first reference: {"step", "kl"}, nats per token."""
 
@@ -55,6 +57,7 @@ class ReferenceSync:
             raise ValueError("sync.reset_optimizer needs the optimizer: give ReferenceSync optimizer=.")
         if self.config.first_kl_every is not None:
             self.reference.keep_first()
+        self._begun = True
 
     def check(self, policy: nn.Module) -> None:
         """Raise ValueError for an update that could not be made."""
@@ -74,7 +77,8 @@ class ReferenceSync:
 
         Args:
             policy: as the step left it, wrapped or not.
-            kl: to the reference, nats per token, over all ranks (`KLPenalty.step` gives it); needed for `max_kl`.
+            kl: to the reference, nats per token, over all ranks (`KLPenalty.step` gives it, or nothing for a step in
+                which no token was scored: pass 0.0 then); needed for `max_kl`.
             batch: what to measure the KL to the first reference on; needed for `first_kl_every`.
             temperature: of that measurement.
 
@@ -84,7 +88,7 @@ class ReferenceSync:
         Raises:
             ValueError: kl or batch is missing; as `Reference.update`.
         """
-        if self.steps == 0:
+        if not self._begun:
             self.begin(policy)
         self.steps += 1
         metrics = {}
@@ -113,6 +117,7 @@ class ReferenceSync:
             )
         self.steps = int(state["steps"])
         self.updates, self.first_kl = list(state["updates"]), list(state["first_kl"])
+        self._last_reset = max((update["step"] for update in self.updates if "kl" in update), default=None)
 
     def _move(self, policy: nn.Module, kl: float | None) -> None:
         config, age = self.config, self.steps - self.config.warmup
@@ -120,10 +125,11 @@ class ReferenceSync:
         if age <= 0:
             return
         if passed:
-            self.reference.update(policy, 1.0)
-            self.updates.append({"step": self.steps, "alpha": 1.0, "kl": kl})
             if config.reset_optimizer:
                 reset_optimizer(self.optimizer)
+            self.reference.update(policy, 1.0)
+            self.updates.append({"step": self.steps, "alpha": 1.0, "kl": kl})
+            self._last_reset = self.steps
             return
         if config.every is None or age % config.every:
             return
@@ -137,8 +143,7 @@ class ReferenceSync:
         """alpha and bias, by the steps since the warm-up or since the last reset."""
         config = self.config
         assert config.lag is not None and config.ema_power is not None and config.bias_power is not None
-        last = max((u["step"] for u in self.updates if "kl" in u), default=config.warmup)
-        base = config.lag + self.steps - last
+        base = config.lag + self.steps - (config.warmup if self._last_reset is None else self._last_reset)
         return min(1.0, base**-config.ema_power), min(1.0, base**-config.bias_power)
 
     def _passed(self, kl: float | None, limit: float) -> bool:
@@ -161,7 +166,7 @@ class ReferenceSync:
             first = self.reference.score(batch, temperature=temperature).logp
         mask = batch.completion_mask.to(ours.device)
         kl = estimate(ours, first.to(ours.device), "k3", gradient="none", mask=mask)
-        sums = torch.stack([kl.sum().double(), mask.sum().double()])
+        sums = torch.stack([x.sum().to("cpu", torch.float64) for x in (kl, mask)])
         if dist.is_initialized():
             sums = sums.to(communicating_device())
             dist.all_reduce(sums)
@@ -170,18 +175,39 @@ class ReferenceSync:
 
 
 def reset_optimizer(optimizer: Any) -> None:
-    """Set an optimizer's state to what it is at the start: moments and step counts 0, in place, sharded or not."""
-    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's are around torch's
-        optimizer = optimizer.optimizer
+    """Set an optimizer's state to what it is at the start: without moments, its steps counted from 0.
+
+    Raises:
+        ValueError: under DeepSpeed, a kind of state that is not known.
+    """
+    partitioned = False
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # accelerate's, and in that DeepSpeed's
+        partitioned |= type(optimizer).__module__.startswith("deepspeed.")
+        optimizer = inner
+    if not partitioned:
+        optimizer.state.clear()  # made anew by the next step
     for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
-            elif name == "step":
-                state[name] = 0
+        _zero_moments(state)
     for group in optimizer.param_groups:
-        if "step" in group:  # the fused ones of apex and DeepSpeed count there
+        if "step" in group:  # apex' and DeepSpeed's fused ones count there
             group["step"] = 0
+
+
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}
+
+
+def _zero_moments(state: dict[str, Any]) -> None:
+    """In place: DeepSpeed holds on to these tensors."""
+    if unknown := sorted(state.keys() - _MOMENTS):
+        raise ValueError(
+            f"sync.reset_optimizer does not know what {unknown[0]!r} in the state of this optimizer is at the start, "
+            "and under DeepSpeed the state cannot be made anew. Leave it out, or use AdamW."
+        )
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+        else:
+            state[name] = 0
 
 
 class SyncReferenceCallback(TrainerCallback, ExportableState):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,19 +16,24 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from refkl.backend import evaluating, full_shape
+from refkl.checkpoint import disk_failure
 from refkl.config import RunConfig
 from refkl.freeze import trainable_parameters
+from refkl.messages import RunError
 from refkl.versions import library_versions
 
 
 class RunFolder:
     """The files of one run. Only the main process writes."""
 
-    def __init__(self, path: str | Path, *, write: bool) -> None:
+    def __init__(self, path: str | Path, *, write: bool, forgiving: bool = False) -> None:
         self.path = Path(path)
         self.write = write
+        self.forgiving = forgiving
+        """Whether a full disk costs lines of the logs, and not the run."""
         self.resumed: dict[str, Any] = {}
         """reference.json of the run that is resumed, on every rank."""
 
@@ -51,13 +57,15 @@ class RunFolder:
             (self.path / name).write_text("")
         self._json("reference.json", {"versions": library_versions(), "status": "running"})
 
-    def begin(self, reference: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    def begin(self, reference: dict[str, Any], step: int, *, initial: bool = False) -> list[dict[str, Any]]:
         """Record the reference as it is before the first step; the training steps already there, if resumed at `step`.
+
+        `initial`: another reference than the run had was asked for.
 
         Raises:
             ValueError: the run is resumed with another reference than it had.
         """
-        recorded = self.resumed.get("before")
+        recorded = None if initial else self.resumed.get("before")
         if recorded is not None and not reference["updates"] and recorded["fingerprint"] != reference["fingerprint"]:
             raise ValueError(
                 f"{self.path} was trained against the reference {recorded['fingerprint'][:12]} from "
@@ -67,8 +75,9 @@ class RunFolder:
         kept = self._trim(step) if self.resumed else []
         if self.write:
             record = json.loads((self.path / "reference.json").read_text())
-            self._json("reference.json", {"before": reference, **record, "status": "running"})
-
+            before = {} if initial else {"before": reference}
+            after = {"before": reference} if initial else {}
+            self._json("reference.json", {**before, **record, **after, "status": "running"})
         return kept
 
     def _trim(self, step: int) -> list[dict[str, Any]]:
@@ -99,9 +108,18 @@ class RunFolder:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """One line of JSON at the end of a file."""
-        if self.write:
+        if not self.write:
+            return
+        try:
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if (failure := disk_failure(error)) is None:
+                raise
+            message = f"{self.path / name} could not be written ({failure})."
+            if not self.forgiving:
+                raise RunError(message) from error
+            warnings.warn(f"{message} Training goes on without that line.", stacklevel=2)
 
     def _json(self, name: str, record: dict[str, Any]) -> None:
         temporary = self.path / f"{name}.tmp"
@@ -153,7 +171,8 @@ class RunRecorder(TrainerCallback):
         self.trainer.reference.verify()
         self.before = self.trainer.reference.provenance()
         self.digests = dict(self.trainer.reference.digests)
-        self.metrics = self.folder.begin(self.before, state.global_step)
+        initial = self.trainer.resume_reference == "initial"
+        self.metrics = self.folder.begin(self.before, state.global_step, initial=initial)
         if self.trainer.sync is not None:
             self.updates = list(self.trainer.sync.updates)  # of the run that is resumed
         if state.global_step == 0:
@@ -293,3 +312,4 @@ class Stopper(TrainerCallback):
         if asked:
             self.stopped = True
             control.should_training_stop = True
+            control.should_save |= args.save_strategy != SaveStrategy.NO  # to go on from here

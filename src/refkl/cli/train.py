@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback
 
 from refkl.backend import check_can_save, check_launch, detect, peer_gone
-from refkl.checkpoint import disk_failure, newest_whole
+from refkl.checkpoint import disk_failure, newest_whole, set_later_aside
 from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path
 from refkl.cli.report import draw_report
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
@@ -47,8 +47,13 @@ def train(run: ParsedRun) -> int:
     checkpoint = trainer.checkpoint_to_resume(wanted)
     if main and checkpoint is not None:
         console.print(f"resumes from {checkpoint}")
-    folder = RunFolder(args.output_dir, write=main)
-    folder.start(run.resolved, resumed=checkpoint is not None)
+    folder = RunFolder(args.output_dir, write=main, forgiving=config.checkpoint.on_error == "continue")
+    # From a checkpoint of another run's folder it is a run of its own.
+    here = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
+    folder.start(run.resolved, resumed=here)
+    if here and main:
+        for path in set_later_aside(Path(str(checkpoint))):
+            console.print(f"set aside, as it is of a later step than this run begins at: {path}")
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     recorder = RunRecorder(trainer, folder, config, _prompts(data, config.samples.prompts), console)
@@ -129,9 +134,9 @@ def _save_trained(trainer: Any, folder: Path) -> None:
 def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
     """After an error, the model as it is: of one process, since of several the others may be in another collective."""
     try:
+        folder.fail()
         if trainer.accelerator.num_processes == 1:
             trainer.save_model(str(folder.path / "model"))
-        folder.fail()
     except Exception as error:
         if disk_failure(error) is None:
             raise  # else the error that ended the run says more

@@ -36,6 +36,7 @@ from refkl.backend import (
     whole,
 )
 from refkl.reference.base import BuildRequest
+from refkl.reference.fingerprint import combined, digests
 from refkl.reference.lora_moves import planned
 from refkl.reference.moving import Move, Pair
 from refkl.reference.peft_layers import adapter_tensors
@@ -62,6 +63,8 @@ class AdapterReference(SwapReference):
 
     strategy = "adapter"
     _policy: PeftModel
+    _built_for = ""
+    """The reason of before it moved."""
     _first_open = False
     """Whether it scores as it did before it moved."""
 
@@ -213,11 +216,15 @@ class AdapterReference(SwapReference):
 
     def _become_swap(self) -> None:
         self._take()
-        self.strategy = "swap"
+        self._built_for, self.strategy = self.reason, "swap"
+        self.reason = "the reference has moved, so what trains of the policy is swapped for a copy of its own"
 
     def _become_adapter(self) -> None:
         self._kept, self._layouts, self._shapes = {}, {}, {}
-        self.strategy = type(self).strategy
+        self.reason, self.strategy = self._built_for, type(self).strategy
+
+    def _recalled_first(self, stamp: str | None) -> str | None:
+        return stamp if stamp == combined(digests(self._base_weights())) else None
 
     def load(self, folder: str | Path) -> None:
         if self._kept or not Saved(Path(folder)).provenance["updates"]:

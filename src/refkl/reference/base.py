@@ -322,7 +322,7 @@ class Reference(ABC):
         if self._half_moved:
             raise ValueError(
                 "An error ended the reference's last update half-way: some of its weights were moved and some were "
-                "not. Load it from a checkpoint (reference.load), or build it anew."
+                "not. Load it from a checkpoint (reference.load), copy the policy (alpha 1), or build it anew."
             )
 
     @contextmanager
@@ -411,7 +411,10 @@ class Reference(ABC):
         step = Move(alpha, bias, lora, rank)
         step.check()
         self._check_held("be moved")
+        if not step.copies:
+            self._check_whole()
         self.settle()
+        self._averages.settle(self._weights())
         with torch.no_grad():
             plan = planned(step, self._pairs(policy), self._lora_layers())
             new, distance = plan.new(self._averages), plan.distance(self._averages)
@@ -461,18 +464,21 @@ class Reference(ABC):
         """
         if self._first_stamp is None:
             raise ValueError("What the reference was first was not kept: call reference.keep_first() before it moves.")
+        self._check_whole()
         self.settle()
+        self._averages.settle(self._weights())
+        self._exchange_first()
         present, self._recorded = self._recorded, self._first_stamp
-        with torch.no_grad():
+        try:
+            yield
+        finally:
+            self._recorded = present
             self._exchange_first()
-            try:
-                yield
-            finally:
-                self._exchange_first()
-                self._recorded = present
 
+    @torch.no_grad()
     def _exchange_first(self) -> None:
         """The weights and what was kept of the first ones change places."""
+        self._half_moved = True
         self._before_writing()
         replaced = {}
         for name, local, _ in self._weights():
@@ -486,6 +492,11 @@ class Reference(ABC):
                 replaced[name], self._averages.first[name] = kept, self._averages.place(present)
         if replaced:
             self._replace(replaced)
+        self._half_moved = False
+
+    def _recalled_first(self, stamp: str | None) -> str | None:
+        """The stamp of the first reference that was loaded, if `first` can give that here."""
+        return stamp if self._averages.first else None
 
     def fingerprint(self) -> str:
         """64 hex digits that change if and only if the name, shape, dtype or a bit of some weight does.
@@ -603,13 +614,14 @@ class Reference(ABC):
         layouts |= {name: Whole(saved.shapes[name]) for name in other}
         changed = saved.changed(self.digests, self._owns, layouts)
         self._before_writing()
+        self._half_moved = True
         if other:
             own = {weight.name: weight.local for weight in self._weights()}
             self._replace({name: own[name].new_empty(saved.shapes[name]) for name in other})
         saved.copy_into(weight for weight in self._weights() if weight.name in changed)
         self._averages.load(saved.averages(layouts), devices)
         self.updates, self.last_update = int(saved.provenance["updates"]), None
-        self._first_stamp, self._half_moved = saved.provenance.get("first"), False
+        self._first_stamp, self._half_moved = self._recalled_first(saved.provenance.get("first")), False
         loaded = self.fingerprint()
         assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"
 

@@ -54,6 +54,11 @@ class Move(NamedTuple):
     rank: int | None = None
     """For "product": what its ranks are cut to."""
 
+    @property
+    def copies(self) -> bool:
+        """Whether what there was does not matter."""
+        return self.alpha == 1.0 and self.bias is None
+
     def check(self) -> None:
         """Raise ValueError for what no reference can do."""
         if not 0.0 < self.alpha <= 1.0:
@@ -109,6 +114,19 @@ class Averages:
                 start[own.name] = self.place(numbers.clone())
         self.mean, self.start = mean, start
 
+    def settle(self, weights: Iterable[Weight]) -> None:
+        """Cut and cast what is kept as the weights have been since."""
+        for name, local, layout in weights:
+            before = self.layouts.get(name)
+            for kind, kept in self._kinds().items():
+                if before is None or (tensor := kept.get(name)) is None:
+                    continue
+                if type(layout) is not type(before):
+                    tensor = layout.cut(before.join(tensor)).clone()
+                kept[name] = tensor if kind == "mean" else tensor.to(local.dtype)
+            if before is not None:
+                self.layouts[name] = layout
+
     def keep_first(self, weights: Iterable[Weight]) -> None:
         """Copy the weights as they are."""
         for name, local, layout in weights:
@@ -139,10 +157,11 @@ class Averages:
     def load(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> None:
         """Take over what `weights` named; `devices` says where the reference's weights are."""
         self.mean, self.start, self.first = {}, {}, {}
+        home = next(iter(devices.values()))  # a quantised weight's bytes have other names than its average
         for full_name, local, layout in saved:
             kind, name = full_name.split(":", 1)
             self.layouts[name] = layout
-            held = self.place(local if self.on_host else local.to(devices.get(name, local.device)))
+            held = self.place(local if self.on_host else local.to(devices.get(name, home)))
             self._kinds()[kind][name] = held
 
     def memory(self, home: torch.device) -> MemoryReport:

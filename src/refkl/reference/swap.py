@@ -226,6 +226,7 @@ class SwapReference(Reference):
         return head.holding(weight, bias)
 
     def _weights(self) -> Iterator[Weight]:
+        self._check_closed()
         tensors = self._current(self._policy)
         for name, kept in self._kept.items():
             yield Weight(name, kept, self._layouts[name])
@@ -255,13 +256,19 @@ class SwapReference(Reference):
         return name in self._kept
 
     def _pairs(self, policy: nn.Module) -> list[Pair]:
-        if self._open:
-            raise ValueError("The reference's weights are in the policy (reference.several), so it cannot be moved.")
+        self._check_closed()
         inner = unwrap(policy)
         reshard(inner)
         own = [Weight(name, kept, self._layouts[name]) for name, kept in self._kept.items()]
         theirs = (weight for weight in weights_of(inner) if weight.name in self._kept)
         return paired_weights(own, theirs, rank_dims(self._lora_layers()))
+
+    def _check_closed(self) -> None:
+        if self._open:
+            raise ValueError(
+                "The reference's weights are in the policy (reference.several), and the policy's in their place: leave "
+                "that first."
+            )
 
     def _memory(self) -> MemoryReport:
         """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""

@@ -86,6 +86,11 @@ class Checkpointing(Trainer):
         ):
             if value not in known:
                 raise unknown(name, value, known)
+        if self.args.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node keeps a checkpoint on each node, and the reference is written by the first alone. "
+                "Save to a disk that all nodes share, and leave it out."
+            )
         if on_checkpoint_error == "continue" and (why := self._saves_together()) is not None:
             raise ValueError(
                 f"on_checkpoint_error 'continue' needs ranks that tell each other of a failed write, and {why} they "

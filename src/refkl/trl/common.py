@@ -169,7 +169,10 @@ class _SyncMetrics(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.trainer.sync is not None
         for name, value in self.trainer.sync.metrics.items():
-            self.trainer._metrics["train"][name].append(value)
+            logged = self.trainer._metrics["train"][name]
+            if name == "sync/updates":
+                logged.clear()  # a count: TRL logs means over the steps
+            logged.append(value)
 
 
 class _PenaltySteps(TrainerCallback):
@@ -204,7 +207,7 @@ class _PenaltySteps(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics = self.trainer.penalty.step(self.trainer.accelerator)
-        self.trainer._step_kl = metrics.get("kl")
+        self.trainer._step_kl = metrics.get("kl", 0.0)  # none where every completion was cut off
         for name, value in metrics.items():
             self.trainer._metrics["train"][name].append(value)
         if state.global_step % _LOOK_EVERY == 0:

@@ -100,14 +100,14 @@ class KLDPOTrainer(KLTrainerMixin, DPOTrainer):
         policy = _PolicyView(model, self.use_weighting)
         reference = _ReferenceView(self.reference, inputs.pop(_SCORED, None))
         self.ref_model = reference  # type: ignore[assignment]  # TRL's loss does nothing but call it
-        if self.model.training:
-            self._last_batch = _tokens(inputs)
         try:
             with self.reference.paired(model, _tokens(inputs)):
                 result = super()._compute_loss(policy, inputs, return_outputs)
         finally:
             self.ref_model = None
         assert policy.scores is not None and reference.scores is not None, "TRL scores both in its loss"
+        if self.model.training:
+            self._last_batch = policy.batch
         mask, normalizer = _tokens(inputs).completion_mask, self._normalizer()
         output = self._penalise(policy.scores.logp, reference.scores.logp, mask, 1.0, normalizer=normalizer)
         if not self.penalty.coef:
@@ -131,15 +131,15 @@ class _PolicyView:
         self.model = model
         self.weighting = weighting
         self.scores: TokenScores | None = None
+        self.batch: TokenBatch | None = None
 
     def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
             return self.model(**inputs)
         router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
         statistics = _Statistics(self.weighting)
-        scored = score_model(
-            self.model, _batch(inputs, labels), entropy="detached", observe=statistics.observe, **router
-        )
+        self.batch = _batch(inputs, labels)
+        scored = score_model(self.model, self.batch, entropy="detached", observe=statistics.observe, **router)
         self.scores = scored.scores
         assert self.scores.entropy is not None
         return FusedCausalLMOutput(
