@@ -99,8 +99,9 @@ def worker(backend: str, layers: int, rounds: int) -> list[dict[str, Any]]:
         theirs: nn.Module = copy.deepcopy(policy).requires_grad_(False)
     else:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        theirs = prepare_deepspeed(copy_of(policy), accelerator)
-        policy = accelerator.prepare(policy)
+        theirs = copy_of(policy)
+        policy, _ = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=1e-3))
+        theirs = prepare_deepspeed(theirs, accelerator)
     inner = unwrap(policy)
     torch.manual_seed(1)
     rows = []
