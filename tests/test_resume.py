@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,19 @@ def test_dpo_comes_back_to_the_bit_at_any_step(settings: str, tmp_path: Path) ->
         kept = [[w.local for w in trainer.reference._averages.weights()] for trainer in (whole, again)]
         assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
         assert bool(kept[0]) == (settings == "bf16, averaged")
+
+
+def test_a_run_that_had_ended_is_not_trained_on(tmp_path: Path) -> None:
+    """transformers takes one step more, in the middle of an epoch."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    first = dpo(KLDPOTrainer, llama(), tmp_path, options)
+    start = copy.deepcopy(first.model)
+    first.train()
+    again = dpo(KLDPOTrainer, start, tmp_path, options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2 and logged(again, "kl") == logged(first, "kl")
+    for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("settings", ["alpha 1", "bf16, averaged"])

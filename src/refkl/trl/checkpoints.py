@@ -206,6 +206,13 @@ class Checkpointing(Trainer):
         """
         return super().train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks at max_steps after a step: resumed from the last one it would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to go on from, the same on every rank: the first rank looks. Every rank calls.
 
