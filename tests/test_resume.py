@@ -13,7 +13,7 @@ import torch
 import yaml
 from support import llama
 from test_trl import dpo, grpo, logged, saved
-from train_inputs import write_config
+from train_inputs import model_folder, write_config
 from transformers import LlamaForCausalLM
 from trl import DPOTrainer
 
@@ -233,6 +233,7 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     assert f"resumes from {tmp_path / 'run' / 'checkpoint-2'}" in capsys.readouterr().err
     named = ["--resume", str(tmp_path / "other" / "checkpoint-1"), "--trainer.output_dir", str(tmp_path / "other")]
     assert main(["train", str(config), *named, *longer]) == 0
+    assert (tmp_path / "other" / "abandoned-1-checkpoint-2" / MARK).is_file()  # of a course that was given up
     logs = [
         [
             (line["step"], line["loss"], line["kl"])
@@ -244,6 +245,40 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     assert logs[0] == logs[1] == logs[2] and len(logs[0]) == 4
     after = [json.loads((tmp_path / n / "reference.json").read_text())["after"] for n in ("whole", "run", "other")]
     assert len({record["fingerprint"] for record in after}) == 1 and after[1]["updates"] == 4
+
+
+def test_a_checkpoint_of_another_run_starts_a_run_of_its_own(tmp_path: Path) -> None:
+    """What is in the folder that it goes to is not cut short as if it were the run that is resumed."""
+    config = config_of(tmp_path)
+    for name in ("run", "other"):
+        assert main(["train", str(config), "--trainer.output_dir", str(tmp_path / name)]) == 0
+    before = (tmp_path / "other" / "metrics.jsonl").read_text()
+    named = ["--resume", str(tmp_path / "run" / "checkpoint-1"), "--trainer.output_dir", str(tmp_path / "other")]
+    assert main(["train", str(config), *named]) == 0
+    assert (tmp_path / "other.1" / "metrics.jsonl").read_text() == before
+    steps = [json.loads(line).get("step") for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()]
+    assert 1 not in steps and 2 in steps and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def test_the_command_goes_on_against_another_reference_when_asked(tmp_path: Path) -> None:
+    config = config_of(tmp_path, sync=None)
+    assert main(["train", str(config)]) == 0
+    torch.manual_seed(5)
+    model_folder(tmp_path / "another")
+    again = [
+        "train",
+        str(config),
+        "--resume",
+        "--trainer.max_steps",
+        "3",
+        "--reference.source",
+        str(tmp_path / "another"),
+    ]
+    assert main(again) == 2
+    assert main([*again, "--resume.reference", "initial"]) == 0
+    record = json.loads((tmp_path / "run" / "reference.json").read_text())
+    assert record["before"]["fingerprint"] == record["after"]["fingerprint"]
+    assert record["before"]["source"] == str(tmp_path / "another")
 
 
 def test_the_command_takes_the_initial_reference_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
