@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -157,25 +156,15 @@ class AdapterReference(SwapReference):
         reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
         return weights_of(self._policy, without=adapter_tensors(self._policy))
 
-    def check_movable(
-        self,
-        policy: nn.Module,
-        alpha: float = 1.0,
-        *,
-        bias: float | None = None,
-        lora: Literal["factors", "product"] = "factors",
-        rank: int | None = None,
-    ) -> None:
+    def _check_move(self, policy: nn.Module, step: Move) -> None:
         if self._kept:
-            return super().check_movable(policy, alpha, bias=bias, lora=lora, rank=rank)
-        step = Move(alpha, bias, lora, rank)
-        step.check()
+            return super()._check_move(policy, step)
         if learned_prompt(self._policy) is not None:
             raise ValueError(
                 "strategy 'adapter' cannot move where a prompt is learned: its reference is the bare base, which stays "
                 "what it is. Leave the sync out."
             )
-        if alpha < 1.0 or bias is not None:
+        if not step.copies:
             _neutral_state(self._policy)
         # What it will hold is of the policy's shapes.
         tensors = snapshot_of(self._policy)
@@ -185,30 +174,17 @@ class AdapterReference(SwapReference):
         snapshot = [weight for weight in weights_of(self._policy) if weight.name in names]
         planned(step, [Pair(weight, weight) for weight in snapshot], self._lora_layers())
 
-    def update(
-        self,
-        policy: nn.Module,
-        alpha: float = 1.0,
-        *,
-        bias: float | None = None,
-        lora: Literal["factors", "product"] = "factors",
-        rank: int | None = None,
-    ) -> None:
-        """As Reference.update. The first one makes it a "swap": it holds an adapter of its own from then on.
-
-        Raises:
-            ValueError: as Reference.update; or alpha < 1, and what this kind of adapter is when it does nothing is not
-                known, so that no average can begin there.
-        """
+    def _update(self, policy: nn.Module, step: Move) -> None:
+        """The first one makes it a "swap": it holds an adapter of its own from then on."""
         if self._kept:
-            return super().update(policy, alpha, bias=bias, lora=lora, rank=rank)
-        self.check_movable(policy, alpha, bias=bias, lora=lora, rank=rank)
-        start = _neutral_state(self._policy) if alpha < 1.0 or bias is not None else {}
+            return super()._update(policy, step)
+        self._check_move(policy, step)
+        start = {} if step.copies else _neutral_state(self._policy)
         self._become_swap()
         try:
             for name, value in start.items():
                 self._kept[name].copy_(value)
-            super().update(policy, alpha, bias=bias, lora=lora, rank=rank)
+            super()._update(policy, step)
         except BaseException:
             if not self.updates and not self._half_moved:
                 self._become_adapter()

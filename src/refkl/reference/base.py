@@ -181,6 +181,9 @@ class Reference(ABC):
         step = Move(alpha, bias, lora, rank)
         step.check()
         self._check_held("be moved")
+        self._check_move(policy, step)
+
+    def _check_move(self, policy: nn.Module, step: Move) -> None:
         planned(step, self._pairs(policy), self._lora_layers())
 
     @property
@@ -413,6 +416,10 @@ class Reference(ABC):
         self._check_held("be moved")
         if not step.copies:
             self._check_whole()
+        self._update(policy, step)
+
+    def _update(self, policy: nn.Module, step: Move) -> None:
+        """Make a move that has been checked."""
         self.settle()
         self._averages.settle(self._weights())
         with torch.no_grad():
@@ -427,7 +434,7 @@ class Reference(ABC):
             probes = {pair.own.name: self._averages.move(pair, step) for pair in plan.pairs}
             self._half_moved = False
         self.updates += 1
-        self.last_update = LastUpdate(alpha, lora, distance, plan.rank(new), new.cut)
+        self.last_update = LastUpdate(step.alpha, step.lora, distance, plan.rank(new), new.cut)
         self._recorded = None
         self._check_moved(probes | {name: Probe(0, tensor.reshape(-1)[0]) for name, tensor in new.weights.items()})
 
