@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support import byte_tokenizer, gpt2, llama
 from transformers import LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, RLOOConfig
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
@@ -26,6 +26,13 @@ PAIRS = Dataset.from_dict(
         "prompt": ["hello", "hi there", "abc", "what"] * 6,
         "chosen": [" good", "yes!", " fine then"] * 8,
         "rejected": ["bad one", " no", " n"] * 8,
+    }
+)
+LABELLED = Dataset.from_dict(
+    {
+        "prompt": ["hello", "hi there", "abc", "what"] * 6,
+        "completion": [" good", "yes!", " fine then", "bad one", " no", " n"] * 4,
+        "label": [True, False, True, True, False] * 4 + [False, True, False, True],
     }
 )
 COMMON: dict[str, Any] = {
@@ -54,6 +61,23 @@ def grpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None =
 def dpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
     args = DPOConfig(str(tmp_path / "run"), **{**COMMON, "max_steps": 3, **(options or {})})
     return cls(model, args=args, train_dataset=PAIRS, processing_class=byte_tokenizer(), **refkl)
+
+
+def rloo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
+    args = {**COMMON, "num_generations": 4, "max_completion_length": 8, "max_steps": 3, **(options or {})}
+    return cls(
+        model,
+        reward_funcs=distinct_letters,
+        args=RLOOConfig(str(tmp_path / "run"), **args),
+        train_dataset=PROMPTS,
+        processing_class=byte_tokenizer(),
+        **refkl,
+    )
+
+
+def kto(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
+    args = KTOConfig(str(tmp_path / "run"), **{**COMMON, "max_steps": 3, **(options or {})})
+    return cls(model, args=args, train_dataset=LABELLED, processing_class=byte_tokenizer(), **refkl)
 
 
 def logged(trainer: Any, key: str) -> list[float]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refkl.kl import divergence as dense_divergence
 from refkl.kl.rows import Divergence
+from refkl.kl.tiles import Observer
 from refkl.reference.base import Reference
 from refkl.scoring import (
     Against,
+    Entropies,
     Head,
     HeadError,
+    Scored,
     ScoredLogits,
     completion_logits,
     find_head,
     score_model,
     score_tokens,
+    scored_through_logits,
     scores_from,
 )
-from refkl.types import PairScores, TokenBatch
+from refkl.types import PairScores, TokenBatch, TokenScores
 
 
 def score_pair(
@@ -55,28 +61,63 @@ def score_pair(
         with reference.paired(policy, batch):
             ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
             return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
-    reference.check_exact()
     how = Divergence(divergence, jsd_weight, order, top_k)
+    found = compare(policy, reference, batch, how, temperature=temperature, entropy=entropy)
+    return PairScores(found.scored.scores, found.reference, found.divergence)
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """One forward of the policy, and how far the reference is from it."""
+
+    scored: Scored
+    """The policy's, with grad."""
+    reference: TokenScores
+    divergence: Tensor
+    """[B, T] nats, exact, with grad to the policy."""
+
+
+def compare(
+    policy: nn.Module,
+    reference: Reference,
+    batch: TokenBatch,
+    how: Divergence,
+    *,
+    temperature: float = 1.0,
+    entropy: Entropies = False,
+    observe: Observer | None = None,
+    ref_scores: TokenScores | None = None,
+    **forward: Any,
+) -> Compared:
+    """`score_pair` with an exact divergence, and the policy's own outputs.
+
+    Args:
+        policy, reference, batch, temperature: as in `score_pair`.
+        how: the divergence.
+        entropy, observe, forward: as in `score_model`, for the policy.
+        ref_scores: the reference's, with `hidden`, where they are at hand already.
+
+    Raises:
+        ValueError: as `score_pair`.
+    """
+    reference.check_exact()
     with reference.paired(policy, batch):
-        return _with_divergence(policy, reference, batch, temperature, entropy, how)
-
-
-def _with_divergence(
-    policy: nn.Module, reference: Reference, batch: TokenBatch, temperature: float, entropy: bool, how: Divergence
-) -> PairScores:
-    head = _common_head(policy, reference)
-    if head is None:
-        return _through_logits(policy, reference, batch, temperature, entropy, how)
-    ref_scores = reference.score(batch, temperature=temperature, entropy=entropy, hidden=True)
-    options = {"jsd_weight": how.weight, "order": how.order, "top_k": how.top_k}
-    against = Against(ref_scores, head, how.kind, options)
-    try:
-        scored = score_model(policy, batch, temperature=temperature, entropy=entropy, against=against)
-    except HeadError:
-        return _through_logits(policy, reference, batch, temperature, entropy, how)
-    assert scored.against is not None
-    ref_logp, exact = scored.against
-    return PairScores(scored.scores, replace(ref_scores, logp=ref_logp, hidden=None), exact)
+        head = _common_head(policy, reference)
+        if head is not None:
+            if ref_scores is None:
+                ref_scores = reference.score(batch, temperature=temperature, entropy=bool(entropy), hidden=True)
+            options = {"jsd_weight": how.weight, "order": how.order, "top_k": how.top_k}
+            against = Against(ref_scores, head, how.kind, options)
+            with suppress(HeadError):  # then through the logits
+                scored = score_model(
+                    policy, batch, temperature=temperature, entropy=entropy, against=against, observe=observe, **forward
+                )
+                assert scored.against is not None
+                ref_logp, exact = scored.against
+                return Compared(scored, replace(ref_scores, logp=ref_logp, hidden=None), exact)
+        logits = completion_logits(policy, batch, **forward)
+        scored = scored_through_logits(logits, temperature=temperature, entropy=entropy, observe=observe)
+        return _through_logits(scored, logits, reference, how)
 
 
 def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
@@ -90,17 +131,15 @@ def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
     return other
 
 
-def _through_logits(
-    policy: nn.Module, reference: Reference, batch: TokenBatch, temperature: float, entropy: bool, how: Divergence
-) -> PairScores:
+def _through_logits(scored: Scored, logits: ScoredLogits, reference: Reference, how: Divergence) -> Compared:
     """Both sides' logits in full: for a head that is adapted, sharded, or on another device."""
-    scored = completion_logits(policy, batch)
-    policy_scores = scores_from(scored, temperature=temperature, entropy=entropy)
+    batch, temperature = scored.call.batch, scored.scores.temperature
     with reference.logits(batch) as ref_scored:
-        ref_scores = scores_from(ref_scored, temperature=temperature, entropy=entropy).to(batch.input_ids.device)
-        ref_logits = ref_scored.logits.to(scored.logits.device)
-    exact = scored.call.spread(_exact(scored, ref_logits, how, temperature))
-    return PairScores(policy_scores, replace(ref_scores, fingerprint=reference.stamp), exact)
+        ref_scores = scores_from(ref_scored, temperature=temperature, entropy=scored.scores.entropy is not None)
+        ref_logits = ref_scored.logits.to(logits.logits.device)
+    exact = logits.call.spread(_exact(logits, ref_logits, how, temperature))
+    ref_scores = replace(ref_scores.to(batch.input_ids.device), fingerprint=reference.stamp)
+    return Compared(scored, ref_scores, exact)
 
 
 def _exact(scored: ScoredLogits, ref_logits: Tensor, how: Divergence, temperature: float) -> Tensor:

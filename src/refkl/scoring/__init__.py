@@ -4,11 +4,20 @@ from refkl.scoring.find import find_head
 from refkl.scoring.forward import Call, ScoredLogits, completion_logits
 from refkl.scoring.head import Head, HeadError, decoder_layers
 from refkl.scoring.prompt import Prompt, learned_prompt, without_prompt
-from refkl.scoring.score import Against, Scored, score_model, score_tokens, scores_from
+from refkl.scoring.score import (
+    Against,
+    Entropies,
+    Scored,
+    score_model,
+    score_tokens,
+    scored_through_logits,
+    scores_from,
+)
 
 __all__ = [
     "Against",
     "Call",
+    "Entropies",
     "Head",
     "HeadError",
     "Prompt",
@@ -20,6 +29,7 @@ __all__ = [
     "learned_prompt",
     "score_model",
     "score_tokens",
+    "scored_through_logits",
     "scores_from",
     "without_prompt",
 ]

@@ -157,13 +157,19 @@ def _redirected(model: nn.Module, head: Head, call: Call, wanted: _Wanted) -> Sc
 
 
 def _through_logits(model: nn.Module, batch: TokenBatch, wanted: _Wanted, forward: dict[str, Any]) -> Scored:
-    scored = completion_logits(model, batch, hidden=wanted.hidden, **forward)
-    if wanted.observe is not None:
+    logits = completion_logits(model, batch, hidden=wanted.hidden, **forward)
+    return scored_through_logits(logits, temperature=wanted.temperature, entropy=wanted.entropy, observe=wanted.observe)
+
+
+def scored_through_logits(
+    scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False, observe: Observer | None = None
+) -> Scored:
+    """As `score_model`, from logits that are at hand."""
+    if observe is not None:
         with torch.no_grad():
             rows = scored.call.mask.flatten().nonzero()[:, 0]
-            wanted.observe(scored.logits.flatten(0, 1)[rows] / wanted.temperature, rows)
-    scores = scores_from(scored, temperature=wanted.temperature, entropy=wanted.entropy)
-    return Scored(scores, scored.outputs, scored.call)
+            observe(scored.logits.flatten(0, 1)[rows] / temperature, rows)
+    return Scored(scores_from(scored, temperature=temperature, entropy=entropy), scored.outputs, scored.call)
 
 
 def scores_from(scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False) -> TokenScores:

@@ -20,5 +20,8 @@ if not TESTED[0] <= ".".join(_installed.split(".")[:2]) < TESTED[1]:
 
 from refkl.trl.dpo import KLDPOTrainer  # noqa: E402
 from refkl.trl.grpo import KLGRPOTrainer  # noqa: E402
+from refkl.trl.kto import KLKTOTrainer  # noqa: E402
+from refkl.trl.rloo import KLRLOOTrainer  # noqa: E402
+from refkl.trl.subclasses import with_reference  # noqa: E402
 
-__all__ = ["KLDPOTrainer", "KLGRPOTrainer"]
+__all__ = ["KLDPOTrainer", "KLGRPOTrainer", "KLKTOTrainer", "KLRLOOTrainer", "with_reference"]

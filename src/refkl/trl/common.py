@@ -24,12 +24,6 @@ from refkl.types import KLOutput, TokenBatch, TokenScores
 logger = logging.get_logger(__name__)
 
 
-def trainer_args(trainer: type, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """The argument `name` of a call to the TRL trainer, however it was passed; None if it was not."""
-    signature = inspect.signature(trainer.__init__)  # type: ignore[misc]
-    return signature.bind_partial(None, *args, **kwargs).arguments.get(name)
-
-
 def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
     """The sync to make: ours, or TRL's own setting (`sync_ref_model`) taken over.
 
@@ -57,6 +51,27 @@ class KLTrainerMixin(Checkpointing):
     """Tokens that were scored in the last optimizer step."""
     placements: ClassVar[tuple[str, ...]] = ("loss",)
     """Where this trainer can put the penalty."""
+    kl_metric: ClassVar[str] = "kl"
+    """What the KL per token is logged as."""
+
+    @property
+    def _exact(self) -> bool:
+        """Whether the KL is the exact divergence, and no estimate."""
+        return self.penalty.config.estimator == "exact"
+
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument `name` of a call to this trainer, however it was passed; None if it was not."""
+        if name in kwargs:
+            return kwargs[name]
+        for cls in type(self).__mro__:
+            if issubclass(cls, KLTrainerMixin) or "__init__" not in vars(cls):
+                continue
+            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            if name in places:
+                return args[places.index(name)] if places.index(name) < len(args) else None
+            args = args[len(places) :]  # a trainer of the user's that hands the rest on
+        return None
 
     def _attach(
         self,
@@ -72,6 +87,8 @@ class KLTrainerMixin(Checkpointing):
         self._settle_checkpoints(resume_reference, on_checkpoint_error)
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
+        if kl.estimator == "exact":
+            reference.check_exact()
         if not trainable_parameters(self.model):
             raise ValueError(
                 "No parameter of the policy trains. Was its adapter loaded with is_trainable=False, or all frozen?"
@@ -100,11 +117,6 @@ class KLTrainerMixin(Checkpointing):
             raise ValueError(
                 f"{name} has no rewards of tokens for kl.placement {kl.placement!r} to add to. Use placement 'loss'."
             )
-        if kl.estimator == "exact":
-            raise ValueError(
-                f"{name} has the log-probabilities of given tokens alone, and kl.estimator 'exact' needs a divergence "
-                "over the whole vocabulary. Use 'k1', 'k2' or 'k3'; in a loop of your own, score_pair gives it."
-            )
         if kl.reference_weights is not None and len(kl.reference_weights) != 1:
             raise ValueError(
                 f"{name} holds one reference, and kl.reference_weights {kl.reference_weights} are for "
@@ -119,11 +131,18 @@ class KLTrainerMixin(Checkpointing):
         temperature: float,
         *,
         old_logp: Tensor | None = None,
+        divergence: Tensor | None = None,
         normalizer: Tensor | None = None,
     ) -> KLOutput:
         policy, reference = (TokenScores(x, temperature=temperature) for x in (logp, ref_logp))
         output = self.penalty(
-            policy, reference, mask, old_logp=old_logp, normalizer=normalizer, count=self.model.training
+            policy,
+            reference,
+            mask,
+            old_logp=old_logp,
+            divergence=divergence,
+            normalizer=normalizer,
+            count=self.model.training,
         )
         if self.model.training and not self._looked and bool(mask.any()):
             self._looked = True
@@ -132,7 +151,7 @@ class KLTrainerMixin(Checkpointing):
             counted = mask.bool().sum().float()
             sums = torch.stack([output.per_token.detach().sum().float(), counted])
             total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-            self._metrics["eval"]["kl"].append(total / max(tokens, 1.0))
+            self._metrics["eval"][self.kl_metric].append(total / max(tokens, 1.0))
         return output
 
     def _look_at_first(self, kl: Tensor) -> None:
@@ -209,6 +228,6 @@ class _PenaltySteps(TrainerCallback):
         metrics = self.trainer.penalty.step(self.trainer.accelerator)
         self.trainer._step_kl = metrics.get("kl", 0.0)  # none where every completion was cut off
         for name, value in metrics.items():
-            self.trainer._metrics["train"][name].append(value)
+            self.trainer._metrics["train"][self.trainer.kl_metric if name == "kl" else name].append(value)
         if state.global_step % _LOOK_EVERY == 0:
             self.trainer.reference.verify(_LOOK_AT)

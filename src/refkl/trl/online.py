@@ -1,0 +1,289 @@
+"""What GRPO and RLOO share: completions that the policy samples, scored by the reference once a rollout.
+
+TRL's own KL is switched off (beta 0), so that it loads no reference and adds no copy of the adapter. Policy, old policy
+and reference are scored by the same function.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging
+from trl.trainer.base_trainer import _BaseTrainer
+
+from refkl.backend import dropout_rates
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.reference import Reference
+from refkl.trl.checkpoints import overridden
+from refkl.trl.common import KLTrainerMixin, settled_sync
+from refkl.trl.views import PolicyView, ReferenceView
+from refkl.types import KLOutput, TokenBatch, TokenScores
+
+logger = logging.get_logger(__name__)
+
+_SEQUENCES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
+_TEXT = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+_FLAGS = ("compute_entropy", "compute_aux_loss")
+
+
+class OnlineKL(KLTrainerMixin):
+    """GRPO's and RLOO's part of KLGRPOTrainer and KLRLOOTrainer."""
+
+    trl_trainer: ClassVar[type[_BaseTrainer]]
+    """Which of TRL's trainers this is about."""
+    placements = ("loss", "reward")
+    _inputs: dict[str, Any] | None = None
+    """In a loss: the micro-batch."""
+    _view: PolicyView | None = None
+    """In a loss: the policy's scores."""
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: str | ReferenceConfig | Reference = "auto",
+        kl: KLConfig | None = None,
+        sync: SyncConfig | None = None,
+        resume_reference: ResumedReference = "recorded",
+        on_checkpoint_error: OnCheckpointError = "stop",
+        **kwargs: Any,
+    ) -> None:
+        config = self._given("args", args, kwargs)
+        if config is not None:
+            self._check_config(config)
+        beta = self._settled_beta(config, kl)
+        sync = settled_sync(config, sync)
+        with overridden(config, beta=0.0, sync_ref_model=False):
+            super().__init__(*args, **kwargs)
+        if self.ref_model is not None or self.beta != 0.0:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}) and a "
+                f"reference of its own. Pass args= to {name}, by name."
+            )
+        penalty = kl or self._as_trl(beta)
+        self._attach(reference, penalty, sync, resume_reference, on_checkpoint_error, self.temperature)
+        if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
+            logger.warning(
+                "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
+                "at zero. Set disable_dropout=True."
+            )
+
+    def _check_config(self, config: Any) -> None:
+        """Raise ValueError for an option of TRL's that this trainer cannot honour."""
+
+    def _settled_beta(self, config: Any, kl: KLConfig | None) -> float:
+        """TRL's coefficient, where it is what asks for a KL.
+
+        Raises:
+            ValueError: it is asked for twice.
+        """
+        if config is None:
+            return 0.0
+        own = type(config).__dataclass_fields__["beta"].default
+        # A configuration does not tell a default from a value that was given: RLOO's is not 0.
+        if kl is not None and config.beta not in (0.0, own):
+            raise ValueError(
+                f"The KL is asked for twice: kl.coef {kl.coef} and TRL's beta {config.beta}. Leave beta at 0 and use "
+                "kl=."
+            )
+        return float(config.beta)
+
+    def _as_trl(self, beta: float) -> KLConfig:
+        """The penalty that a script which sets TRL's own beta asks for."""
+        raise NotImplementedError
+
+    def _differentiates_entropy(self) -> bool:
+        """Whether the entropy is in the loss: a gradient of it takes one more product with the head's weight."""
+        return False
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's own, with a view of the policy that refkl's scorer answers for."""
+        exact = self._exact and self._inputs is not None
+        view = PolicyView(
+            model,
+            temperature=self.temperature,
+            entropy=(self._differentiates_entropy() or "detached") if compute_entropy else False,
+            reference=self.reference if exact else None,
+            exact=exact,
+            ready=self._ready_hidden(input_ids.shape[1]) if exact else None,
+        )
+        found = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+            view,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size,
+            compute_entropy=compute_entropy,
+            compute_aux_loss=compute_aux_loss,
+            **inputs,
+        )
+        self._view = view
+        if self.model.training:
+            self._last_batch = view.batches[-1]
+        self._scored(found[0])
+        return found
+
+    def _scored(self, logp: Tensor) -> None:
+        """Called with [B, C] log-probabilities of the policy as soon as TRL has them."""
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollouts, and the reference's scores of them."""
+        return self._with_reference(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
+
+    def _with_reference(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """A rollout with the reference's scores; an exact divergence has them at each loss, in pairs with the policy's,
+        and at a rollout only where the reference is to be swept once for it."""
+        if self._exact and not self.reference.one_sweep:
+            return rollout
+        training = self.model.training
+        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        return rollout | self._reference_scores(rollout, size)
+
+    def _reference_scores(self, rollout: dict[str, Any], batch_size: int | None = None) -> dict[str, Tensor]:
+        """[B, C] the reference's log-probabilities of the completions, by the names that a rollout keeps them under.
+
+        With them [B] how often the reference had moved and, for an exact divergence, [B, C, H] its hidden states.
+        """
+        input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+        attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+        keep = rollout["completion_ids"].shape[1]
+        hidden: list[Tensor] = []
+
+        def score(batch: TokenBatch) -> TokenScores:
+            scores = self.reference.score(batch, temperature=self.temperature, hidden=self._exact)
+            if scores.hidden is not None:
+                hidden.append(scores.hidden[:, -keep:])
+            return scores
+
+        if self.reference.one_sweep:
+            batch_size = None
+        with torch.no_grad(), self.reference.several():
+            logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                ReferenceView(score), input_ids, attention_mask, keep, batch_size, **self._media(rollout)
+            )
+        found = {"ref_per_token_logps": logp, "reference_updates": torch.full((len(logp),), self.reference.updates)}
+        return found | ({"reference_hidden": torch.cat(hidden)} if hidden else {})
+
+    def _media(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """What of a rollout is for the model, and no text: TRL's scoring method names it."""
+        names = inspect.signature(self.trl_trainer._get_per_token_logps_and_entropies).parameters
+        return {name: rollout.get(name) for name in names if name not in (*_TEXT, *_FLAGS)}
+
+    def _present(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A micro-batch with the reference's scores, anew where it has moved: TRL keeps rollouts over steps."""
+        if bool((inputs["reference_updates"] == self.reference.updates).all()):
+            return inputs
+        kept: list[dict[str, Any]] = self._buffered_inputs or []
+        here = any(part["prompt_ids"] is inputs["prompt_ids"] for part in kept)
+        if not self.reference.one_sweep or not here or any(x is not None for x in self._media(inputs).values()):
+            return {**inputs, **self._reference_scores(inputs)}
+        scores = self._reference_scores({name: torch.cat([part[name] for part in kept]) for name in _SEQUENCES})
+        found = inputs
+        for at, part in enumerate(kept):
+            start = sum(len(other["prompt_ids"]) for other in kept[:at])
+            own = {name: value[start : start + len(part["prompt_ids"])] for name, value in scores.items()}
+            if part["prompt_ids"] is inputs["prompt_ids"]:
+                found = {**inputs, **own}
+            part.update(own)
+        return found
+
+    def _ready_hidden(self, length: int) -> Iterator[TokenScores] | None:
+        """The reference's scores with hidden states, where the rollout keeps them: [B, `length`, …]."""
+        assert self._inputs is not None
+        if "reference_hidden" not in self._inputs:
+            return None
+        inputs = self._inputs = self._present(self._inputs)
+        logp, hidden = inputs["ref_per_token_logps"], inputs["reference_hidden"]
+        ahead = length - logp.shape[1]
+        padded = TokenScores(
+            F.pad(logp, (ahead, 0)), hidden=F.pad(hidden, (0, 0, ahead, 0)), temperature=self.temperature
+        )
+        return iter([padded])
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._inputs = self._to_loss(inputs)
+        try:
+            loss = super()._compute_loss(model, self._inputs)  # type: ignore[misc]
+            assert self._view is not None, "TRL scores the policy in its loss"
+            return loss + self._of_kl(self._view, self._inputs)
+        finally:
+            self._inputs = self._view = None
+
+    def _to_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What TRL's loss is given: TRL keeps `inputs` itself for the next iteration over the same rollouts."""
+        return inputs
+
+    def _of_kl(self, view: PolicyView, inputs: dict[str, Any]) -> Tensor | float:
+        """What is added to TRL's loss, once that has scored the policy."""
+        if self.penalty.config.placement == "reward":
+            return 0.0
+        keep = inputs["completion_ids"].shape[1]
+        policy_logp = torch.cat([scores.logp[:, -keep:] for scores in view.scores])
+        if self._exact:
+            divergence = torch.cat([d[:, -keep:] for d in view.divergences])
+            ref_logp, old_logp = torch.cat([s.logp[:, -keep:] for s in view.references]), None
+        else:
+            divergence = None
+            ref_logp, old_logp = self._present(inputs)["ref_per_token_logps"], self._old_logp(inputs, policy_logp)
+        output = self._penalise(
+            policy_logp,
+            ref_logp,
+            scored_tokens(inputs),
+            self.temperature,
+            old_logp=old_logp,
+            divergence=divergence,
+            normalizer=self._normalizer(inputs),
+        )
+        assert output.loss is not None
+        return output.loss
+
+    def _reward_of(self, sampled: Tensor, inputs: dict[str, Any]) -> KLOutput:
+        """The penalty as a reward of the policy that sampled, [B, C]."""
+        ref_logp = self._present(inputs)["ref_per_token_logps"]
+        return self._penalise(sampled, ref_logp, scored_tokens(inputs), self.temperature)
+
+    def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
+        """[B, C] what the KL estimate's ratio is to, or None where the estimate takes none."""
+        sampled = inputs.get("old_per_token_logps")  # None where it would be the present policy's
+        if self.penalty.config.ratio == "prefix":
+            return policy_logp.detach() if sampled is None else sampled
+        return sampled if self.penalty.config.gradient == "reverse_kl" else None
+
+    def _normalizer(self, inputs: dict[str, Any]) -> Tensor | None:
+        """What this micro-batch's KL is divided by, so that a step's add up over micro-batches and ranks."""
+        if not self.model.training:
+            return None
+        steps, aggregation = self._accumulated(), self.penalty.config.aggregation
+        processes = self.accelerator.num_processes  # gradients are averaged over them
+        if aggregation == "token-sum":
+            return torch.tensor(steps / (self.current_gradient_accumulation_steps * processes))
+        if aggregation != "token-mean":
+            # Every row, as TRL counts, one that was masked as truncated too: the same on each rank and micro-batch.
+            return torch.tensor(float(inputs["completion_ids"].shape[0] * steps))
+        # TRL counts the tokens of the whole generation batch, over all ranks.
+        return inputs["num_items_in_batch"].clamp(min=1.0) * steps / self.args.steps_per_generation / processes
+
+    def _accumulated(self) -> int:
+        """How many micro-batches a loss is to be divided by here; 1 where the Trainer divides."""
+        return self.current_gradient_accumulation_steps
+
+
+def scored_tokens(inputs: dict[str, Any]) -> Tensor:
+    """[B, C], 1 = a token that the policy sampled; what a tool put in is not."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -1,0 +1,175 @@
+"""What DPO and KTO share: the policy and the reference scored together, on data that is given.
+
+TRL computes their losses from `model(..., labels=, fused_lm_head=True).log_probs`, for policy and reference alike. Both
+are given as views that answer this call with refkl's scorer; the rest of TRL's loss is untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.penalty import global_normalizer
+from refkl.reference import Reference
+from refkl.trl.checkpoints import overridden
+from refkl.trl.common import KLTrainerMixin, settled_sync
+from refkl.trl.views import PolicyView, ReferenceView
+from refkl.types import TokenBatch, TokenScores
+
+_TOKENS = ("input_ids", "attention_mask", "completion_mask")
+_PARTS = ("KL_", "")
+"""What TRL prefixes these names with: KTO scores a batch of mismatched pairs before its own."""
+_SCORED = "reference_scores"
+
+
+class PreferenceKL(KLTrainerMixin):
+    """DPO's and KTO's part of KLDPOTrainer and KLKTOTrainer."""
+
+    trl_module: ClassVar[ModuleType]
+    """Where TRL's trainer is written."""
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: str | ReferenceConfig | Reference = "auto",
+        kl: KLConfig | None = None,
+        sync: SyncConfig | None = None,
+        resume_reference: ResumedReference = "recorded",
+        on_checkpoint_error: OnCheckpointError = "stop",
+        **kwargs: Any,
+    ) -> None:
+        name = type(self).__name__
+        if self._given("ref_model", args, kwargs) is not None:
+            raise ValueError(
+                f"{name} holds the reference itself. Instead of ref_model=, pass reference=ReferenceConfig("
+                "source='folder of that model'), or none for the policy as it stands."
+            )
+        config = self._given("args", args, kwargs)
+        if config is not None and config.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs is TRL's own cache of reference scores, which refkl does not use. Leave it "
+                "False, and name a folder in reference.cache."
+            )
+        model = self._given("model", args, kwargs)
+        sync = settled_sync(config, sync)
+        with overridden(config, sync_ref_model=False), _no_reference_of_trl(self.trl_module, model):
+            super().__init__(*args, **kwargs)
+        self._attach(reference, kl or KLConfig(coef=0.0), sync, resume_reference, on_checkpoint_error)
+        self._window: list[Tensor] = []
+
+    def _statistics(self) -> tuple[str, ...]:
+        """Which of TRL's statistics of the logits its loss reads."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._window = [_tokens(batch).completion_mask for batch in batches] if self.penalty.coef else []
+        if self.reference.one_sweep and batches and all(_is_text(batch) for batch in batches):
+            self._score_together(batches)
+        return batches, items
+
+    def _score_together(self, batches: list[dict[str, Any]]) -> None:
+        """The reference's scores of all micro-batches, from one sweep; each takes its own along."""
+        parts = [(batch, prefix) for batch in batches for prefix in _PARTS if f"{prefix}input_ids" in batch]
+        widths = [batch[f"{prefix}input_ids"].shape[1] for batch, prefix in parts]
+        ids, attention, scored = (
+            torch.cat(
+                [F.pad(b[f"{p}{name}"], (0, max(widths) - width)) for (b, p), width in zip(parts, widths, strict=True)]
+            )
+            for name in _TOKENS
+        )
+        batch = TokenBatch(ids, attention, scored).to(self.accelerator.device)
+        scores = self.reference.score(batch, hidden=self._exact)
+        rows = [len(batch[f"{prefix}input_ids"]) for batch, prefix in parts]
+        hidden = scores.hidden.split(rows) if scores.hidden is not None else [None] * len(rows)
+        for (micro, _), logp, states, width in zip(parts, scores.logp.split(rows), hidden, widths, strict=True):
+            own = TokenScores(logp[:, :width], hidden=None if states is None else states[:, :width])
+            micro.setdefault(_SCORED, []).append(own)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        ready = inputs.pop(_SCORED, None)
+        policy = PolicyView(
+            model,
+            statistics=self._statistics(),
+            reference=self.reference,
+            exact=self._exact,
+            ready=None if ready is None else iter(ready),
+        )
+        answers = iter(policy.references)  # TRL calls the reference for the same batches, after the policy
+        self.ref_model = ReferenceView(lambda batch: next(answers))
+        try:
+            result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]
+        finally:
+            self.ref_model = None
+        if self.model.training:
+            self._last_batch = policy.batches[-1]
+        output = self._penalise(
+            policy.scores[-1].logp,
+            policy.references[-1].logp,
+            _tokens(inputs).completion_mask,
+            1.0,
+            divergence=policy.divergences[-1] if self._exact else None,
+            normalizer=self._normalizer(),
+        )
+        if not self.penalty.coef:
+            return result
+        if return_outputs:
+            return result[0] + output.loss, result[1]
+        return result + output.loss
+
+    def _normalizer(self) -> Tensor | None:
+        if not self.model.training or not self.penalty.coef:
+            return None
+        masks = [mask.to(self.accelerator.device) for mask in self._window]
+        count = global_normalizer(masks, self.penalty.config.aggregation, self.accelerator)
+        return count / self.current_gradient_accumulation_steps  # the Trainer divides the loss by these
+
+
+def _tokens(inputs: dict[str, Any]) -> TokenBatch:
+    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+
+
+def _is_text(batch: dict[str, Any]) -> bool:
+    """Whether a micro-batch holds nothing for the model but tokens."""
+    return batch.keys() <= {f"{prefix}{name}" for prefix in _PARTS for name in _TOKENS} | {"label"}
+
+
+@contextmanager
+def _no_reference_of_trl(module: ModuleType, model: Any) -> Iterator[None]:
+    """TRL's __init__ without the reference that it makes there, for which it has no switch.
+
+    For a full policy it loads the model's folder a second time: that call gives None. To a PeftModel it adds a copy of
+    the adapter called "ref", and making one of PiSSA or OLoRA rewrites the base once more: no adapter is made, and the
+    copying that follows finds the policy's own.
+    """
+    create = module.create_model_from_path
+    policy_to_load = isinstance(model, str)
+
+    def policy_only(*args: Any, **kwargs: Any) -> Any:
+        nonlocal policy_to_load
+        if policy_to_load:
+            policy_to_load = False
+            return create(*args, **kwargs)
+        return None
+
+    shadowed = isinstance(model, PeftModel)
+    vars(module)["create_model_from_path"] = policy_only
+    if shadowed:
+        own = nn.Module.get_parameter
+        vars(model)["add_adapter"] = lambda name, config: None
+        vars(model)["get_parameter"] = lambda name: own(model, name.replace(".ref.", ".default."))
+    try:
+        yield
+    finally:
+        vars(module)["create_model_from_path"] = create
+        if shadowed:
+            del vars(model)["add_adapter"], vars(model)["get_parameter"]

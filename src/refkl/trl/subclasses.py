@@ -1,0 +1,50 @@
+"""A user's own subclass of a TRL trainer, with a refkl reference."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+
+from refkl.trl.common import KLTrainerMixin
+from refkl.trl.dpo import KLDPOTrainer
+from refkl.trl.grpo import KLGRPOTrainer
+from refkl.trl.kto import KLKTOTrainer
+from refkl.trl.rloo import KLRLOOTrainer
+
+_TRAINERS: dict[type, type[KLTrainerMixin]] = {
+    GRPOTrainer: KLGRPOTrainer,
+    RLOOTrainer: KLRLOOTrainer,
+    DPOTrainer: KLDPOTrainer,
+    KTOTrainer: KLKTOTrainer,
+}
+
+_Trainer = TypeVar("_Trainer")
+
+
+def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
+    """The trainer with `reference=`, `kl=` and `sync=`, as KLGRPOTrainer has them.
+
+        MyKLTrainer = with_reference(MyTrainer)  # class MyTrainer(GRPOTrainer)
+
+    What the subclass overrides stays in force inside what refkl adds: refkl's penalty goes onto the loss that the
+    subclass gives, and its own scoring of the policy is called with refkl's scorer in the model's place.
+
+    Args:
+        trainer: trl's GRPOTrainer, RLOOTrainer, DPOTrainer or KTOTrainer, or a subclass of one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(trainer, type):
+        raise ValueError(f"with_reference takes a trainer's class, and was given {trainer!r}.")
+    if issubclass(trainer, KLTrainerMixin):
+        return trainer  # type: ignore[return-value]  # narrowed to what it is besides
+    for known, ours in _TRAINERS.items():
+        if trainer is known:
+            return ours  # type: ignore[return-value]
+        if issubclass(trainer, known):
+            body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
+            return type(f"KL{trainer.__name__}", (ours, trainer), body)
+    names = ", ".join(known.__name__ for known in _TRAINERS)
+    raise ValueError(f"with_reference is for {names} of trl and their subclasses, and {trainer.__name__} is none.")

@@ -1,0 +1,150 @@
+"""With the settings that are TRL's own, TRL's losses and gradients, step by step, from refkl's scorer.
+
+Each step starts from the weights that TRL's trainer had there, on the same completions: what is compared is one step's
+rounding, not its growth along a run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.utils
+from test_trl import dpo, grpo, kto, logged, rloo, saved
+from transformers import LlamaForCausalLM, TrainerCallback
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+
+from refkl import KLConfig
+from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
+
+# SGD: Adam makes a full step of a gradient that is rounding alone, and then other tokens are sampled.
+OPTIONS = {"optim": "sgd", "learning_rate": 0.2, "max_steps": 3, "max_grad_norm": 0.0}
+
+
+class Steps(TrainerCallback):
+    """Keeps the gradient of each optimizer step and the weights after it; or sets these, where they are given."""
+
+    def __init__(self, course: list[list[torch.Tensor]] | None = None) -> None:
+        self.gradients: list[torch.Tensor] = []
+        self.weights: list[list[torch.Tensor]] = []
+        self.course = course
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            if self.course is not None:
+                for own, given in zip(model.parameters(), self.course[len(self.weights)], strict=True):
+                    own.copy_(given)
+            self.weights.append([p.detach().clone() for p in model.parameters()])
+
+
+def train(make: Any, cls: type, folder: str, tmp_path: Path, options: Any, like: Any = None, **refkl: Any) -> Any:
+    steps = Steps(None if like is None else like[1].weights)
+    policy = LlamaForCausalLM.from_pretrained(folder)
+    trainer = make(cls, policy, tmp_path, {**OPTIONS, **options}, callbacks=[steps], **refkl)
+    trainer.train()
+    return trainer, steps
+
+
+@pytest.fixture
+def scored_by_trl(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever TRL's own scorer computes log-probabilities."""
+    calls: list[int] = []
+    original = trl.trainer.utils._ChunkedLogProbFunction.forward
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "forward", staticmethod(counted))
+    return calls
+
+
+def same(theirs: tuple[Any, Steps], ours: tuple[Any, Steps], *keys: str) -> None:
+    assert logged(ours[0], "loss") == pytest.approx(logged(theirs[0], "loss"), abs=1e-6, rel=1e-6)
+    for key in keys:  # KTO's "kl" is a difference of sums of 40 nats
+        assert logged(ours[0], key) == pytest.approx(logged(theirs[0], key), abs=1e-6, rel=5e-6), key
+    assert len(theirs[1].gradients) == len(ours[1].gradients) == 3
+    for found, right in zip(ours[1].gradients, theirs[1].gradients, strict=True):
+        largest = float(right.abs().max())
+        assert largest > 1e-3
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-6 * max(1.0, largest))
+
+
+GRPO = {
+    "grpo": {"aggregation": "seq-mean-token-mean"},
+    "bnpo": {"aggregation": "token-mean"},
+    "dr_grpo": {"aggregation": "seq-mean-token-sum-norm", "length": 8},
+    "dapo": {"aggregation": "token-mean"},
+    "cispo": {"aggregation": "token-mean"},
+    "vespo": {"aggregation": "token-mean"},
+    "luspo": {"aggregation": "seq-mean-token-sum"},
+    "sapo": {"aggregation": "seq-mean-token-mean"},
+}
+
+
+@pytest.mark.parametrize("loss_type", GRPO)
+def test_grpo(loss_type: str, tmp_path: Path, scored_by_trl: list[int]) -> None:
+    folder = saved(tmp_path)
+    # TRL's bnpo is a mean over each micro-batch's own tokens: only then the step's too where the step is one.
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 1 if loss_type == "bnpo" else 2}
+    options |= {"per_device_train_batch_size": 4, "importance_sampling_level": "token"}
+    theirs = train(grpo, GRPOTrainer, folder, tmp_path, {**options, "beta": 0.3})
+    assert scored_by_trl
+    scored_by_trl.clear()
+    kl = KLConfig(coef=0.3, estimator="k3", gradient="autograd", **GRPO[loss_type])
+    ours = train(grpo, KLGRPOTrainer, folder, tmp_path, options, theirs, kl=kl)
+    assert not scored_by_trl
+    assert logged(ours[0], "kl")[2] > 1e-4
+    same(theirs, ours, "kl", "entropy", "reward")
+
+
+def test_grpo_over_several_iterations_with_the_ratio_of_each_sequence(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    options = {"num_iterations": 2, "importance_sampling_level": "sequence", "use_bias_correction_kl": False}
+    theirs = train(grpo, GRPOTrainer, folder, tmp_path, {**options, "beta": 0.3, "loss_type": "grpo"})
+    kl = KLConfig(coef=0.3, gradient="autograd", aggregation="seq-mean-token-mean")
+    ours = train(grpo, KLGRPOTrainer, folder, tmp_path, {**options, "loss_type": "grpo"}, theirs, kl=kl)
+    same(theirs, ours, "kl")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_rloo(iterations: int, normalize: bool, tmp_path: Path, scored_by_trl: list[int]) -> None:
+    """beta alone: k1 summed over each completion and taken off its reward."""
+    folder = saved(tmp_path)
+    options = {"beta": 0.1, "num_iterations": iterations, "normalize_advantages": normalize}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    theirs = train(rloo, RLOOTrainer, folder, tmp_path, options)
+    scored_by_trl.clear()
+    ours = train(rloo, KLRLOOTrainer, folder, tmp_path, options, theirs)
+    assert not scored_by_trl and ours[0].penalty.config.estimator == "k1"
+    assert abs(logged(ours[0], "kl")[-1]) > 1e-4
+    same(theirs, ours, "kl", "reward", "entropy")
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "aot", "discopop"])
+def test_dpo(loss_type: str, tmp_path: Path, scored_by_trl: list[int]) -> None:
+    folder = saved(tmp_path)
+    options = {"loss_type": [loss_type], "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    theirs = train(dpo, DPOTrainer, folder, tmp_path, options)
+    scored_by_trl.clear()
+    ours = train(dpo, KLDPOTrainer, folder, tmp_path, options, theirs)
+    assert not scored_by_trl
+    same(theirs, ours, "rewards/margins", "entropy", "mean_token_accuracy")
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto(loss_type: str, tmp_path: Path, scored_by_trl: list[int]) -> None:
+    folder = saved(tmp_path)
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    theirs = train(kto, KTOTrainer, folder, tmp_path, options)
+    scored_by_trl.clear()
+    ours = train(kto, KLKTOTrainer, folder, tmp_path, options, theirs)
+    assert not scored_by_trl
+    assert logged(ours[0], "kl/token")[0] == 0.0 and logged(ours[0], "kl/token")[2] != 0.0
+    same(theirs, ours, "kl", "entropy", "rewards/chosen", "logits/chosen")
