@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 import trl.trainer.dpo_trainer as trl_dpo
 from trl import DPOTrainer
 
@@ -24,7 +27,7 @@ class KLDPOTrainer(PreferenceKL, DPOTrainer):
         ValueError: `ref_model` is given, or an option of TRL's that refkl cannot honour.
     """
 
-    trl_module = trl_dpo
+    trl_module: ClassVar[ModuleType] = trl_dpo
 
     def _statistics(self) -> tuple[str, ...]:
         weights = ("log_sum_sq_probs",) if self.use_weighting else ()  # WPO's

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 import trl.trainer.kto_trainer as trl_kto
 from trl import KTOTrainer
 
@@ -25,7 +28,7 @@ class KLKTOTrainer(PreferenceKL, KTOTrainer):
         ValueError: `ref_model` is given, or an option of TRL's that refkl cannot honour.
     """
 
-    trl_module = trl_kto
+    trl_module: ClassVar[ModuleType] = trl_kto
     kl_metric = "kl/token"
 
     def _statistics(self) -> tuple[str, ...]:

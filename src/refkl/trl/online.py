@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
-from trl.trainer.base_trainer import _BaseTrainer
 
 from refkl.backend import dropout_rates
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
@@ -34,8 +33,14 @@ _FLAGS = ("compute_entropy", "compute_aux_loss")
 class OnlineKL(KLTrainerMixin):
     """GRPO's and RLOO's part of KLGRPOTrainer and KLRLOOTrainer."""
 
-    trl_trainer: ClassVar[type[_BaseTrainer]]
+    trl_trainer: ClassVar[Any]
     """Which of TRL's trainers this is about."""
+    # What both of these have:
+    args: Any
+    temperature: float
+    beta: float
+    ref_model: Any
+    _buffered_inputs: list[dict[str, Any]] | None
     placements = ("loss", "reward")
     _inputs: dict[str, Any] | None = None
     """In a loss: the micro-batch."""
@@ -188,7 +193,7 @@ class OnlineKL(KLTrainerMixin):
         """A micro-batch with the reference's scores, anew where it has moved: TRL keeps rollouts over steps."""
         if bool((inputs["reference_updates"] == self.reference.updates).all()):
             return inputs
-        kept: list[dict[str, Any]] = self._buffered_inputs or []
+        kept = self._buffered_inputs or []
         here = any(part["prompt_ids"] is inputs["prompt_ids"] for part in kept)
         if not self.reference.one_sweep or not here or any(x is not None for x in self._media(inputs).values()):
             return {**inputs, **self._reference_scores(inputs)}

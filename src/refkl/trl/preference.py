@@ -35,6 +35,7 @@ class PreferenceKL(KLTrainerMixin):
 
     trl_module: ClassVar[ModuleType]
     """Where TRL's trainer is written."""
+    ref_model: Any  # of both of these
 
     def __init__(
         self,

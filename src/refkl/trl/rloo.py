@@ -60,7 +60,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             yield
             return
         # TRL then asks for the scores of `ref_model`, and takes beta · (log-ratio, summed) off the rewards.
-        self.ref_model, self.beta = self.reference, self.penalty.coef  # type: ignore[assignment]
+        self.ref_model, self.beta = self.reference, self.penalty.coef
         try:
             yield
         finally:
@@ -73,6 +73,8 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         attention_mask: Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if model is self.reference:
@@ -85,7 +87,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             }
             return self._as_reference_of_trl({**tokens, **inputs}, batch_size), None, None
         found = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, batch_size, **inputs
+            model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **inputs
         )
         if self._inputs is None:
             self._sampled = found[0]

@@ -39,7 +39,7 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
     if not isinstance(trainer, type):
         raise ValueError(f"with_reference takes a trainer's class, and was given {trainer!r}.")
     if issubclass(trainer, KLTrainerMixin):
-        return trainer  # type: ignore[return-value]  # narrowed to what it is besides
+        return trainer
     for known, ours in _TRAINERS.items():
         if trainer is known:
             return ours  # type: ignore[return-value]
