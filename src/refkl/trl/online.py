@@ -40,7 +40,7 @@ class OnlineKL(KLTrainerMixin):
     temperature: float
     beta: float
     ref_model: Any
-    _buffered_inputs: list[dict[str, Any]] | None
+    _buffered_inputs: Any
     placements = ("loss", "reward")
     _inputs: dict[str, Any] | None = None
     """In a loss: the micro-batch."""
