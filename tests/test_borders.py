@@ -27,6 +27,7 @@ LAYERS = {
     "sync": {"types", "kl", "config", "backend", "scoring", "reference", "checkpoint"},
     "trl": {
         "types",
+        "kl",
         "config",
         "messages",
         "backend",

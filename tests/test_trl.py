@@ -52,15 +52,14 @@ def grpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None =
         model,
         reward_funcs=distinct_letters,
         args=GRPOConfig(str(tmp_path / "run"), **args),
-        train_dataset=PROMPTS,
         processing_class=byte_tokenizer(),
-        **refkl,
+        **{"train_dataset": PROMPTS, **refkl},
     )
 
 
 def dpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
     args = DPOConfig(str(tmp_path / "run"), **{**COMMON, "max_steps": 3, **(options or {})})
-    return cls(model, args=args, train_dataset=PAIRS, processing_class=byte_tokenizer(), **refkl)
+    return cls(model, args=args, processing_class=byte_tokenizer(), **{"train_dataset": PAIRS, **refkl})
 
 
 def rloo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
@@ -69,15 +68,14 @@ def rloo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None =
         model,
         reward_funcs=distinct_letters,
         args=RLOOConfig(str(tmp_path / "run"), **args),
-        train_dataset=PROMPTS,
         processing_class=byte_tokenizer(),
-        **refkl,
+        **{"train_dataset": PROMPTS, **refkl},
     )
 
 
 def kto(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None = None, **refkl: Any) -> Any:
     args = KTOConfig(str(tmp_path / "run"), **{**COMMON, "max_steps": 3, **(options or {})})
-    return cls(model, args=args, train_dataset=LABELLED, processing_class=byte_tokenizer(), **refkl)
+    return cls(model, args=args, processing_class=byte_tokenizer(), **{"train_dataset": LABELLED, **refkl})
 
 
 def logged(trainer: Any, key: str) -> list[float]:
@@ -457,6 +455,10 @@ def test_what_is_asked_twice_or_cannot_be_honoured_is_refused(tmp_path: Path) ->
         grpo(KLGRPOTrainer, llama(), tmp_path, {"beta": 0.1}, kl=KLConfig())
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32"):
         grpo(KLGRPOTrainer, llama(), tmp_path, {"cast_lm_head_to_fp32": True})
+    with pytest.raises(ValueError, match="use_bias_correction_kl False leaves out the ratio"):
+        grpo(KLGRPOTrainer, llama(), tmp_path, {"use_bias_correction_kl": False}, kl=KLConfig())
+    uncorrected = grpo(KLGRPOTrainer, llama(), tmp_path, {"use_bias_correction_kl": False, "beta": 0.1})
+    assert uncorrected.penalty.config.gradient == "autograd"
     with pytest.raises(ValueError, match="precompute_ref_log_probs"):
         dpo(KLDPOTrainer, llama(), tmp_path, {"precompute_ref_log_probs": True})
     with pytest.raises(ValueError, match="Instead of ref_model="):

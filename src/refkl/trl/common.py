@@ -84,6 +84,7 @@ class KLTrainerMixin(Checkpointing):
     ) -> None:
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
         self._check_kl(kl)
+        self._check_settings()
         self._settle_checkpoints(resume_reference, on_checkpoint_error)
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
@@ -121,6 +122,24 @@ class KLTrainerMixin(Checkpointing):
             raise ValueError(
                 f"{name} holds one reference, and kl.reference_weights {kl.reference_weights} are for "
                 f"{len(kl.reference_weights)}. Leave them out; in a loop of your own, KLPenalty takes several."
+            )
+
+    def _check_settings(self) -> None:
+        """Raise ValueError for a setting under which policy and reference would not be scored alike, or not at all."""
+        name = type(self).__name__
+        parallel = self.accelerator.parallelism_config
+        for size, meaning in _PARALLEL.items():
+            if parallel is not None and getattr(parallel, size) > 1:
+                raise ValueError(
+                    f"{name} does not support {meaning} parallelism (parallelism_config.{size} is "
+                    f"{getattr(parallel, size)}): a rank holds a part of each layer or sequence there, and the "
+                    f"log-probabilities of a token need all of it. Set {size} 1; FSDP2 and ZeRO-3 shard weights alone."
+                )
+        if self.args.use_liger_kernel:
+            raise ValueError(
+                f"use_liger_kernel replaces the policy's layers when training begins, after {name} has built the "
+                "reference, which would then compute with others: the KL would not start at 0. Leave it False, or load "
+                "the policy with such kernels, so that the reference has them too."
             )
 
     def _penalise(
@@ -169,6 +188,8 @@ class KLTrainerMixin(Checkpointing):
                 f"yet: {CHANGED}. `refkl check` and refkl.check_reference look closer."
             )
 
+
+_PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 _ROUNDING, _ROUNDING_16 = 1e-4, 0.05
 """Nats per token that the first KL may be, where policy and reference are scored in batches of different size: in 32

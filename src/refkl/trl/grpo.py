@@ -17,7 +17,8 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 measures only),
-            aggregated as TRL does it for `args.loss_type`. Placed in the reward, it is added to the advantages, after
+            aggregated as TRL does it for `args.loss_type`; with `args.use_bias_correction_kl` False, differentiated as
+            it stands, which is another gradient. Placed in the reward, it is added to the advantages, after
             TRL has scaled them: per token, or ("sequence") the same for all tokens of a completion. It then is the
             KL of the policy that sampled, and takes part in all that `loss_type` does to advantages.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
@@ -25,8 +26,8 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 
     Raises:
-        ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl's scorer cannot honour; with the KL
-            in the reward, one that drops tokens from the loss (top_entropy_quantile, off_policy_mask_threshold).
+        ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl cannot honour; with the KL in the
+            reward, one that drops tokens from the loss (top_entropy_quantile, off_policy_mask_threshold).
     """
 
     args: GRPOConfig
@@ -41,10 +42,21 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
 
     def _as_trl(self, beta: float) -> KLConfig:
         length = self.max_completion_length if self.loss_type == "dr_grpo" else None
-        return KLConfig(coef=beta, aggregation=_TRL_AGGREGATION.get(self.loss_type, "token-mean"), length=length)
+        return KLConfig(
+            coef=beta,
+            gradient="reverse_kl" if self.args.use_bias_correction_kl else "autograd",
+            aggregation=_TRL_AGGREGATION.get(self.loss_type, "token-mean"),
+            length=length,
+        )
 
     def _check_kl(self, kl: KLConfig) -> None:
         super()._check_kl(kl)
+        if not self.args.use_bias_correction_kl and kl.gradient != "autograd":
+            raise ValueError(
+                "use_bias_correction_kl False leaves out the ratio that gives k3, differentiated as it stands, the "
+                f"gradient of KL(policy ‖ reference), and kl.gradient {kl.gradient!r} does not need it. Leave it True, "
+                "or set kl.gradient 'autograd'."
+            )
         drops = {
             "top_entropy_quantile": self.top_entropy_quantile < 1.0,
             "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,

@@ -1,0 +1,85 @@
+"""Is this a TRL that refkl's plugin was made for? Asked once, when refkl.trl is imported.
+
+The plugin joins TRL's trainers at methods that TRL does not promise to keep. What it relies on is listed here, so that
+a TRL that has moved gives one message, and not an AttributeError at step 40.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from importlib.metadata import version
+
+import trl
+import trl.trainer.dpo_trainer
+import trl.trainer.kto_trainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+TESTED = ("1.16", "1.17")
+"""From the first, below the second: docs/versions.md says which were tested, and how."""
+
+_SCORING = (
+    "model",
+    "input_ids",
+    "attention_mask",
+    "logits_to_keep",
+    "batch_size",
+    "compute_entropy",
+    "compute_aux_loss",
+)
+_METHODS: dict[str, dict[str, tuple[str, ...]]] = {
+    name: {
+        "_get_per_token_logps_and_entropies": _SCORING,
+        "_generate_and_score_completions": ("inputs",),
+        "_compute_loss": ("model", "inputs"),
+    }
+    for name in ("GRPOTrainer", "RLOOTrainer")
+} | {name: {"_compute_loss": ("model", "inputs", "return_outputs")} for name in ("DPOTrainer", "KTOTrainer")}
+"""Their first parameters, after self."""
+
+_SAMPLING = ("_buffered_inputs", "self.ref_model", "self.beta", "self.temperature", '"advantages"', '"completion_mask"')
+_PAIRS = ("self.ref_model", "fused_lm_head=True", "create_model_from_path", "self.precompute_ref_logps")
+_USED: dict[str, tuple[str, ...]] = {
+    "GRPOTrainer": (*_SAMPLING, '"old_per_token_logps"', '"num_items_in_batch"', "_entropy_bonus_enabled"),
+    "RLOOTrainer": (*_SAMPLING, '"old_logps"', "self.epsilon_low", "old_per_token_logps - ref_per_token_logps"),
+    "DPOTrainer": (*_PAIRS, "self.use_weighting"),
+    "KTOTrainer": (*_PAIRS, "KL_completion_mask"),
+}
+"""What their source has to say."""
+
+_ANSWERS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "aux_loss")
+
+
+def check_trl() -> None:
+    """Raise ImportError unless the installed trl is one that refkl.trl works with."""
+    installed = version("trl")
+    if not TESTED[0] <= ".".join(installed.split(".")[:2]) < TESTED[1]:
+        raise ImportError(
+            f"refkl.trl was tested with trl >={TESTED[0]},<{TESTED[1]} and found {installed}, whose trainers may "
+            f"differ where refkl joins them. Install 'trl>={TESTED[0]},<{TESTED[1]}', or use refkl without its TRL "
+            "plugin."
+        )
+    if changed := _changes():
+        raise ImportError(
+            f"This trl, {installed}, is not as released, or a package has changed it: {'; '.join(changed)}. refkl.trl "
+            f"joins TRL's trainers there. Install 'trl>={TESTED[0]},<{TESTED[1]}' afresh, or use refkl without its TRL "
+            "plugin."
+        )
+
+
+def _changes() -> list[str]:
+    """What is not as refkl relies on it."""
+    found = []
+    for name, methods in _METHODS.items():
+        trainer = getattr(trl, name)
+        for method, parameters in methods.items():
+            if (function := getattr(trainer, method, None)) is None:
+                found.append(f"{name} has no {method}")
+                continue
+            has = tuple(inspect.signature(function).parameters)[1 : len(parameters) + 1]
+            if has != parameters:
+                found.append(f"{name}.{method} takes {', '.join(has)} where it took {', '.join(parameters)}")
+        source = inspect.getsource(inspect.getmodule(trainer) or trainer)
+        found += [f"{name} no longer uses {used}" for used in _USED[name] if used not in source]
+    fields = {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
+    return found + [f"FusedCausalLMOutput has no {name}" for name in _ANSWERS if name not in fields]
