@@ -222,7 +222,8 @@ class DualKL(_FollowsKL):
         target: the budget, in nats per `unit`.
         learning_rate: of log coef, per optimizer step.
         unit: "sequence" or "token".
-        min_coef, max_coef: bounds of the coefficient; positive.
+        min_coef: the coefficient goes no lower; positive.
+        max_coef: and no higher.
 
     Raises:
         ValueError: a coefficient that is 0 or outside its bounds, bounds that are not positive, a target or learning

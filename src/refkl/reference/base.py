@@ -253,7 +253,8 @@ class Reference(ABC):
 
         Args:
             batches: what will be scored; how rows are put together, and padding, are no matter.
-            temperature, entropy: as they will be asked for.
+            temperature: as it will be asked for.
+            entropy: whether entropies will be asked for.
             free: then free the weights, as `free` does.
 
         Raises:
