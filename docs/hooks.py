@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from markdown.extensions.toc import slugify
-
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -40,11 +38,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Refuse what a reader's browser would load from elsewhere."""
-    if found := _LOADED.search(output):
+    if (found := loaded(output)) is not None:
         from mkdocs.exceptions import PluginError
 
-        raise PluginError(f"{page.file.src_uri} loads something from the network: {found[0]}")
+        raise PluginError(f"{page.file.src_uri} loads something from the network: {found}")
     return output
+
+
+def loaded(output: str) -> str | None:
+    """The first tag of a page that makes a browser load something from elsewhere; None if none does."""
+    found = _LOADED.search(output)
+    return None if found is None else found[0]
 
 
 def included(markdown: str, on_site: Callable[[str], bool]) -> str:
@@ -83,10 +87,15 @@ def _on_site(link: re.Match[str], on_site: Callable[[str], bool]) -> str:
     if path.startswith("docs/") and on_site(path.removeprefix("docs/")):
         place = path.removeprefix("docs/") + (f"#{anchor}" if anchor else "")
     elif (ROOT / path).suffix in (".yaml", ".py") and shipped(path):
-        place = f"{SHIPPED}#{slugify(path, '-')}"
+        place = f"{SHIPPED}#{anchor_of(path)}"
     else:
         return text if text.startswith("`") else f"`{text}`"
     return f"{link['image']}[{text}]({place})"
+
+
+def anchor_of(heading: str) -> str:
+    """What the site calls a heading."""
+    return re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-")
 
 
 def shipped(path: str) -> bool:

@@ -50,21 +50,22 @@ def numbers(figures: ModuleType, name: str) -> Any:
     return figures.read(figures.IMAGES / f"{name}.png")[0]
 
 
-def close(found: list[float], expected: Tensor | list[float]) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.as_tensor(expected).to(torch.float32), rtol=1e-6, atol=1e-9)
-
-
-def policies(end: list[float]) -> Tensor:
-    """[40, 4]: q^(1-t) · end^t, normalised, for t from .01 to 1."""
-    q, last = torch.tensor([0.5, 0.25, 0.15, 0.1]).double(), torch.tensor(end, dtype=torch.float64)
-    t = torch.logspace(-2, 0, 40, dtype=torch.float64)[:, None]
-    product = q ** (1 - t) * last**t
-    return product / product.sum(-1, keepdim=True)
+def close(found: list[float], expected: Tensor) -> None:
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-8, atol=1e-9)
 
 
 Q = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
-FAR, LEFT = policies([0.2, 0.2, 0.2, 0.4]), policies([0.989, 0.005, 0.005, 0.001])
 OLD = torch.tensor([0.3, 0.3, 0.2, 0.2], dtype=torch.float64)
+
+
+def policies(*end: float) -> Tensor:
+    """[40, 4]: q^(1-t) · end^t, normalised, for t from .01 to 1."""
+    t = torch.logspace(-2, 0, 40, dtype=torch.float64)[:, None]
+    product = Q ** (1 - t) * torch.tensor(end, dtype=torch.float64) ** t
+    return product / product.sum(-1, keepdim=True)
+
+
+FAR, LEFT = policies(0.2, 0.2, 0.2, 0.4), policies(0.989, 0.005, 0.005, 0.001)
 
 
 def kl_of(p: Tensor) -> Tensor:
@@ -147,6 +148,19 @@ def test_the_spread(figures: ModuleType) -> None:
         mean = torch.einsum("nx,nxj->nj", share, each)
         variance = (share * (each - mean[:, None]).square().sum(-1)).sum(-1)
         close(data["gradient"][name], variance.sqrt() / length)
+
+
+def test_what_the_page_says_of_the_spread(figures: ModuleType) -> None:
+    data = numbers(figures, "kl_spread")
+    apart, values, gradients = data["kl"], data["value"], data["gradient"]
+    near = f"at a KL of {apart[0]:.4f} a k1 is off by {values['k1'][0]:.0f} times"
+    near += f" the KL and a k3 by {values['k3'][0]:.2f} times"
+    far = f"at {apart[-1]:.2f} a k1 by {values['k1'][-1]:.1f} times and a k3 by {values['k3'][-1]:.1f}"
+    assert f"{near}, {far}." in PAGE.replace("\n", " ")
+    ours = gradients["reverse_kl, on-policy"]
+    assert all(a <= b for a, b in zip(ours, gradients["k3, autograd, on-policy"], strict=True))
+    rows = zip(apart, ours, gradients["k1, autograd, off-policy"], strict=True)
+    assert all(a < b for kl, a, b in rows if kl < 0.1)
 
 
 def test_the_numbers_are_what_refkl_gives_today(figures: ModuleType) -> None:

@@ -268,6 +268,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "adaptive": AdaptiveKL,
     "dual": DualKL,
 }
+"""What each value of kl.controller makes."""
 
 
 def _coefficient(name: str, value: float) -> float:
