@@ -36,6 +36,7 @@ class Finding:
     verdict: Verdict
     """"ok"; "note": legitimate, and worth knowing; "fault": the run would not be what it seems."""
     found: str
+    """What it is."""
     advice: str = ""
     """What to do; empty for "ok"."""
 

@@ -108,7 +108,9 @@ class PairScores:
     """Policy and reference on the same tokens: the policy with grad, the reference without."""
 
     policy: TokenScores
+    """With grad."""
     reference: TokenScores
+    """Without."""
     divergence: Tensor | None = None
     """[B, T], nats: exact divergence per scored token, with grad to the policy; 0.0 where not scored."""
 
@@ -132,7 +134,9 @@ class MemoryReport:
     """Bytes that a reference adds on this rank, counted over unique storages that the policy does not hold."""
 
     device: int
+    """Bytes on the device that models run on."""
     host: int
+    """Bytes in host memory."""
 
     @property
     def total(self) -> int:

@@ -24,6 +24,7 @@ from refkl.types import require_shape
 CONSTANT_LENGTH = "seq-mean-token-sum-norm"
 """The one mode that takes a `length`."""
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", CONSTANT_LENGTH)
+"""From values per token to one number."""
 
 
 def aggregate(

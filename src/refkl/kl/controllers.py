@@ -222,7 +222,8 @@ class DualKL(_FollowsKL):
         target: the budget, in nats per `unit`.
         learning_rate: of log coef, per optimizer step.
         unit: "sequence" or "token".
-        min_coef, max_coef: bounds of the coefficient; positive.
+        min_coef: the coefficient goes no lower; positive.
+        max_coef: and no higher.
 
     Raises:
         ValueError: a coefficient that is 0 or outside its bounds, bounds that are not positive, a target or learning
@@ -267,6 +268,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "adaptive": AdaptiveKL,
     "dual": DualKL,
 }
+"""What each value of kl.controller makes."""
 
 
 def _coefficient(name: str, value: float) -> float:

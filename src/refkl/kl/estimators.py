@@ -28,6 +28,7 @@ from refkl.messages import unknown
 from refkl.types import require_shape
 
 GRADIENTS = ("reverse_kl", "autograd", "none")
+"""What an estimate can be differentiated as, whatever its value is."""
 RATIOS = ("token", "prefix")
 
 MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
@@ -180,3 +181,4 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k3": _k3,
     "abs": torch.abs,
 }
+"""The values, from log p - log q."""

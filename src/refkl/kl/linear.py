@@ -131,12 +131,24 @@ def linear_divergence(
     projected from the differences of states and weights where some row's logits differ by less than 1/64 of their size.
 
     Args:
-        hidden, weight, bias: the policy's, as in `linear_logp`.
-        ref_hidden, ref_weight, ref_bias: the reference's, [N, H'], [V, H'], [V]. Always detached.
-        kind: one of DIVERGENCES, with `jsd_weight`, `order` and `top_k` as in `divergence`.
-        logit_scale, softcap, temperature: of both.
+        hidden: the policy's, [N, H].
+        weight: the policy's, [V, H].
+        ref_hidden: the reference's, [N, H']; like all that is the reference's always detached.
+        ref_weight: the reference's, [V, H'].
+        kind: one of DIVERGENCES.
+        bias: the policy's, [V].
+        ref_bias: the reference's, [V].
+        logit_scale: of both, as in `linear_logp`.
+        softcap: of both.
+        temperature: of both.
+        jsd_weight: for "jsd", `weight` in `divergence`.
+        order: as in `divergence`.
+        top_k: as in `divergence`.
         vocab_size: how many columns to compare. A head with fewer is padded to it, its missing tokens counting as -inf.
-        mask, token_loss, observe, chunk: as in `linear_logp`; `TileScores.divergence` is what the closure sees.
+        mask: [N], True = scored.
+        token_loss: as in `linear_logp`; `TileScores.divergence` is what it sees.
+        observe: as in `linear_logp`.
+        chunk: as in `linear_logp`.
 
     Returns:
         [N], as in `divergence`; with grad to hidden, weight and bias. With `token_loss`, what it returned.

@@ -20,6 +20,7 @@ from refkl.messages import unknown
 from refkl.types import require_shape
 
 REWARDS = ("return_to_go", "token", "sequence")
+"""What a token is credited with."""
 
 
 def place_rewards(per_token: Tensor, mask: Tensor, form: str = "return_to_go", *, gamma: float = 1.0) -> Tensor:

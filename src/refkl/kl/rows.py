@@ -33,6 +33,7 @@ from refkl.kl.estimators import MAX_EXPONENT
 from refkl.messages import unknown
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "amari", "renyi", "alpha", "chi2", "hellinger", "tv")
+"""Exact divergences; "alpha" is another name of "amari"."""
 
 _FAR = 1e5
 """Stands for a log-ratio of infinity where it is multiplied by a probability: 0 · inf is NaN."""

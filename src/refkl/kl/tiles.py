@@ -35,6 +35,7 @@ class TileScores(NamedTuple):
 
 
 TokenLoss = Callable[[TileScores], Tensor]
+"""[n] a loss per token, with grad to what it was given."""
 Observer = Callable[[Tensor, Tensor], None]
 Values = dict[str, Tensor]
 

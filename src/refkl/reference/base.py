@@ -39,9 +39,13 @@ class BuildRequest:
     """What a strategy is asked to hold a reference for."""
 
     policy: nn.Module
+    """Wrapped or not, sharded or not."""
     config: ReferenceConfig
+    """What was asked for."""
     backend: Backend
+    """What the policy runs on, or will."""
     accelerator: Accelerator | None
+    """The one that prepares the policy, if there is one."""
     step: Step = field(default_factory=Step)
     """What is scored per step; without it a cost is of bytes held alone."""
     planned: bool = False
@@ -253,7 +257,8 @@ class Reference(ABC):
 
         Args:
             batches: what will be scored; how rows are put together, and padding, are no matter.
-            temperature, entropy: as they will be asked for.
+            temperature: as it will be asked for.
+            entropy: whether entropies will be asked for.
             free: then free the weights, as `free` does.
 
         Raises:

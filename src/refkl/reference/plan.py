@@ -32,6 +32,7 @@ STRATEGIES: dict[str, type[Reference]] = {
     "clone": CloneReference,
     "shared_trunk": SharedTrunkReference,
 }
+"""Every strategy by its name. Auto takes the first of those that cost the same."""
 
 
 def register_strategy(name: str, cls: type[Reference]) -> None:
