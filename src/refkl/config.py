@@ -445,7 +445,7 @@ class RewardConfig:
 
     def _settle_name(self, source: str) -> None:
         self.name = self.name or (source.split(":")[1] if is_import_path(source) else PurePath(source).name)
-        if not re.fullmatch(r"[\w.+-]+", self.name):
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ValueError(
                 f"A reward would be called {self.name!r} in the logs (rewards/NAME/mean). Set reward.name to a word of "
                 "letters, digits and .+-_ for it."

@@ -72,7 +72,7 @@ class RewardModel:
         self.max_length = _settled_length(model.config, tokenizer, max_length)
         self._text_config = model.config.get_text_config()
         self._pad = self._text_config.pad_token_id
-        if self._pad is not None and not 0 <= self._pad < model.get_input_embeddings().weight.shape[0]:
+        if self._pad is not None and self._pad < 0:
             self._pad = None  # old configurations say -1
         if probability and model.config.num_labels == 1:
             raise ValueError("reward.probability is that of one label among several; the model has one logit.")
@@ -115,7 +115,7 @@ class RewardModel:
         order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
         scores = [0.0] * len(rows)
         device = PartialState().device
-        self.model.to(device)  # type: ignore[arg-type]
+        self.model.to(device)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             for at, score in zip(batch, self._score([rows[at] for at in batch], device).tolist(), strict=True):
@@ -141,12 +141,9 @@ class RewardModel:
     @torch.no_grad()
     def _score(self, rows: list[list[int]], device: torch.device) -> Tensor:
         """[B] in fp32."""
-        # A model that names no padding gets a token for it that none of these rows has.
-        pad = (
-            next(token for token in count() if all(token not in row for row in rows))
-            if self._pad is None
-            else self._pad
-        )
+        pad = self._pad
+        if pad is None:  # the model names no padding: a token that none of these rows has
+            pad = next(token for token in count() if all(token not in row for row in rows))
         self._text_config.pad_token_id = pad
         # On the right: a model that counts positions from the first column needs no other position ids there.
         width = max(map(len, rows))
@@ -161,7 +158,8 @@ class RewardModel:
 
 def _column(config: PreTrainedConfig, label: int | str | None) -> int:
     """Which logit is the reward."""
-    names = [str(config.id2label[at]) for at in range(config.num_labels)]
+    assert config.num_labels is not None and config.id2label is not None, "transformers counts the one by the other"
+    names = [str(name) for _, name in sorted(config.id2label.items())]
     known = ", ".join(f"{at} {name!r}" for at, name in enumerate(names))
     if label is None:
         if len(names) != 1:
