@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import train_inputs
 from support import byte_tokenizer
 from test_reward_model import alone, classifier
@@ -15,10 +16,11 @@ from train_inputs import write_config
 from transformers import LlamaForSequenceClassification
 
 from refkl.cli import main
-from refkl.cli.inputs import load_data, load_reward
+from refkl.cli.inputs import load_data
 from refkl.cli.settings import parse_run
 from refkl.cli.train import make_trainer
 from refkl.config import DataConfig, ModelConfig, RewardConfig, RunConfig
+from refkl.rewards import RewardModel, TaskReward
 
 LETTERS = {
     "source": "reasoning_gym:letter_counting",
@@ -89,15 +91,18 @@ def test_one_alone_trains(kind: str, tmp_path: Path) -> None:
     assert [e["reward"] for e in lines if "loss" in e] == [e[f"rewards/{name}/mean"] for e in lines if "loss" in e]
 
 
-def test_trl_holds_no_reward_model(tmp_path: Path) -> None:
+def test_in_a_script_trl_holds_no_reward_model(tmp_path: Path) -> None:
     """As a module it would be one more that a launcher wraps and a checkpoint may hold."""
-    rewards = [{"model": str(reward_folder(tmp_path / "judge"))}]
-    run = parse_run([str(write_config(tmp_path, reward=rewards))])
-    data = load_data(run.config.data, "grpo")
-    trainer = make_trainer(run, run.trainer_config(), data, [load_reward(r, data) for r in run.config.reward])
-    assert trainer.reward_func_names == ["judge"]
+    judge, task = RewardModel.load(str(reward_folder(tmp_path / "judge"))), TaskReward("letter_counting")
+    run = parse_run([str(write_config(tmp_path, reward=[WATCHING, {"task": "letter_counting"}], data=LETTERS))])
+    trainer = make_trainer(run, run.trainer_config(), load_data(run.config.data, "grpo"), [judge, task])
+    assert trainer.reward_func_names == ["judge", "letter_counting"]
+    before = {name: weight.clone() for name, weight in judge.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in judge.model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in judge.model.parameters())
     assert not any(isinstance(reward, nn.Module) for reward in trainer.reward_funcs)
-    held = sum(p.numel() for group in trainer.create_optimizer().param_groups for p in group["params"])
+    held = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
     assert held == sum(p.numel() for p in trainer.model.parameters())
 
 
