@@ -40,8 +40,10 @@ LAYERS = {
         "sync",
     },
     "planner": {"config", "freeze", "messages", "backend", "reference"},
-    "demo": set(),
+    "rewards": {"messages", "backend"},
+    "demo": {"rewards"},
     "cli": {
+        "rewards",
         "config",
         "messages",
         "freeze",

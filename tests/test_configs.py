@@ -10,9 +10,10 @@ import yaml
 from launching import ROOT
 
 from refkl import STRATEGIES
-from refkl.cli.inputs import import_function
+from refkl.cli.inputs import import_function, load_data, load_reward
 from refkl.cli.settings import parse_run, peft_config
 from refkl.config import is_import_path
+from refkl.rewards import TASK_SOURCE
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STRATEGY = {
@@ -22,6 +23,8 @@ STRATEGY = {
     "full_finetune": "clone",
     "dpo": "clone",
     "offload": "clone",
+    "reward_model": "clone",
+    "verifiable": "adapter",
 } | {name: name for name in ("swap", "zero3", "fsdp2", "shared_trunk")}
 
 
@@ -32,8 +35,14 @@ def test_run_configs(path: Path) -> None:
     assert config.reference.strategy == STRATEGY[path.stem]
     assert run.trainer["output_dir"] == f"runs/{path.stem}"
     assert is_import_path(config.model.path) and callable(import_function(config.model.path, "model.path"))
-    assert callable(import_function(config.data.source, "data.source"))
-    assert all(callable(import_function(r.function, "reward")) for r in config.reward)
+    if config.data.source.startswith(TASK_SOURCE):
+        data = load_data(config.data, config.method)
+        assert [load_reward(r, data).__name__ for r in config.reward] == [config.data.source.removeprefix(TASK_SOURCE)]
+    else:
+        assert callable(import_function(config.data.source, "data.source"))
+        functions = [r.function for r in config.reward if r.model is None]
+        assert all(f is not None and callable(import_function(f, "reward")) for f in functions)
+    assert path.read_text().startswith("# ")  # when to use it
     assert (peft_config(config.peft) is not None) == (config.reference.strategy == "adapter")
     # What it says must survive being written and read again, as a run folder does.
     again = yaml.safe_load(run.resolved)

@@ -27,6 +27,16 @@ def letters(completions: list[str], **columns: Any) -> list[float]:
     return [len(set(text)) / 8 for text in completions]
 
 
+seen: list[dict[str, Any]] = []
+"""What `watching` was called with."""
+
+
+def watching(**inputs: Any) -> list[float]:
+    """A reward that keeps prompts, completions and columns for a test to look at."""
+    seen.append({name: value for name, value in inputs.items() if isinstance(value, list)})
+    return [0.0] * len(inputs["completions"])
+
+
 def too_few(completions: list[str], **columns: Any) -> list[float]:
     return [0.0] * (len(completions) - 1)
 

@@ -15,7 +15,15 @@ from refkl.backend.layout import (
 )
 from refkl.backend.modules import canonical_name, dropout_rates, evaluating, named_weights, unwrap
 from refkl.backend.ranks import peer_gone
-from refkl.backend.zero import check_can_save, full_shape, gathered, is_partitioned, local_shard, set_micro_batch
+from refkl.backend.zero import (
+    check_can_save,
+    full_shape,
+    gathered,
+    is_partitioned,
+    loading_whole,
+    local_shard,
+    set_micro_batch,
+)
 
 __all__ = [
     "Backend",
@@ -36,6 +44,7 @@ __all__ = [
     "is_partitioned",
     "is_sharded",
     "layout_of",
+    "loading_whole",
     "local_shard",
     "mixed_precision",
     "named_weights",

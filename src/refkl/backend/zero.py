@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_RANK_0_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""Where it is true, transformers reads weights on a node's first rank alone and leaves it to FSDP to send them."""
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -122,6 +126,22 @@ def transformers_zero3(config: dict[str, Any]) -> Iterator[None]:
     finally:
         del own
         integration._hf_deepspeed_config_weak_ref = before
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """from_pretrained gives every rank whole weights, under ZeRO-3 and FSDP too: for a model that these do not hold."""
+    import transformers.integrations.deepspeed as integration
+
+    before = integration._hf_deepspeed_config_weak_ref
+    efficient = os.environ.pop(_RANK_0_ALONE, None)
+    integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = before
+        if efficient is not None:
+            os.environ[_RANK_0_ALONE] = efficient
 
 
 def partitioned(kind: type[nn.Module], config: Any, dtype: torch.dtype, zero: dict[str, Any]) -> nn.Module:

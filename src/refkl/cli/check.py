@@ -32,7 +32,7 @@ def check(run: ParsedRun) -> int:
     args = run.trainer_config()
     with TemporaryDirectory() as nowhere:  # a trainer makes its folder at once
         args.output_dir = nowhere
-        trainer = make_trainer(run, args, data, [load_reward(r) for r in config.reward])
+        trainer = make_trainer(run, args, data, [load_reward(r, data) for r in config.reward])
     accelerator, tokenizer = trainer.accelerator, trainer.processing_class
     backend = detect(trainer.model, accelerator)
     check_launch(backend, expected=config.launch.backend, processes=config.launch.processes)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from refkl.config import DataConfig, ModelConfig, RewardConfig, is_import_path
 from refkl.freeze import freeze
 from refkl.messages import nearest
+from refkl.rewards import TASK_SOURCE, RewardModel, TaskReward, task_data
 
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _COLUMNS = {"grpo": ("prompt",), "dpo": ("prompt", "chosen", "rejected")}
@@ -70,7 +71,11 @@ def load_tokenizer(config: ModelConfig, padding_side: str) -> PreTrainedTokenize
 
 def model_path(config: ModelConfig) -> str:
     """The folder or hub name of the policy."""
-    return str(import_function(config.path, "model.path")()) if is_import_path(config.path) else config.path
+    return _folder(config.path, "model.path")
+
+
+def _folder(path: str, key: str) -> str:
+    return str(import_function(path, key)()) if is_import_path(path) else path
 
 
 def load_data(config: DataConfig, method: str) -> datasets.Dataset:
@@ -79,7 +84,9 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
     Raises:
         ValueError: no such source, a missing column, no rows.
     """
-    if is_import_path(config.source):
+    if config.source.startswith(TASK_SOURCE):
+        data = task_data(config.source.removeprefix(TASK_SOURCE), **config.kwargs)
+    elif is_import_path(config.source):
         function = import_function(config.source, "data.source")
         try:
             inspect.signature(function).bind(**config.kwargs)
@@ -120,23 +127,46 @@ def _read(path: Path) -> datasets.Dataset:
         raise ValueError(f"data.source {path} cannot be read: {error.__cause__ or error}") from None
 
 
-def load_reward(config: RewardConfig) -> Callable[..., list[float | None]]:
-    """The reward function, each answer of which is checked: one finite number (or None) per completion."""
-    function = import_function(config.function, "reward.function")
+def load_reward(config: RewardConfig, data: datasets.Dataset | None = None) -> Callable[..., list[float | None]]:
+    """The reward as TRL calls one, each answer of which is checked: one finite number (or None) per completion.
 
+    Raises:
+        ValueError: no such function, model or task; `data` that it could not score.
+    """
+    name = str(config.name)
+    function: Callable[..., Any]
+    if config.model is not None:
+        options = {key: getattr(config, key) for key in ("label", "probability", "dtype", "batch_size", "max_length")}
+        given = {key: value for key, value in options.items() if value is not None}
+        folder = _folder(config.model, "reward.model")
+        function = model = RewardModel.load(folder, name=name, **given)
+        if data is not None:
+            model.check(data[0]["prompt"])
+    elif config.task is not None:
+        assert config.answer is not None, "settled when the configuration was made"
+        function = task = TaskReward(config.task, answer=config.answer, name=name)
+        if data is not None:
+            task.check(data)
+    else:
+        assert config.function is not None, "one of the three is set"
+        function = import_function(config.function, "reward.function")
+    return _checked(function, name, config.function or name)
+
+
+def _checked(function: Callable[..., Any], name: str, called: str) -> Callable[..., list[float | None]]:
     def checked(**inputs: Any) -> list[float | None]:
         returned = function(**inputs)
         if returned is None:
-            raise ValueError(f"{config.function} returned nothing; it must return one number per completion.")
+            raise ValueError(f"{called} returned nothing; it must return one number per completion.")
         values = returned.tolist() if isinstance(returned, torch.Tensor) else list(returned)
         wanted = len(inputs["completions"])
         if len(values) != wanted:
-            raise ValueError(f"{config.function} returned {len(values)} rewards for {wanted} completions.")
+            raise ValueError(f"{called} returned {len(values)} rewards for {wanted} completions.")
         for at, value in enumerate(values):
             if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
                 text = str(inputs["completions"][at])[:80]
-                raise ValueError(f"{config.function} returned {value!r} for completion {at} ({text!r}).")
+                raise ValueError(f"{called} returned {value!r} for completion {at} ({text!r}).")
         return values
 
-    checked.__name__ = config.function.split(":")[1]
+    checked.__name__ = name
     return checked

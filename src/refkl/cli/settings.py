@@ -61,6 +61,8 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     parser = _parser(method)
     if given & {"help", "h"} or "-h" in options:
         parser.parse_args(["--help"])
+    if sections := [o for o in options if o.startswith("--") and o.endswith(".help")]:
+        parser.parse_args(sections[:1])  # of a section that is a list, or that may be left out
     if path is None:
         raise ValueError("refkl train needs a configuration file, as in: refkl train configs/quickstart.yaml")
     given |= set(_flat(values))

@@ -30,7 +30,7 @@ def train(run: ParsedRun) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = run.config
     data = load_data(config.data, config.method)
-    rewards = [load_reward(r) for r in config.reward]
+    rewards = [load_reward(r, data) for r in config.reward]
     args = run.trainer_config()
     args.disable_tqdm = True  # the run's own progress bar shows reward and KL
     wanted = _resumed_from(config.resume, args.resume_from_checkpoint)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-Message = dict[str, Any]
-"""`{"role": ..., "content": text or a list of parts}`: one turn of a conversational completion."""
+from refkl.rewards.text import Message, completion_text
 
 
 @lru_cache(maxsize=1)
@@ -28,20 +27,6 @@ def _analyzer() -> Any:
 def compound(text: str) -> float:
     """VADER's compound score of a text: from -1 (all bad) to 1 (all good), 0.0 for neutral or empty text."""
     return float(_analyzer().polarity_scores(text)["compound"])
-
-
-def completion_text(completion: str | Sequence[Message]) -> str:
-    """The text of one completion: the string itself, or what the messages of a conversational one say."""
-    if isinstance(completion, str):
-        return completion
-    texts: list[str] = []
-    for message in completion:
-        content = message["content"]
-        if isinstance(content, str):
-            texts.append(content)
-        elif content is not None:  # a list of parts; None is a turn that only calls tools
-            texts.extend(part["text"] for part in content if part["type"] == "text")
-    return "\n".join(texts)
 
 
 def sentiment(completions: Sequence[str | Sequence[Message]], **columns: Any) -> list[float]:
