@@ -39,6 +39,7 @@ LAYERS = {
         "sync",
     },
     "planner": {"config", "freeze", "messages", "backend", "reference"},
+    "compare": {"types", "kl", "config", "backend", "scoring", "reference"},
     "demo": set(),
     "cli": {
         "config",
@@ -48,6 +49,7 @@ LAYERS = {
         "types",
         "backend",
         "planner",
+        "compare",
         "checkpoint",
         "trl",
         "versions",
