@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from transformers import PreTrainedTokenizerBase
 
 from refkl.checkpoint import disk_failure
@@ -163,6 +164,9 @@ def _histogram(axis: Axes, found: Comparison, kind: str) -> None:
     zeros, infinite = int((values == 0).sum()), int(np.isinf(values).sum())
     others = "".join(f", {count:,} {what}" for count, what in ((zeros, "exactly 0"), (infinite, "infinite")) if count)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     if not len(shown):
         axis.plot([], [], label=f"{kind}{others}")
         return

@@ -66,6 +66,7 @@ def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.de
     folder, options = _resolve(path)
     number = getattr(torch, _SHORT.get(dtype, dtype))
     base: str | None = None
+    model: nn.Module
     if (Path(folder) / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if not base:
@@ -77,7 +78,8 @@ def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.de
     tokenizer = _tokenizer(folder)
     if tokenizer is None and base is not None:
         tokenizer = _tokenizer(base)
-    return Checkpoint(path, folder, base, model.to(device).eval(), tokenizer)
+    model.to(device).eval()  # type: ignore[arg-type]
+    return Checkpoint(path, folder, base, model, tokenizer)
 
 
 def hold(model: nn.Module) -> Reference:
@@ -159,9 +161,10 @@ def _holds_model(folder: Path) -> bool:
 
 def _load(folder: str, dtype: torch.dtype, options: dict[str, Any], what: str) -> PreTrainedModel:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from None
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{what} lacks {len(missing)} weights that {type(model).__name__} has, such as {missing[0]}: they would be "
