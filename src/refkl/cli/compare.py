@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="of the weights: float32, bfloat16, float16 or float64")
     add("--device", help="as in cuda:1; a GPU if there is one")
     add("--top", type=int, default=20, help="how many tokens the table shows")
-    add("--min-count", type=int, help="leave tokens out of the table that stand in fewer places; 1 in 1,000 by default")
+    add("--min-count", type=int, help="leave tokens out of the table that stand in fewer places; 1 in 500 by default")
     add("--output", type=Path, help="the folder to write; compare-A-B by default")
     return parser
 

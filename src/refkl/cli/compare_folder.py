@@ -25,7 +25,7 @@ from refkl.compare import Comparison, Texts
 from refkl.messages import RunError
 from refkl.versions import library_versions
 
-_RARE = 1000
+_RARE = 500
 """Of so many scored tokens one must be a certain token for it to be in the table, unless a count is given."""
 
 
