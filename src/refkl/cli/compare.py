@@ -217,7 +217,7 @@ def _print(record: dict[str, Any], found: Comparison) -> None:
         f"intervals over {units['count']:,} {units['of']}{'s' if units['count'] > 1 else ''}",
         markup=False,
     )
-    table = new_table("nats", "per token>", "95 %", "per sequence>", "95 %", "largest token>")
+    table = new_table("divergence", "per token>", "95 %", "per sequence>", "95 %", "largest token>")
     for name, result in record["results"].items():
         what = name if result["exact"] else f"{name} (sampled)"
         means = (f"{result[key]['mean']:.4g}" for key in ("per_token", "per_sequence"))

@@ -143,7 +143,11 @@ def _draw(found: Comparison, path: Path) -> None:
         spans = [(p.mean.low, p.mean.high) if p.mean.low is not None else (math.nan, math.nan) for p in parts]
         lows, highs = zip(*spans, strict=True)
         right.fill_between(middles, lows, highs, alpha=0.2, color=line.get_color(), linewidth=0)
-    left.set_title("divergence of a token (nats)", fontsize=10)
+    low, high = left.get_xlim()
+    left.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.set_title("divergence of a token", fontsize=10)
     left.set_ylabel("tokens")
     right.set_title("mean by position in the completion, with its 95 % interval", fontsize=10)
     right.set_xlabel("position")
@@ -164,9 +168,6 @@ def _histogram(axis: Axes, found: Comparison, kind: str) -> None:
     zeros, infinite = int((values == 0).sum()), int(np.isinf(values).sum())
     others = "".join(f", {count:,} {what}" for count, what in ((zeros, "exactly 0"), (infinite, "infinite")) if count)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
     if not len(shown):
         axis.plot([], [], label=f"{kind}{others}")
         return
