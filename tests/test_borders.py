@@ -40,6 +40,7 @@ LAYERS = {
         "sync",
     },
     "planner": {"config", "freeze", "messages", "backend", "reference"},
+    "compare": {"types", "kl", "config", "backend", "scoring", "reference"},
     "rewards": {"messages", "backend"},
     "demo": {"rewards"},
     "cli": {
@@ -51,6 +52,7 @@ LAYERS = {
         "types",
         "backend",
         "planner",
+        "compare",
         "checkpoint",
         "trl",
         "versions",

@@ -1,4 +1,4 @@
-"""The command line: `refkl train`, `refkl check`, `refkl plan`, `refkl export`, `refkl report`."""
+"""The command line: `refkl train`, `refkl check`, `refkl plan`, `refkl compare`, `refkl export`, `refkl report`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file 
        refkl check CONFIG.yaml [--key value ...]     is the reference the right one? looks, and trains nothing
        refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
                                                      what a run takes on each rank; needs no weights
+       refkl compare A B --data FILE [--sample] [--kind reverse_kl,jsd,...] [--output DIR]
+                                                     the exact KL between two checkpoints, on text or on A's samples
        refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
        refkl report RUN [RUN ...] [--output FILE]    reward and KL of runs in one picture
        refkl --version"""
@@ -41,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from refkl.cli.plan import plan_command
 
             return plan_command(rest)
+        if command == "compare":
+            from refkl.cli.compare import compare_command
+
+            return compare_command(rest)
         if command == "export":
             from refkl.cli.export import export_command
 
@@ -59,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from refkl.messages import unknown
 
-        raise unknown("command", command, ["train", "check", "plan", "export", "report"])
+        raise unknown("command", command, ["train", "check", "plan", "compare", "export", "report"])
     except (ValueError, ModuleNotFoundError, RunError) as error:
         if os.environ.get("REFKL_TRACEBACK"):
             raise

@@ -21,7 +21,12 @@ from refkl.messages import nearest
 from refkl.rewards import TASK_SOURCE, RewardModel, TaskReward, task_data
 
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_COLUMNS = {"grpo": ("prompt",), "dpo": ("prompt", "chosen", "rejected")}
+_COLUMNS = {
+    "grpo": ("prompt",),
+    "rloo": ("prompt",),
+    "dpo": ("prompt", "chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
+}
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
@@ -84,24 +89,34 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
     Raises:
         ValueError: no such source, a missing column, no rows.
     """
+    data = load_rows(config)
+    if missing := [c for c in _COLUMNS[method] if c not in data.column_names]:
+        raise ValueError(
+            f"The data for {method} needs the columns {list(_COLUMNS[method])}; {config.source} has "
+            f"{data.column_names}, so {missing} is missing."
+        )
+    return data
+
+
+def load_rows(config: DataConfig, key: str = "data.source") -> datasets.Dataset:
+    """The rows of a file, a folder or a function, whatever their columns; `key` is what named them.
+
+    Raises:
+        ValueError: no such source, no rows.
+    """
     if config.source.startswith(TASK_SOURCE):
         data = task_data(config.source.removeprefix(TASK_SOURCE), **config.kwargs)
     elif is_import_path(config.source):
-        function = import_function(config.source, "data.source")
+        function = import_function(config.source, key)
         try:
             inspect.signature(function).bind(**config.kwargs)
         except TypeError as error:
             raise ValueError(f"data.kwargs {config.kwargs} do not fit {config.source}: {error}") from None
         data = function(**config.kwargs)
     else:
-        data = _read(Path(config.source))
+        data = _read(Path(config.source), key)
     if not isinstance(data, datasets.Dataset):
-        raise ValueError(f"data.source {config.source!r} gave a {type(data).__name__}; a datasets.Dataset is needed.")
-    if missing := [c for c in _COLUMNS[method] if c not in data.column_names]:
-        raise ValueError(
-            f"The data for {method} needs the columns {list(_COLUMNS[method])}; {config.source} has "
-            f"{data.column_names}, so {missing} is missing."
-        )
+        raise ValueError(f"{key} {config.source!r} gave a {type(data).__name__}; a datasets.Dataset is needed.")
     if config.limit is not None:
         data = data.select(range(min(config.limit, len(data))))
     if not len(data):
@@ -109,22 +124,22 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
     return data
 
 
-def _read(path: Path) -> datasets.Dataset:
+def _read(path: Path, key: str) -> datasets.Dataset:
     if path.is_dir():
         try:
             return datasets.load_from_disk(str(path))
         except FileNotFoundError as error:
-            raise ValueError(f"data.source: the folder {path} holds no data set: {error}") from None
+            raise ValueError(f"{key}: the folder {path} holds no data set: {error}") from None
     if path.suffix not in _FILES:
-        raise ValueError(f"data.source {str(path)!r} is neither a folder nor one of {', '.join(_FILES)}.")
+        raise ValueError(f"{key} {str(path)!r} is neither a folder nor one of {', '.join(_FILES)}.")
     if not path.is_file():
-        raise ValueError(f"data.source: there is no file {path}.")
+        raise ValueError(f"{key}: there is no file {path}.")
     if not path.stat().st_size:
         raise ValueError(f"The data set {path} is empty.")
     try:
         return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"data.source {path} cannot be read: {error.__cause__ or error}") from None
+        raise ValueError(f"{key} {path} cannot be read: {error.__cause__ or error}") from None
 
 
 def load_reward(config: RewardConfig, data: datasets.Dataset | None = None) -> Callable[..., list[float | None]]:

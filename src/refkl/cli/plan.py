@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
+from refkl.cli.tables import WIDTH, new_table
 from refkl.messages import nearest, size
 from refkl.planner import Plan, PlanConfig, Row, count, make_plans, memory_bytes, read_config, recommend
 
-_WIDTH = 112
-"""Columns that a table takes: in a narrower terminal its lines wrap, which loses nothing."""
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -97,7 +94,7 @@ def _model(path: str | None) -> Any:
 
 def _print(config: PlanConfig, plans: Sequence[Plan], taken: Plan | None, why: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, _WIDTH)
+    console.width = max(console.width, WIDTH)
     name = Path(str(config.model.name_or_path)).name
     console.print(
         f"{config.model.model_type} {name}: {count(plans[0].parameters)} parameters, {config.dtype}; "
@@ -116,7 +113,9 @@ def _print(config: PlanConfig, plans: Sequence[Plan], taken: Plan | None, why: s
 
 def _print_comparison(console: Console, plans: Sequence[Plan]) -> None:
     """One line each, with what auto takes."""
-    table = _table("method", "backend", *(f"{t.name}>" for t in plans[0].terms), "reference", "adds>", "all>", "fits")
+    table = new_table(
+        "method", "backend", *(f"{t.name}>" for t in plans[0].terms), "reference", "adds>", "all>", "fits"
+    )
     for plan in plans:
         row = plan.auto
         terms = (size(t.bytes) for t in plan.terms)
@@ -131,7 +130,7 @@ def _print_plan(console: Console, config: PlanConfig, plan: Plan) -> None:
     for term in plan.terms:
         console.print(f"  {term.name:<12}{size(term.bytes):>10} = {term.arithmetic}", markup=False)
     console.print(f"  {'':<12}{size(sum(t.bytes for t in plan.terms)):>10}")
-    table = _table("reference", "device>", "host>", "scoring>", "FLOPs>", "moved>", "all on device>", "fits")
+    table = new_table("reference", "device>", "host>", "scoring>", "FLOPs>", "moved>", "all on device>", "fits")
     for row in plan.rows:
         table.add_row(*_cells(row))
     console.print(table)
@@ -147,14 +146,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     numbers = (cost.device, cost.host, cost.scoring, cost.moved, row.device)
     device, host, scoring, moved, total = (size(number) if number else "0" for number in numbers)
     return name, device, host, scoring, flops, moved, total, _yes(row.fits)
-
-
-def _table(*columns: str) -> Table:
-    """With a column for each name; ">" at its end sets numbers to the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
-    return table
 
 
 def _yes(fits: bool) -> str:

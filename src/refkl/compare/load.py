@@ -1,0 +1,197 @@
+"""A checkpoint from disk: a model folder, a PEFT adapter's folder on its base, or a run's folder."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from refkl.backend import weights_of
+from refkl.config import ReferenceConfig
+from refkl.reference import Reference, build_reference
+from refkl.reference.fingerprint import combined, digests
+from refkl.scoring import learned_prompt
+from refkl.scoring.head import base_model
+
+_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model to compare, in eval mode and without gradients to its base."""
+
+    path: str
+    """What was asked for."""
+    folder: str
+    """Where its weights were read: the path, or the model in a run's folder; or a hub name."""
+    base: str | None
+    """For an adapter, what it was loaded onto."""
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    """Its own, or of an adapter its base's; None where neither has one."""
+
+    def fingerprint(self) -> str:
+        """Of its weights, as `Reference.fingerprint` gives it: the same for the same weights."""
+        return combined(digests(weights_of(self.model)))
+
+    def record(self) -> dict[str, Any]:
+        """Where it came from and what it is."""
+        own = {"path": self.path, "folder": self.folder, "base": self.base}
+        return {**own, "class": type(base_model(self.model)).__name__, "fingerprint": self.fingerprint()}
+
+
+def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Checkpoint:
+    """Load a causal language model to compare.
+
+    Args:
+        path: a model folder, a folder with a PEFT adapter, the folder of a run that has ended, or a hub name.
+        dtype: kind of number of the weights: "float32", "bfloat16", "float16", "float64".
+        device: where to.
+
+    Raises:
+        ValueError: nothing there that can be loaded; weights that are missing, which would be drawn at random.
+    """
+    if _SHORT.get(dtype, dtype) not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(_DTYPES)}.")
+    folder, options = _resolve(path)
+    number = getattr(torch, _SHORT.get(dtype, dtype))
+    base: str | None = None
+    model: nn.Module
+    if (Path(folder) / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if not base:
+            raise ValueError(f"{folder} is an adapter, and its adapter_config.json does not name the base model.")
+        model = _adapted(_load(base, number, options, f"{path}: the adapter's base model {base!r}"), folder, path)
+    else:
+        model = _load(folder, number, options, f"The model {path!r}")
+        model.requires_grad_(False)
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None and base is not None:
+        tokenizer = _tokenizer(base)
+    model.to(device).eval()  # type: ignore[arg-type]
+    return Checkpoint(path, folder, base, model, tokenizer)
+
+
+def hold(model: nn.Module) -> Reference:
+    """A model of any class as a reference: a copy that shares with it all that does not train.
+
+    Raises:
+        ValueError: a model with a learned prompt.
+    """
+    if (prompt := learned_prompt(model)) is not None:
+        raise ValueError(
+            f"The second model learns a prompt ({prompt.kind}), and refkl holds no reference with one. Exchange the "
+            "two: forward_kl is then what reverse_kl is now, on given text."
+        )
+    return build_reference(model, ReferenceConfig(strategy="clone"))
+
+
+def check_vocabularies(first: Checkpoint, second: Checkpoint) -> None:
+    """Raise ValueError unless the two have the same logits in the same places."""
+    widths = vocabulary(first.model), vocabulary(second.model)
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{first.path} has {widths[0]} logits and {second.path} {widths[1]}: a divergence is between two "
+            "distributions over the same tokens. Compare models of one vocabulary."
+        )
+    if first.tokenizer is None or second.tokenizer is None:
+        return
+    own, other = first.tokenizer.get_vocab(), second.tokenizer.get_vocab()
+    if own == other:
+        return
+    differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    example = differing[0]
+    raise ValueError(
+        f"The tokenizers of {first.path} and {second.path} differ in {len(differing)} of {len(own)} tokens: "
+        f"{example!r} is {_numbered(own.get(example))} in the first and {_numbered(other.get(example))} in the second. "
+        "Compare models of one vocabulary."
+    )
+
+
+@torch.no_grad()
+def vocabulary(model: nn.Module) -> int:
+    """How many logits it gives."""
+    ids: Tensor = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    return int(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[-1])
+
+
+def positions(*models: nn.Module) -> int | None:
+    """How many tokens a sequence can have in all of these models; None if none of them has a limit."""
+    found = []
+    for model in models:
+        config = base_model(model).config.get_text_config()  # type: ignore[union-attr, operator]
+        # Models without positions (Mamba, RWKV) have no such field.
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None:
+            prompt = learned_prompt(model)
+            found.append(int(limit) - (0 if prompt is None else prompt.tokens))
+    return min(found, default=None)
+
+
+def _resolve(path: str) -> tuple[str, dict[str, Any]]:
+    """The folder that holds the weights, and the arguments that a run loaded its model with."""
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path} is a file; a model folder, an adapter's folder or a run's folder is needed.")
+    if not folder.is_dir() or _holds_model(folder):
+        return path, {}
+    if not _holds_model(folder / "model"):
+        raise ValueError(
+            f"{path} holds no model (config.json), no adapter (adapter_config.json), and no trained policy of a run "
+            f"({folder / 'model'}): is the folder right, and has the run ended?"
+        )
+    config = folder / "config.yaml"
+    options = yaml.safe_load(config.read_text())["model"]["init_kwargs"] if config.is_file() else {}
+    return str(folder / "model"), options
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+
+
+def _load(folder: str, dtype: torch.dtype, options: dict[str, Any], what: str) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from None
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{what} lacks {len(missing)} weights that {type(model).__name__} has, such as {missing[0]}: they would be "
+            "drawn at random. Is it a causal language model, saved whole?"
+        )
+    return model
+
+
+def _adapted(base: PreTrainedModel, folder: str, path: str) -> PeftModel:
+    # Trainable, so that a reference takes a copy of the adapter: of one that does not train it would share it.
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    except (OSError, SafetensorError, RuntimeError, UserWarning) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(f"The adapter {path!r} does not fit its base model: {' '.join(lines[:2])}") from None
+
+
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _OF_TOKENIZERS):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _numbered(number: int | None) -> str:
+    return "missing" if number is None else f"number {number}"
