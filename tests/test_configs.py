@@ -22,6 +22,8 @@ STRATEGY = {
     "moving_reference": "adapter",
     "full_finetune": "clone",
     "dpo": "clone",
+    "kto": "clone",
+    "rloo": "adapter",
     "offload": "clone",
     "reward_model": "clone",
     "verifiable": "adapter",

@@ -63,10 +63,13 @@ def write_config(folder: Path, method: str = "grpo", **sections: Any) -> Path:
     """A configuration that trains in seconds; `sections` replace its own."""
     if not (folder / "model").is_dir():
         model_folder(folder / "model")
-    if method == "grpo":
+    if method in ("grpo", "rloo"):
         rows = [{"prompt": text} for text in ("hello", "hi there", "abc", "what")] * 4
         trainer = {**TRAINER, "num_generations": 4, "max_completion_length": 8}
         reward = {"reward": [{"function": "train_inputs:letters"}]}
+    elif method == "kto":
+        rows = [{"prompt": "hello", "completion": c, "label": c == " good"} for c in (" good", " bad")] * 8
+        trainer, reward = dict(TRAINER), {}
     else:
         rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("hello", " good", " bad"), ("a", "b", "c"))]
         rows, trainer, reward = rows * 8, dict(TRAINER), {}

@@ -18,7 +18,9 @@ from refkl.kl.aggregation import check_aggregation
 from refkl.kl.rewards import check_rewards
 from refkl.messages import unknown
 
-Method = Literal["grpo", "dpo"]
+Method = Literal["grpo", "rloo", "dpo", "kto"]
+REWARDED = ("grpo", "rloo")
+"""The methods that maximise a reward."""
 BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "nf4"]
@@ -531,7 +533,8 @@ class RunConfig:
     """One run of `refkl train`: a YAML file, any key of which can be overridden on the command line."""
 
     method: Method = "grpo"
-    """"grpo" (a reward) or "dpo" (preference pairs). It says which of TRL's configurations `trainer` is."""
+    """"grpo" or "rloo" (a reward), "dpo" (preference pairs) or "kto" (completions that are wanted or not). It says
+    which of TRL's configurations `trainer` is."""
     model: ModelConfig
     """The policy."""
     data: DataConfig
@@ -539,8 +542,8 @@ class RunConfig:
     peft: dict[str, Any] | None = None
     """A PEFT configuration: `peft_type` (LORA, IA3, …) and that type's own fields. None trains the model itself."""
     reward: list[RewardConfig] = field(default_factory=list)
-    """For GRPO: one or more rewards, summed with their weights and logged apart: functions, reward models, verifiable
-    tasks. --reward.help lists what an entry takes."""
+    """For GRPO and RLOO: one or more rewards, summed with their weights and logged apart: functions, reward models,
+    verifiable tasks. --reward.help lists what an entry takes."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """How the reference is held."""
     kl: KLConfig = field(default_factory=_unsettled)
@@ -556,13 +559,14 @@ class RunConfig:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     """Where the run goes on."""
     trainer: Any = None
-    """trl.GRPOConfig or trl.DPOConfig, with all of its fields; `trainer.output_dir` is the run folder."""
+    """TRL's configuration (GRPOConfig, RLOOConfig, DPOConfig, KTOConfig), with all of its fields; `trainer.output_dir`
+    is the run folder."""
 
     def __post_init__(self) -> None:
         self.kl = replace(self.kl)
-        if self.method == "grpo" and not self.reward:
-            raise ValueError("method 'grpo' maximises a reward, and `reward` lists none.")
-        if self.method != "grpo" and self.reward:
+        if self.method in REWARDED and not self.reward:
+            raise ValueError(f"method {self.method!r} maximises a reward, and `reward` lists none.")
+        if self.method not in REWARDED and self.reward:
             raise ValueError(f"method {self.method!r} takes no reward; leave `reward` out.")
         names = [reward.name for reward in self.reward]
         if twice := sorted({str(name) for name in names if names.count(name) > 1}):

@@ -67,7 +67,7 @@ def _batch(tokenizer: Any, data: Any, device: torch.device) -> TokenBatch:
         text = row["prompt"]
         if not isinstance(text, str):
             text = tokenizer.apply_chat_template(text, tokenize=False)
-        answer = row.get("chosen", "")
+        answer = row.get("chosen", row.get("completion", ""))
         text += answer if isinstance(answer, str) else tokenizer.apply_chat_template(answer, tokenize=False)
         ids = tokenizer(text)["input_ids"][: _TOKENS - 8 * number] or [tokenizer.eos_token_id]
         rows.append(ids if len(ids) > 1 else ids * 2)

@@ -231,7 +231,7 @@ class RunRecorder(TrainerCallback):
         for key, name, unit in (
             ("reward", "reward", ""),
             ("rewards/margins", "margin", ""),
-            ("kl", "KL", " nats per token"),
+            (self.trainer.kl_metric, "KL", " nats per token"),
         ):
             values = [m[key] for m in self.metrics if m.get(key) is not None]
             if values:
@@ -242,9 +242,8 @@ class RunRecorder(TrainerCallback):
         steps = self.metrics[-1]["step"] if self.metrics else 0
         return f"{verb} after {steps} steps, {seconds:.0f} s: {', '.join(parts) or 'nothing was logged'}"
 
-    @staticmethod
-    def _status(logs: dict[str, Any]) -> str:
-        keys = (("reward", "reward"), ("rewards/margins", "margin"), ("loss", "loss"), ("kl", "KL"))
+    def _status(self, logs: dict[str, Any]) -> str:
+        keys = (("reward", "reward"), ("rewards/margins", "margin"), ("loss", "loss"), (self.trainer.kl_metric, "KL"))
         return "  ".join(f"{name} {logs[key]:.4g}" for key, name in keys if logs.get(key) is not None)
 
     def _sample(self, step: int) -> None:

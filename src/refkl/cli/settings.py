@@ -16,12 +16,12 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from trl import DPOConfig, GRPOConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig
 
 from refkl.config import RunConfig
 from refkl.messages import nearest, unknown
 
-TRAINER_CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "dpo": DPOConfig}
+TRAINER_CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "rloo": RLOOConfig, "dpo": DPOConfig, "kto": KTOConfig}
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def parse_run(arguments: list[str]) -> ParsedRun:
         namespace = parser.parse_args(["--config", str(path), *options])
         if "trainer.output_dir" not in given:
             namespace["trainer.output_dir"] = f"runs/{path.stem}"
+        if method == "rloo":
+            _settle_beta(namespace, given)
         if not torch.accelerator.is_available():
             _settle_cpu(namespace, given)
         resolved = parser.dump(namespace, skip_none=False)
@@ -114,6 +116,16 @@ def _parser(method: str) -> ArgumentParser:
     parser.add_class_arguments(RunConfig, skip={"trainer"})
     parser.add_class_arguments(TRAINER_CONFIGS[method], "trainer", fail_untyped=False, instantiate=False)
     return parser
+
+
+def _settle_beta(namespace: Any, given: set[str]) -> None:
+    """RLOO's own coefficient, which is not 0 unless it is set so, gives way to `kl`."""
+    if "trainer.beta" in given and namespace["trainer.beta"]:
+        raise ValueError(
+            f"trainer.beta {namespace['trainer.beta']} and kl.coef both set the coefficient of the KL. Leave "
+            "trainer.beta out: TRL's own penalty is kl.placement 'reward' with kl.reward 'sequence'."
+        )
+    namespace["trainer.beta"] = 0.0
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:

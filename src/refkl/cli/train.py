@@ -15,7 +15,7 @@ from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer,
 from refkl.cli.report import draw_report
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
-from refkl.config import ResumeConfig
+from refkl.config import REWARDED, ResumeConfig
 from refkl.messages import RunError
 
 
@@ -144,7 +144,7 @@ def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
 
 def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
     """The trainer that the configuration asks for, its reference built."""
-    from refkl.trl import KLDPOTrainer, KLGRPOTrainer
+    from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
     config = run.config
     shared: dict[str, Any] = {
@@ -158,12 +158,14 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
         "resume_reference": config.resume.reference,
         "on_checkpoint_error": config.checkpoint.on_error,
     }
-    if config.method == "dpo":
-        return KLDPOTrainer(processing_class=load_tokenizer(config.model, "right"), **shared)
+    if config.method not in REWARDED:
+        of_pairs = {"dpo": KLDPOTrainer, "kto": KLKTOTrainer}[config.method]
+        return of_pairs(processing_class=load_tokenizer(config.model, "right"), **shared)
     if args.reward_weights is not None:
         raise ValueError("trainer.reward_weights would be ignored: each entry of `reward` has its weight.")
     args.reward_weights = [r.weight for r in config.reward]
-    return KLGRPOTrainer(processing_class=load_tokenizer(config.model, "left"), reward_funcs=rewards, **shared)
+    online = {"grpo": KLGRPOTrainer, "rloo": KLRLOOTrainer}[config.method]
+    return online(processing_class=load_tokenizer(config.model, "left"), reward_funcs=rewards, **shared)
 
 
 def _prompts(data: Any, count: int) -> list[Any]:

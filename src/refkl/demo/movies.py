@@ -113,12 +113,9 @@ def preferences(
     Returns:
         A data set with the columns `prompt` (`Review of "TITLE":`), `chosen` and `rejected`, both with a leading space.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r}: known are 'train' and 'test'")
     of_film: dict[tuple[str, bool], list[str]] = defaultdict(list)
-    for review in reviews():
-        if _split_of_film()[review.film] == split and (max_words is None or len(review.text.split()) <= max_words):
-            of_film[review.film, review.fresh].append(review.text)
+    for review in _of_split(split, max_words):
+        of_film[review.film, review.fresh].append(review.text)
     rng = random.Random(seed)
     rows = []
     for film in sorted({film for film, _ in of_film}):
@@ -129,6 +126,40 @@ def preferences(
                 rows.append({"prompt": f'Review of "{title(film)}":', "chosen": f" {good}", "rejected": f" {bad}"})
     rng.shuffle(rows)
     return Dataset.from_list(rows[:limit])
+
+
+def verdicts(
+    limit: int | None = None,
+    seed: int = 0,
+    split: Literal["train", "test"] = "train",
+    max_words: int | None = 40,
+) -> Dataset:
+    """Reviews, each by itself, labelled by its verdict: what KTO takes.
+
+    Args:
+        limit, seed, split, max_words: as in `preferences`, of reviews.
+
+    Returns:
+        A data set with the columns `prompt` (`Review of "TITLE":`), `completion`, with a leading space, and `label`,
+        True for a fresh verdict.
+    """
+    rows = [
+        {"prompt": f'Review of "{title(review.film)}":', "completion": f" {review.text}", "label": review.fresh}
+        for review in _of_split(split, max_words)
+    ]
+    random.Random(seed).shuffle(rows)
+    return Dataset.from_list(rows[:limit])
+
+
+def _of_split(split: str, max_words: int | None) -> list[Review]:
+    """The reviews of the films of a split that have at most so many words."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: known are 'train' and 'test'")
+    return [
+        review
+        for review in reviews()
+        if _split_of_film()[review.film] == split and (max_words is None or len(review.text.split()) <= max_words)
+    ]
 
 
 def _corpus_file() -> str:
