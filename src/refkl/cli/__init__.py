@@ -17,7 +17,8 @@ usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file 
        refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
                                                      what a run takes on each rank; needs no weights
        refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
-       refkl report RUN [RUN ...] [--output FILE]    reward and KL of runs in one picture
+       refkl report RUN [RUN ...] [--png] [--output FILE]
+                                                     one HTML page of runs, or one picture
        refkl --version"""
 
 
