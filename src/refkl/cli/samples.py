@@ -136,15 +136,20 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -
     piece.
     """
     pieces: list[tuple[str, int]] = []
+    special = set(tokenizer.all_special_ids)
     position = before = start = 0
     for end in range(1, len(row) + 1):
         # Decoded with the piece before it: alone, a first token can lose the space that it begins with.
         whole = tokenizer.decode(row[before:end], skip_special_tokens=True)
         piece = whole[len(tokenizer.decode(row[before:start], skip_special_tokens=True)) :]
         if text.startswith(piece, position):  # a character that is not whole yet decodes to another
-            pieces.append((piece, end - start))
             position += len(piece)
-            before, start = start, end
+            if not piece and pieces and pieces[-1][0].endswith("\ufffd") and special.isdisjoint(row[start:end]):
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + end - start)  # more of the bytes that are shown as that
+            else:
+                pieces.append((piece, end - start))
+                before = start
+            start = end
     if start < len(row):
         pieces.append((text[position:], len(row) - start))
     elif position < len(text):

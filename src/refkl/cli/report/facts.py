@@ -94,8 +94,9 @@ def config_differences(runs: Sequence[Run]) -> list[Row]:
         return []
     settings = [dict(flat(run.settings)) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
-    rows = [Row(name, [_setting(one, name) for one in settings], True) for name in names]
-    return [row for row in rows if len(set(row.cells)) > 1]
+    rows = [Row(name, [_setting(one, name) for one in settings], False) for name in names]
+    # A run of another method has other settings: one that is not set is none.
+    return [row for row in rows if len({_UNKNOWN if cell == "null" else cell for cell in row.cells}) > 1]
 
 
 def _row(name: str, runs: Sequence[Run], of: Callable[[Run], str], *, code: bool = False) -> Row:

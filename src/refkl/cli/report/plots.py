@@ -91,15 +91,16 @@ def frontier(runs: Sequence[Run], key: str, title: str) -> Plot:
     plot = _figure("KL to the reference, nats per token", title.lower(), DataRange1d(range_padding=0.06))
     points = []
     for number, run in enumerate(runs):
-        rows = [row for row in run.steps if finite(row.get("kl")) is not None and finite(row.get(key)) is not None]
+        at = dict(zip(*run.series("kl"), strict=True))
+        rows = [(step, at[step], value) for step, value in zip(*run.series(key), strict=True) if step in at]
         if not rows:
             continue
-        kl, reward = ([row[name] for row in rows] for name in ("kl", key))
+        steps, kl, reward = (list(column) for column in zip(*rows, strict=True))
         kept = sorted({*thinned(kl, POINTS // 2), *thinned(reward, POINTS // 2)})
         means = running_mean(kl), running_mean(reward)
         source = ColumnDataSource(
             {
-                "step": [rows[i]["step"] for i in kept],
+                "step": [steps[i] for i in kept],
                 "kl": [kl[i] for i in kept],
                 "reward": [reward[i] for i in kept],
                 "mean_kl": [_short(means[0][i]) for i in kept],
@@ -142,7 +143,7 @@ def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: Data
                 data["mean"] = [_short(mean[i]) for i in kept]
             source = ColumnDataSource(data, name=f"{key} {run.name}")
             options: dict[str, Any] = {"source": source, "line_dash": dash, **_style(number, run)}
-            width, alpha = (1, 0.35) if smooth else (2, 0.9)
+            width, alpha = (1, 0.35) if smooth else (2, 1)
             line = plot.line("step", "value", line_width=width, line_alpha=alpha, **options)
             if len(at) == 1:
                 plot.scatter("step", "value", source=source, size=6, **_style(number, run))

@@ -24,6 +24,8 @@ class Run:
     path: Path
     steps: list[dict[str, Any]]
     """The logged training steps, in order."""
+    columns: dict[str, tuple[list[int], list[float]]]
+    """Of each name the steps that have a finite number of it, and the numbers."""
     updates: list[dict[str, Any]]
     """The reference's moves."""
     samples: list[dict[str, Any]]
@@ -36,12 +38,11 @@ class Run:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """The steps that have a finite number of this name, and the numbers."""
-        found = [(row["step"], value) for row in self.steps if (value := finite(row.get(key))) is not None]
-        return [step for step, _ in found], [value for _, value in found]
+        return self.columns.get(key, ([], []))
 
     def has(self, key: str) -> bool:
         """Whether any step logged a finite number of this name."""
-        return any(finite(row.get(key)) is not None for row in self.steps)
+        return key in self.columns
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -78,10 +79,12 @@ def read_run(path: Path, name: str) -> Run:
         if len(lengths) > 1:
             raise ValueError(f"{path / 'samples.jsonl'} is damaged: a line has not one number a token.")
     config = _text(path / "config.yaml")
+    steps = [line for line in lines if "loss" in line]
     return Run(
         name=name,
         path=path,
-        steps=[line for line in lines if "loss" in line],
+        steps=steps,
+        columns=_columns(steps),
         updates=[line["reference_update"] for line in lines if "reference_update" in line],
         samples=samples,
         reference=_reference(path / "reference.json"),
@@ -122,6 +125,17 @@ def flat(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, settings
+
+
+def _columns(steps: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for row in steps:
+        for key, value in row.items():
+            if finite(value) is not None:
+                at, values = columns.setdefault(key, ([], []))
+                at.append(row["step"])
+                values.append(value)
+    return columns
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
