@@ -137,11 +137,14 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -
     """
     pieces: list[tuple[str, int]] = []
     special = set(tokenizer.all_special_ids)
+
+    def decoded(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
     position = before = start = 0
     for end in range(1, len(row) + 1):
         # Decoded with the piece before it: alone, a first token can lose the space that it begins with.
-        whole = tokenizer.decode(row[before:end], skip_special_tokens=True)
-        piece = whole[len(tokenizer.decode(row[before:start], skip_special_tokens=True)) :]
+        piece = decoded(row[before:end])[len(decoded(row[before:start])) :]
         if text.startswith(piece, position):  # a character that is not whole yet decodes to another
             position += len(piece)
             if not piece and pieces and pieces[-1][0].endswith("\ufffd") and special.isdisjoint(row[start:end]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, HoverTool, Range1d
+from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, DataRenderer, HoverTool, Range1d
 from bokeh.plotting import figure
 
 from refkl.cli.report.runs import Run, finite, flat, running_mean, thinned
@@ -89,7 +89,7 @@ def frontier(runs: Sequence[Run], key: str, title: str) -> Plot:
     """Reward (or DPO's margin) against KL: one point a logged step, and its running mean from a ring to a dot."""
     what = "Margin" if key == "rewards/margins" else "Reward"
     plot = _figure("KL to the reference, nats per token", title.lower(), DataRange1d(range_padding=0.06))
-    points = []
+    points: list[DataRenderer] = []
     for number, run in enumerate(runs):
         at = dict(zip(*run.series("kl"), strict=True))
         rows = [(step, at[step], value) for step, value in zip(*run.series(key), strict=True) if step in at]
@@ -127,8 +127,8 @@ def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: Data
     plot = _figure("optimizer step", panel.unit, steps)
     values = [value for key in keys for run in runs for value in run.series(key)[1]]
     if not panel.smooth and min(values) >= 0:  # else a coefficient that stays is in the middle of nowhere
-        plot.y_range = Range1d(0, 1.1 * max(values) or 1)
-    drawn = []
+        plot.y_range = Range1d(start=0, end=1.1 * max(values) or 1)
+    drawn: list[tuple[str, DataRenderer]] = []
     for number, run in enumerate(runs):
         _marks(plot, number, run)
         for key, dash in zip(keys, _DASHES, strict=False):
@@ -175,13 +175,11 @@ def _marks(plot: figure, number: int, run: Run) -> None:
         "top": [1 if few or "kl" in update else 0.05 for update in kept],
         "alpha": [finite(update.get("alpha")) for update in kept],
     }
-    plot.extra_y_ranges.setdefault("marks", Range1d(0, 1))
+    plot.extra_y_ranges.setdefault("marks", Range1d(start=0, end=1))
     source = ColumnDataSource(data, name=f"moves {run.name}")
     style = _style(number, run)
-    ends = {"x0": "step", "x1": "step", "y0": "bottom", "y1": "top"}
-    marks = plot.segment(
-        **ends, source=source, y_range_name="marks", line_width=1.5, line_dash=[2, 3], line_alpha=0.7, **style
-    )
+    ends: dict[str, Any] = {"x0": "step", "x1": "step", "y0": "bottom", "y1": "top", "y_range_name": "marks"}
+    marks = plot.segment(source=source, line_width=1.5, line_dash=[2, 3], line_alpha=0.7, **ends, **style)
     tips = [("run", "$name"), ("reference moved at step", "@step"), ("alpha", "@alpha")]
     plot.add_tools(HoverTool(renderers=[marks], tooltips=tips, visible=False))
 
