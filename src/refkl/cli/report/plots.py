@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, DataRenderer, HoverTool, Range1d
+from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, HoverTool, Range1d
 from bokeh.plotting import figure
 
 from refkl.cli.report.runs import Run, finite, flat, running_mean, thinned
@@ -89,7 +89,7 @@ def frontier(runs: Sequence[Run], key: str, title: str) -> Plot:
     """Reward (or DPO's margin) against KL: one point a logged step, and its running mean from a ring to a dot."""
     what = "Margin" if key == "rewards/margins" else "Reward"
     plot = _figure("KL to the reference, nats per token", title.lower(), DataRange1d(range_padding=0.06))
-    points: list[DataRenderer] = []
+    points: list[Any] = []
     for number, run in enumerate(runs):
         at = dict(zip(*run.series("kl"), strict=True))
         rows = [(step, at[step], value) for step, value in zip(*run.series(key), strict=True) if step in at]
@@ -128,7 +128,7 @@ def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: Data
     values = [value for key in keys for run in runs for value in run.series(key)[1]]
     if not panel.smooth and min(values) >= 0:  # else a coefficient that stays is in the middle of nowhere
         plot.y_range = Range1d(start=0, end=1.1 * max(values) or 1)
-    drawn: list[tuple[str, DataRenderer]] = []
+    drawn: list[tuple[str, Any]] = []
     for number, run in enumerate(runs):
         _marks(plot, number, run)
         for key, dash in zip(keys, _DASHES, strict=False):
