@@ -191,7 +191,7 @@ def test_each_piece_is_coloured_by_its_numbers(tmp_path: Path) -> None:
     page = report(write_run(tmp_path / "run"), output=tmp_path / "page.html")
     # The scale ends at 1, by the square root in eighths: .02 is in the second, .98 in the last but one.
     one = [(" upon", "k1 l4", "KL 0.0200 · log-ratio -0.500"), (" a", "k7 m8", "KL 0.980 · log-ratio +2")]
-    assert page.pieces == [one, one] and "1 nats 0.500 a token" in page.said
+    assert page.pieces == [one, one] and "1 nats 0.500 a piece" in page.said
     assert "KL, nats 0 0.016 0.062 0.14 0.25 0.39 0.56 0.77 1+" in page.said
     scale = Scale(2.0)
     assert [scale.level(x) for x in (0.0, 0.03, 0.04, -0.5, 1.99, 2.0, 50.0)] == [0, 0, 1, 4, 7, 8, 8]

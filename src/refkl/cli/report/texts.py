@@ -140,7 +140,7 @@ def _sample(sample: dict[str, Any], exact: Scale | None, ratio: Scale | None) ->
     kl = finite(sample.get("kl"))
     summary = []
     if kl is not None and tokens:
-        summary = [f"{_nats(kl)} nats", f"{_nats(kl / len(tokens))} a token"]
+        summary = [f"{_nats(kl)} nats", f"{_nats(kl / len(tokens))} a piece"]
     return Sample(sample["step"], summary, list(_each(sample, exact, ratio)), "", max(0, len(tokens) - LENGTH))
 
 
