@@ -51,7 +51,9 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     reference = json.loads((run / "reference.json").read_text())
     assert reference["status"] == "finished" and reference["before"]["strategy"] == "clone"
     assert reference["before"]["fingerprint"] == reference["after"]["fingerprint"]
+    assert samples[0]["kl"] == 0.0 and set(samples[0]["kl_per_token"]) == {0.0} and samples[-1]["kl"] > 0
     assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "</html>" in (run / "report.html").read_text(encoding="utf-8")
     trained = AutoModelForCausalLM.from_pretrained(run / "model")
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not torch.equal(trained.model.norm.weight, start.model.norm.weight)

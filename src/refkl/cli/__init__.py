@@ -19,7 +19,8 @@ usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file 
        refkl compare A B --data FILE [--sample] [--kind reverse_kl,jsd,...] [--output DIR]
                                                      the exact KL between two checkpoints, on text or on A's samples
        refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
-       refkl report RUN [RUN ...] [--output FILE]    reward and KL of runs in one picture
+       refkl report RUN [RUN ...] [--png] [--output FILE]
+                                                     one HTML page of runs, or one picture
        refkl --version"""
 
 

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from refkl.backend import evaluating, full_shape
+from refkl.backend import full_shape
 from refkl.checkpoint import disk_failure
+from refkl.cli.samples import sample_texts
 from refkl.config import RunConfig
 from refkl.freeze import trainable_parameters
 from refkl.messages import RunError
@@ -83,7 +84,7 @@ class RunFolder:
     def _trim(self, step: int) -> list[dict[str, Any]]:
         """Drop what was logged after the checkpoint; the training steps that are left."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            lines = _lines(self.path / name)
+            lines = read_lines(self.path / name)
             lines = [line for line in lines if line.get("reference_update", line)["step"] <= step]
             if name == "metrics.jsonl":
                 kept = [line for line in lines if "loss" in line]
@@ -134,9 +135,14 @@ class RunFolder:
         os.replace(self.path, aside)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file with a JSON object a line; the last one may have been cut short by a kill."""
-    texts = path.read_text().splitlines()
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file with a JSON object a line; the last one may have been cut short by a kill.
+
+    Raises:
+        ValueError: a line before the last is damaged.
+    """
+    # Not str.splitlines, which also ends a line at characters that a sample may hold, nor text: a character can be cut.
+    texts = path.read_bytes().removesuffix(b"\n").split(b"\n")
     lines = []
     for number, text in enumerate(texts, 1):
         try:
@@ -247,36 +253,11 @@ class RunRecorder(TrainerCallback):
         return "  ".join(f"{name} {logs[key]:.4g}" for key, name in keys if logs.get(key) is not None)
 
     def _sample(self, step: int) -> None:
-        """Generate at the fixed prompts. Every rank takes part (shards are gathered), the main one writes."""
+        """Generate at the fixed prompts. Every rank takes part, the main one writes."""
         if not self.prompts:
             return
-        trainer = self.trainer
-        model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-        texts = [
-            p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-            for p in self.prompts
-        ]
-        length = self.samples.max_new_tokens or getattr(trainer.args, "max_completion_length", None) or 32
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        inputs = tokenizer(texts, return_tensors="pt", padding=True).to(trainer.accelerator.device)
-        tokenizer.padding_side = side
-        warm = {"do_sample": True, "temperature": self.samples.temperature, "top_k": 0, "top_p": 1.0}
-        choice = warm if self.samples.temperature else {"do_sample": False}
-        # A fixed seed, and the run's own random numbers untouched.
-        with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
-            torch.manual_seed(0)
-            tokens = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                **choice,
-                max_new_tokens=length,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-                synced_gpus=trainer.accelerator.num_processes > 1,
-            )
-        completions = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for prompt, completion in zip(texts, completions, strict=True):
-            self.folder.append("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
+        for record in sample_texts(self.trainer, self.samples, self.prompts):
+            self.folder.append("samples.jsonl", {"step": step, **record})
 
 
 class Stopper(TrainerCallback):

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 from refkl.backend import check_can_save, check_launch, detect, peer_gone
 from refkl.checkpoint import disk_failure, newest_whole, set_later_aside
 from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path
-from refkl.cli.report import draw_report
+from refkl.cli.report import draw_report, write_page
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
 from refkl.config import REWARDED, ResumeConfig
@@ -75,9 +75,9 @@ def train(run: ParsedRun) -> int:
     trainer.reference.fingerprint()  # anew: `changed_weight` compares it with what it was
     folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
     if main:
-        picture = draw_report(folder.path)
+        reports = write_page(folder.path).name, draw_report(folder.path).name
         console.print(recorder.closing_line(stopper.stopped))
-        console.print(f"run folder: {folder.path}  (model/, metrics.jsonl, samples.jsonl, {picture.name})")
+        console.print(f"run folder: {folder.path}  (model/, metrics.jsonl, samples.jsonl, {', '.join(reports)})")
     if (changed := recorder.changed_weight()) is not None:
         folder.fail()
         raise ValueError(
