@@ -59,6 +59,30 @@ def test_a_run_folder_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert not torch.equal(trained.model.norm.weight, start.model.norm.weight)
 
 
+@pytest.mark.parametrize("method", ["rloo", "kto"])
+def test_the_other_methods(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As GRPO and DPO: trained, recorded, reported; the KL in the folder is per token, also where TRL's is not."""
+    sections: dict[str, Any] = {"kl": {"coef": 0.2}, "trainer": {"max_steps": 3}}
+    if method == "rloo":
+        sections["kl"] |= {"placement": "reward", "reward": "sequence"}
+    assert main(["train", str(write_config(tmp_path, method, **sections))]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert steps[0]["kl"] == 0.0 and steps[2]["kl"] != 0.0 and steps[0]["kl/coef"] == 0.2
+    assert ("kl/mismatched" in steps[0]) == (method == "kto") and "kl/token" not in steps[0]
+    record = json.loads((tmp_path / "run/reference.json").read_text())
+    assert record["status"] == "finished" and record["before"]["strategy"] == "clone"
+    assert (tmp_path / "run/report.html").is_file()
+    assert "nats per token" in capsys.readouterr().err
+
+
+def test_rloos_own_coefficient_is_not_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, "rloo")
+    assert main(["train", str(path), "--trainer.beta", "0.05"]) == 2
+    assert "trainer.beta 0.05 and kl.coef both set the coefficient" in capsys.readouterr().err
+
+
 def test_an_earlier_run_of_the_same_name_is_kept(tmp_path: Path) -> None:
     config = write_config(tmp_path, trainer={"max_steps": 1})
     main(["train", str(config)])

@@ -209,6 +209,7 @@ class RunRecorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs:
             return
+        logs = self._by_our_names(logs)
         self.folder.append("metrics.jsonl", {"step": state.global_step, **logs})
         if "loss" in logs:
             self.metrics.append({"step": state.global_step, **logs})
@@ -237,7 +238,7 @@ class RunRecorder(TrainerCallback):
         for key, name, unit in (
             ("reward", "reward", ""),
             ("rewards/margins", "margin", ""),
-            (self.trainer.kl_metric, "KL", " nats per token"),
+            ("kl", "KL", " nats per token"),
         ):
             values = [m[key] for m in self.metrics if m.get(key) is not None]
             if values:
@@ -248,8 +249,20 @@ class RunRecorder(TrainerCallback):
         steps = self.metrics[-1]["step"] if self.metrics else 0
         return f"{verb} after {steps} steps, {seconds:.0f} s: {', '.join(parts) or 'nothing was logged'}"
 
-    def _status(self, logs: dict[str, Any]) -> str:
-        keys = (("reward", "reward"), ("rewards/margins", "margin"), ("loss", "loss"), (self.trainer.kl_metric, "KL"))
+    def _by_our_names(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """In a run's folder "kl" is per token of the data, whatever TRL calls so: KTO's is of mismatched pairs."""
+        name = self.trainer.kl_metric
+        if name == "kl" or name not in logs:
+            return logs
+        return {
+            **{key: value for key, value in logs.items() if key != name},
+            "kl": logs[name],
+            "kl/mismatched": logs["kl"],
+        }
+
+    @staticmethod
+    def _status(logs: dict[str, Any]) -> str:
+        keys = (("reward", "reward"), ("rewards/margins", "margin"), ("loss", "loss"), ("kl", "KL"))
         return "  ".join(f"{name} {logs[key]:.4g}" for key, name in keys if logs.get(key) is not None)
 
     def _sample(self, step: int) -> None:
