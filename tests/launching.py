@@ -17,6 +17,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 280
+_BUILDING = 1200.0
+"""Seconds after which nobody compiles an op of DeepSpeed's any more."""
 
 
 def run(command: list[str], *, timeout: int = TIMEOUT, fails: bool = False, **environment: str) -> str:
@@ -41,6 +43,7 @@ def _alone() -> Iterator[None]:
 
 
 def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str]) -> str:
+    _unlock(Path(env.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")))
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -54,6 +57,13 @@ def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str]) -> 
         _kill(process)
     assert (process.returncode != 0) == fails, f"exit {process.returncode}: {' '.join(command)}\n{output[-6000:]}"
     return output
+
+
+def _unlock(extensions: Path) -> None:
+    """Delete what a killed run has left locked: torch waits for ever for the process that compiles there."""
+    for lock in extensions.glob("*/*/lock"):
+        if time.time() - lock.stat().st_mtime > _BUILDING:
+            lock.unlink(missing_ok=True)
 
 
 def accelerate_launch(
