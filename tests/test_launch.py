@@ -135,6 +135,33 @@ def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     assert len((tmp_path / name.replace(" ", "-") / "samples.jsonl").read_text().splitlines()) == 3 * 2
 
 
+@pytest.mark.parametrize(
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3"))]
+)
+def test_kto_trains_the_same(name: str, tmp_path: Path) -> None:
+    """With a KL in the loss, a mean over the tokens of both ranks; the loss type is one without a term of the batch."""
+    _inputs(tmp_path, "kto", loss_type="apo_zero_unpaired", train_sampling_strategy="sequential")
+    options = ("--kl.coef", "0.5", "--kl.estimator", "exact")
+    found, right = (_train(which, tmp_path, *options) for which in (name, "one process"))
+    assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][-1]["kl"] > 1e-4
+    for key in ("loss", "kl"):
+        losses, expected = ([m[key] for m in result["metrics"]] for result in (found, right))
+        assert losses == pytest.approx(expected, rel=0, abs=TOLERANCE), key
+    for weight, expected in right["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3"))]
+)
+def test_rloo_on_two_processes(name: str, tmp_path: Path) -> None:
+    """The penalty of each completion is gathered with its group's rewards, which are on both ranks."""
+    _inputs(tmp_path, "rloo", max_steps=3, learning_rate=0.01)
+    found = _train(name, tmp_path, "--kl.placement", "reward", "--kl.reward", "sequence", "--kl.coef", "0.5")
+    assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][-1]["kl"] != 0.0
+    assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
+
+
 @pytest.mark.slow
 def test_lora_under_zero3_uses_the_adapter(tmp_path: Path) -> None:
     _inputs(tmp_path, max_steps=3, learning_rate=0.05)

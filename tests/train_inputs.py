@@ -68,7 +68,9 @@ def write_config(folder: Path, method: str = "grpo", **sections: Any) -> Path:
         trainer = {**TRAINER, "num_generations": 4, "max_completion_length": 8}
         reward = {"reward": [{"function": "train_inputs:letters"}]}
     elif method == "kto":
-        rows = [{"prompt": "hello", "completion": c, "label": c == " good"} for c in (" good", " bad")] * 8
+        texts = ((" good", True), (" bad one", False), ("!", True), (" yes it is", True), (" no", False))
+        rows = [{"prompt": p, "completion": text, "label": wanted} for text, wanted in texts for p in ("hello", "a b")]
+        rows = rows * 2
         trainer, reward = dict(TRAINER), {}
     else:
         rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("hello", " good", " bad"), ("a", "b", "c"))]
