@@ -278,11 +278,15 @@ def test_trl_s_names_exist() -> None:
     grpo, dpo, rloo = ({f.name for f in fields(config)} for config in (GRPOConfig, DPOConfig, RLOOConfig))
     for section, known in (
         ("### GRPOConfig", grpo),
+        ("### RLOOConfig and RLOOTrainer", rloo),
         ("### DPOConfig and DPOTrainer", dpo | {"ref_model", "PeftModel"}),
     ):
         for row in rows("migrating", section):
             assert set(names_of(row[0])) <= known, row[0]
-    assert "beta" in rloo and "ref_model" in DPOTrainer.__init__.__code__.co_varnames
+    assert (
+        RLOOConfig("out", use_cpu=True, bf16=False).beta == 0.05
+        and "ref_model" in DPOTrainer.__init__.__code__.co_varnames
+    )
     bema = next(row for row in rows("migrating", "### Others of TRL's") if row[0].startswith("`BEMA"))
     names = bema[0].strip("`").removeprefix("BEMACallback(").removesuffix(")").split(", ")
     assert set(names) <= set(BEMACallback.__init__.__code__.co_varnames)
@@ -299,13 +303,13 @@ def test_trl_s_defaults_are_as_the_page_says() -> None:
 
 
 def test_trl_s_loss_types_are_aggregated_as_the_page_says() -> None:
-    from refkl.trl.grpo import _as_trl
+    from refkl.trl.grpo import TRL_AGGREGATION
 
     seen = set()
     for types, aggregation in rows("migrating", "`loss_type` and the KL's aggregation:"):
         for name in names_of(types):
             seen.add(name)
-            assert _as_trl(0.1, name, 64).aggregation == names_of(aggregation)[0]
+            assert TRL_AGGREGATION.get(name, "token-mean") == names_of(aggregation)[0]
     # TRL's help lists them all, one bold name each.
     help_text = next(f for f in fields(GRPOConfig) if f.name == "loss_type").metadata["help"]
     assert seen == {"dapo", "cispo", "vespo", "bnpo", "grpo", "sapo", "luspo", "dr_grpo"}

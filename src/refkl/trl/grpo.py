@@ -41,12 +41,11 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
             )
 
     def _as_trl(self, beta: float) -> KLConfig:
-        length = self.max_completion_length if self.loss_type == "dr_grpo" else None
         return KLConfig(
             coef=beta,
             gradient="reverse_kl" if self.args.use_bias_correction_kl else "autograd",
-            aggregation=_TRL_AGGREGATION.get(self.loss_type, "token-mean"),
-            length=length,
+            aggregation=TRL_AGGREGATION.get(self.loss_type, "token-mean"),
+            length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
         )
 
     def _check_kl(self, kl: KLConfig) -> None:
@@ -101,7 +100,7 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
         return policy_logp.detach() if sampled is None else sampled
 
 
-_TRL_AGGREGATION: dict[str, Any] = {
+TRL_AGGREGATION: dict[str, Any] = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
     "luspo": "seq-mean-token-sum",
