@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, RLOOConfig
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze
-from refkl.trl import KLDPOTrainer, KLGRPOTrainer
+from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": ["hello", "hi there", "abc", "what"] * 4})
 PAIRS = Dataset.from_dict(
@@ -476,13 +476,31 @@ def test_beta_alone_is_the_coefficient(tmp_path: Path) -> None:
     assert (constant.aggregation, constant.length) == ("seq-mean-token-sum-norm", 8)
 
 
-def test_evaluation_logs_kl_and_leaves_the_penalty_alone(tmp_path: Path) -> None:
-    trainer = dpo(
-        KLDPOTrainer, llama(), tmp_path, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}, eval_dataset=PAIRS
-    )
+@pytest.mark.parametrize(
+    "make, cls", [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer), (dpo, KLDPOTrainer), (kto, KLKTOTrainer)]
+)
+def test_evaluation_logs_kl_and_leaves_the_penalty_alone(make: Any, cls: type, tmp_path: Path) -> None:
+    data = {dpo: PAIRS, kto: LABELLED}.get(make, PROMPTS)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "per_device_eval_batch_size": 4}
+    trainer = make(cls, llama(), tmp_path, options, eval_dataset=data)
+    name, passed = trainer.kl_metric, []
+    penalise = trainer._penalise
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        output = penalise(*args, **kwargs)
+        if not trainer.model.training:
+            passed.append((float(output.per_token.sum()), float(args[2].sum())))
+        return output
+
+    trainer._penalise = kept
     trainer.train()
-    assert all(value > 0 for value in logged(trainer, "eval_kl"))
-    assert logged(trainer, "kl")[0] == 0.0
+    found = logged(trainer, f"eval_{name}")
+    batches = len(passed) // 2
+    for step, value in enumerate(found):
+        means = [kl / tokens for kl, tokens in passed[step * batches : (step + 1) * batches]]
+        assert value == pytest.approx(sum(means) / batches, rel=1e-4)
+    assert len(found) == 2 and found[1] != 0.0
+    assert len(logged(trainer, "kl/coef")) == 2 and logged(trainer, name)[0] == 0.0
 
 
 def test_a_reference_from_elsewhere(tmp_path: Path) -> None:

@@ -137,9 +137,10 @@ class OnlineKL(KLTrainerMixin):
             compute_aux_loss=compute_aux_loss,
             **inputs,
         )
-        self._view = view
-        if self.model.training:
-            self._last_batch = view.batches[-1]
+        if self._inputs is not None:
+            self._view = view
+            if self.model.training:
+                self._last_batch = view.batches[-1]
         self._scored(found[0])
         return found
 
