@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from support import llama
-from test_trl import dpo, grpo, logged, saved
+from test_trl import dpo, grpo, kto, logged, rloo, saved
 from train_inputs import model_folder, write_config
 from transformers import LlamaForCausalLM
 from trl import DPOTrainer
@@ -22,7 +22,7 @@ from refkl import KLConfig, ReferenceConfig, SyncConfig
 from refkl.checkpoint import BEGUN, MARK
 from refkl.cli import main
 from refkl.cli.settings import parse_run
-from refkl.trl import KLDPOTrainer, KLGRPOTrainer
+from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -61,6 +61,20 @@ def test_dpo_comes_back_to_the_bit_at_any_step(settings: str, tmp_path: Path) ->
         assert bool(kept[0]) == (settings == "bf16, averaged")
 
 
+def test_kto_comes_back_to_the_bit(tmp_path: Path) -> None:
+    def trainer(folder: Path) -> Any:
+        torch.manual_seed(0)
+        kl = KLConfig(coef=0.3, controller="adaptive", target=0.5, horizon=20)
+        return kto(KLKTOTrainer, llama(), folder, SAVED, kl=kl, sync=SyncConfig(every=2, alpha=0.5))
+
+    whole, again = trainer(tmp_path), trainer(tmp_path / "again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    for key in ("loss", "kl", "kl/token", "kl/coef", "grad_norm"):
+        assert logged(again, key) == logged(whole, key)
+    assert again.reference.fingerprint() == whole.reference.fingerprint()
+
+
 def test_a_run_that_had_ended_is_not_trained_on(tmp_path: Path) -> None:
     """transformers takes one step more, in the middle of an epoch."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
@@ -74,12 +88,15 @@ def test_a_run_that_had_ended_is_not_trained_on(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("make, cls", [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer)])
 @pytest.mark.parametrize("settings", ["alpha 1", "bf16, averaged"])
-def test_grpo_comes_back_to_the_bit_where_it_generates(settings: str, tmp_path: Path) -> None:
+def test_sampling_comes_back_to_the_bit_where_it_generates(settings: str, make: Any, cls: type, tmp_path: Path) -> None:
+    placed = {"placement": "reward", "reward": "sequence"} if make is rloo else {}
+
     def trainer(folder: Path) -> Any:
         torch.manual_seed(0)
-        chosen = {"kl": KLConfig(coef=0.1), **SETTINGS[settings]}
-        return grpo(KLGRPOTrainer, llama(), folder, {**SAVED, "num_iterations": 2, "max_steps": 6}, **chosen)
+        chosen = {"kl": KLConfig(coef=0.1, **placed), **SETTINGS[settings]}
+        return make(cls, llama(), folder, {**SAVED, "num_iterations": 2, "max_steps": 6}, **chosen)
 
     whole = trainer(tmp_path)
     whole.train()
