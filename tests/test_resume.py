@@ -17,7 +17,7 @@ from train_inputs import model_folder, write_config
 from transformers import LlamaForCausalLM
 from trl import DPOTrainer
 
-import refkl.trl.checkpoints
+import refkl.hf.checkpoints
 from refkl import KLConfig, ReferenceConfig, SyncConfig
 from refkl.checkpoint import BEGUN, MARK
 from refkl.cli import main
@@ -110,7 +110,7 @@ def test_sampling_comes_back_to_the_bit_where_it_generates(settings: str, make: 
 @pytest.fixture
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
-    monkeypatch.setattr(refkl.trl.checkpoints.logger, "warning", texts.append)
+    monkeypatch.setattr(refkl.hf.checkpoints.logger, "warning", texts.append)
     return texts
 
 

@@ -18,8 +18,8 @@ from trl import GRPOTrainer
 
 from refkl import KLConfig, ReferenceConfig
 from refkl.checkpoint import MARK, RECORD
+from refkl.hf.checkpoints import PENALTY_STATE
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
-from refkl.trl.checkpoints import PENALTY_STATE
 
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "adaptive": {"coef": 0.1, "target": 0.05, "horizon": 20},

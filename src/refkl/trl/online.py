@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from refkl.backend import dropout_rates
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.hf.checkpoints import overridden
+from refkl.hf.common import KLTrainerMixin, settled_sync
 from refkl.reference import Reference
-from refkl.trl.checkpoints import overridden
-from refkl.trl.common import KLTrainerMixin, settled_sync
 from refkl.trl.views import PolicyView, ReferenceView
 from refkl.types import KLOutput, TokenBatch, TokenScores
 

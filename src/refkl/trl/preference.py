@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.hf.checkpoints import overridden
+from refkl.hf.common import KLTrainerMixin, settled_sync
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
-from refkl.trl.checkpoints import overridden
-from refkl.trl.common import KLTrainerMixin, settled_sync
 from refkl.trl.views import PolicyView, ReferenceView
 from refkl.types import TokenBatch, TokenScores
 

@@ -15,10 +15,10 @@ from refkl.backend import dropout_rates
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
 from refkl.freeze import trainable_parameters
 from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
+from refkl.hf.checkpoints import Checkpointing
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.sync import SyncReferenceCallback
-from refkl.trl.checkpoints import Checkpointing
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
 
 
 class KLTrainerMixin(Checkpointing):
-    """What a TRL trainer gains: `.reference`, `.penalty`, `.sync`, and KL metrics."""
+    """What a trainer gains: `.reference`, `.penalty`, `.sync`, and KL metrics."""
 
     _metrics: dict[str, defaultdict[str, list[float]]]
     _looked = False
