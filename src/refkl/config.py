@@ -97,8 +97,9 @@ class KLConfig:
     coef: float = 0.05
     """What the KL is multiplied by; under a controller, what it starts from. 0 measures it and penalises nothing."""
     estimator: Literal["k1", "k2", "k3", "abs", "exact"] | None = None
-    """The value; see refkl.kl.estimate. None: "k3" in the loss, "k1" in the reward, where it alone is unbiased.
-    "exact": the divergence over the whole vocabulary, which the caller passes; for the loss."""
+    """The value; see refkl.kl.estimate. None: "k3" in the loss, "k1" in the reward, where it alone is unbiased, and
+    "exact" on text that no policy sampled (supervised fine-tuning). "exact": the divergence over the whole vocabulary,
+    which the caller passes; for the loss."""
     gradient: Literal["reverse_kl", "autograd", "none"] = "reverse_kl"
     """"reverse_kl" is the gradient of KL(policy ‖ reference), for every estimator. "autograd" differentiates the
     estimator as it stands (k3 as in TRL's GRPO; k1 then has a gradient of mean zero). Both are for the loss: a reward
@@ -148,6 +149,7 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         _offered("kl", self)
+        self._chosen = self.estimator is not None
         controller = self.make_controller()
         if self.placement == "reward":
             self._check_reward()
@@ -161,6 +163,21 @@ class KLConfig:
             )
         if self.reference_weights is not None:
             _check_weights(self.reference_weights)
+
+    def on_given_text(self) -> KLConfig:
+        """The same, for tokens that no policy sampled: "exact", if no estimator was asked for.
+
+        Raises:
+            ValueError: another one was.
+        """
+        settled = self if self._chosen else replace(self, estimator="exact")
+        if settled.estimator != "exact":
+            raise ValueError(
+                f"kl.estimator {settled.estimator!r} estimates the KL from tokens that the policy sampled. Here the "
+                "tokens are given, and of these it is no estimate of KL(policy ‖ reference). Use 'exact', or leave "
+                "kl.estimator out."
+            )
+        return settled
 
     def make_controller(self) -> Controller:
         """The controller that these fields describe, at its start.

@@ -116,8 +116,7 @@ def compare(
                 ref_logp, exact = scored.against
                 return Compared(scored, replace(ref_scores, logp=ref_logp, hidden=None), exact)
         logits = completion_logits(policy, batch, **forward)
-        scored = scored_through_logits(logits, temperature=temperature, entropy=entropy, observe=observe)
-        return _through_logits(scored, logits, reference, how)
+        return compare_logits(logits, reference, how, temperature=temperature, entropy=entropy, observe=observe)
 
 
 def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
@@ -131,11 +130,24 @@ def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
     return other
 
 
-def _through_logits(scored: Scored, logits: ScoredLogits, reference: Reference, how: Divergence) -> Compared:
-    """Both sides' logits in full: for a head that is adapted, sharded, or on another device."""
-    batch, temperature = scored.call.batch, scored.scores.temperature
+def compare_logits(
+    logits: ScoredLogits,
+    reference: Reference,
+    how: Divergence,
+    *,
+    temperature: float = 1.0,
+    entropy: Entropies = False,
+    observe: Observer | None = None,
+) -> Compared:
+    """`compare`, from logits of the policy that are at hand; the reference's are made in full too.
+
+    For a head that is adapted, sharded, or on another device, and for a forward that was not ours. Open
+    `reference.paired` around the forward that gave them and this.
+    """
+    scored = scored_through_logits(logits, temperature=temperature, entropy=entropy, observe=observe)
+    batch = scored.call.batch
     with reference.logits(batch) as ref_scored:
-        ref_scores = scores_from(ref_scored, temperature=temperature, entropy=scored.scores.entropy is not None)
+        ref_scores = scores_from(ref_scored, temperature=temperature, entropy=bool(entropy))
         ref_logits = ref_scored.logits.to(logits.logits.device)
     exact = logits.call.spread(_exact(logits, ref_logits, how, temperature))
     ref_scores = replace(ref_scores.to(batch.input_ids.device), fingerprint=reference.stamp)

@@ -1,8 +1,8 @@
 """Model + TokenBatch -> TokenScores. The only place where tokens are shifted."""
 
 from refkl.scoring.find import find_head
-from refkl.scoring.forward import Call, ScoredLogits, completion_logits
-from refkl.scoring.head import Head, HeadError, decoder_layers
+from refkl.scoring.forward import Call, ScoredLogits, completion_logits, prepare
+from refkl.scoring.head import Head, HeadError, base_model, decoder_layers
 from refkl.scoring.prompt import Prompt, learned_prompt, without_prompt
 from refkl.scoring.score import (
     Against,
@@ -23,10 +23,12 @@ __all__ = [
     "Prompt",
     "Scored",
     "ScoredLogits",
+    "base_model",
     "completion_logits",
     "decoder_layers",
     "find_head",
     "learned_prompt",
+    "prepare",
     "score_model",
     "score_tokens",
     "scored_through_logits",

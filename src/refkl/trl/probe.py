@@ -34,7 +34,9 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "_compute_loss": ("model", "inputs"),
     }
     for name in ("GRPOTrainer", "RLOOTrainer")
-} | {name: {"_compute_loss": ("model", "inputs", "return_outputs")} for name in ("DPOTrainer", "KTOTrainer")}
+}
+_METHODS |= {name: {"_compute_loss": ("model", "inputs", "return_outputs")} for name in ("DPOTrainer", "KTOTrainer")}
+_METHODS |= {"SFTTrainer": {"compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch")}}
 """Their first parameters, after self."""
 
 _SAMPLING = ("_buffered_inputs", "self.ref_model", "self.beta", "self.temperature", '"advantages"', '"completion_mask"')
@@ -44,10 +46,11 @@ _USED: dict[str, tuple[str, ...]] = {
     "RLOOTrainer": (*_SAMPLING, '"old_logps"', "self.epsilon_low", "old_per_token_logps - ref_per_token_logps"),
     "DPOTrainer": (*_PAIRS, "self.use_weighting"),
     "KTOTrainer": (*_PAIRS, "KL_completion_mask"),
+    "SFTTrainer": ("fused_lm_head=True", "outputs.label_mask", "self.padding_free", 'self.args.loss_type == "nll"'),
 }
 """What their source has to say."""
 
-_ANSWERS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "aux_loss")
+_ANSWERS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "label_mask", "aux_loss")
 
 
 def check_trl() -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+from transformers import Trainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
-from refkl.trl.common import KLTrainerMixin
+from refkl import hf
+from refkl.hf.common import KLTrainerMixin
 from refkl.trl.dpo import KLDPOTrainer
 from refkl.trl.grpo import KLGRPOTrainer
 from refkl.trl.kto import KLKTOTrainer
 from refkl.trl.rloo import KLRLOOTrainer
+from refkl.trl.sft import KLSFTTrainer
 
 _TRAINERS: dict[type, type[KLTrainerMixin]] = {
     GRPOTrainer: KLGRPOTrainer,
     RLOOTrainer: KLRLOOTrainer,
     DPOTrainer: KLDPOTrainer,
     KTOTrainer: KLKTOTrainer,
+    SFTTrainer: KLSFTTrainer,
 }
 
 _Trainer = TypeVar("_Trainer")
@@ -31,7 +35,8 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
     subclass gives, and its own scoring of the policy is called with refkl's scorer in the model's place.
 
     Args:
-        trainer: trl's GRPOTrainer, RLOOTrainer, DPOTrainer or KTOTrainer, or a subclass of one.
+        trainer: trl's GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer or SFTTrainer, or a subclass of one; or a
+            trainer that is none of TRL's, as for refkl.hf.with_reference.
 
     Raises:
         ValueError: it is something else.
@@ -46,5 +51,7 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
         if issubclass(trainer, known):
             body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
             return type(f"KL{trainer.__name__}", (ours, trainer), body)
+    if issubclass(trainer, Trainer) and not any(cls.__module__.split(".")[0] == "trl" for cls in trainer.__mro__):
+        return hf.with_reference(trainer)
     names = ", ".join(known.__name__ for known in _TRAINERS)
     raise ValueError(f"with_reference is for {names} of trl and their subclasses, and {trainer.__name__} is none.")

@@ -66,7 +66,7 @@ class PolicyView:
             return self.model(**inputs)
         router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
         batch = token_batch(inputs, labels)
-        seen = _Statistics(self.statistics)
+        seen = Statistics(self.statistics)
         options = {**self.options, "observe": seen.observe if self.statistics else None, **router}
         scored = self._alone(batch, options) if self.reference is None else self._both(self.reference, batch, options)
         self.batches.append(batch)
@@ -111,7 +111,7 @@ def token_batch(inputs: dict[str, Any], labels: Tensor | None) -> TokenBatch:
     return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, model_inputs=own)
 
 
-class _Statistics:
+class Statistics:
     """TRL's statistics of the policy's logits, each [B, T - 1]."""
 
     def __init__(self, names: tuple[str, ...]) -> None:

@@ -1,0 +1,104 @@
+"""SFT with a refkl reference: TRL's supervised fine-tuning on a KL leash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from refkl.hf.leash import SupervisedKL, labelled, predicts_its_labels
+from refkl.hf.watch import EXACT, Watch
+from refkl.reference.pair import Compared, compare
+from refkl.scoring import score_model
+from refkl.trl.views import Statistics
+from refkl.types import TokenBatch, TokenScores
+
+
+class KLSFTTrainer(SupervisedKL, SFTTrainer):
+    """trl.SFTTrainer with `reference=`, `kl=`, `kl_on=` and `sync=`; all else is TRL's.
+
+    Loss and `eval_loss` are TRL's own plus coef · KL(policy ‖ reference), exact, a mean over the tokens of the
+    optimizer step: refkl.hf.KLTrainer says more. The policy is run once, but where TRL itself runs it twice.
+
+    Args:
+        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
+        kl: the penalty; exact. By default at coefficient 0.05; 0 measures it alone.
+        kl_on: "labels": where a token has a label. "all": at every token that is attended to, prompts too.
+        sync: when the reference moves; by default never.
+        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
+        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
+
+    Raises:
+        ValueError: an estimator that is for sampled tokens; sequences laid in a row (padding_free, packing but for
+            "wrapped"), which refkl's scorer cannot tell apart.
+    """
+
+    args: SFTConfig
+
+    def _check_trainer(self) -> None:
+        super()._check_trainer()
+        if self.padding_free:
+            raise ValueError(
+                f"{type(self).__name__} tells sequences apart by their padding, and packing with packing_strategy "
+                f"{self.args.packing_strategy!r}, or padding_free, lays them in a row. Leave both out, or pack with "
+                "packing_strategy 'wrapped'."
+            )
+
+    def _fused(self) -> bool:
+        smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
+        return self.compute_loss_func is None and not smoothed  # for these TRL takes the logits
+
+    def _compared(
+        self,
+        loss_of: Callable[[Any], Any],
+        model: Any,
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        ready: TokenScores | None,
+        return_outputs: bool,
+    ) -> tuple[Any, Compared]:
+        if not predicts_its_labels(inputs, batch):
+            raise ValueError(
+                f"{type(self).__name__} scores the tokens of input_ids, and the batch has labels that are others, or "
+                "on padding, or right after it. Make labels of input_ids, with -100 where none is to be, and pad on "
+                "the right."
+            )
+        view = _View(model, Watch(self.reference, batch), ready)
+        result = loss_of(view)
+        if view.watch.found is None:
+            raise ValueError(f"The compute_loss of {type(self).__name__} did not run the policy, so there is no KL.")
+        return result, view.watch.found
+
+
+class _View:
+    """The policy as SFTTrainer.compute_loss calls it; its first call is compared with the reference."""
+
+    def __init__(self, model: Any, watch: Watch, ready: TokenScores | None) -> None:
+        self.model, self.watch, self.ready = model, watch, ready
+
+    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            given = {} if labels is None else {"labels": labels}
+            with self.watch.open(self.model):
+                return self.model(**given, **inputs)
+        assert labels is not None, "TRL passes labels with fused_lm_head"
+        batch, seen = self.watch.batch, Statistics(("is_top1",))
+        router = {name: inputs[name] for name in ("output_router_logits",) if name in inputs}
+        options: dict[str, Any] = {"entropy": "detached", "observe": seen.observe, **router}
+        if self.watch.found is None:
+            self.watch.found = compare(self.model, self.watch.reference, batch, EXACT, ref_scores=self.ready, **options)
+            scored = self.watch.found.scored
+        else:  # for TRL's metrics alone
+            scored = score_model(self.model, batch, **options)
+        entropy, mask = scored.scores.entropy, labelled(labels)[:, 1:]
+        assert entropy is not None, "asked for"
+        return FusedCausalLMOutput(
+            log_probs=scored.scores.logp[:, 1:].masked_fill(~mask, 0.0),
+            entropy=entropy[:, 1:].masked_fill(~mask, 0.0),
+            is_top1=seen.result(scored.call)["is_top1"] & mask,
+            label_mask=mask,
+            aux_loss=scored.outputs.aux_loss if router else None,
+        )
