@@ -121,6 +121,34 @@ def test_a_quantised_reference_is_recorded_with_its_floor(
     assert "and reference.max_kl_floor is 1e-09" in capsys.readouterr().err
 
 
+def test_supervised_texts_of_three_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The KL is exact unless another is asked for; samples begin with prompts, or as texts do."""
+    config = write_config(tmp_path, "sft")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " good"}]
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    kinds: dict[str, tuple[dict[str, Any], str]] = {
+        "completion": ({"prompt": "hello", "completion": " you"}, "hello"),
+        "text": ({"text": "one two three four five six seven eight"}, "one two three four five six"),
+        "messages": ({"messages": turns}, "<user>hello"),
+    }
+    for kind, (row, beginning) in kinds.items():
+        (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 8)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "model")
+        assert (
+            main(["train", str(config), "--trainer.max_steps", "2", "--trainer.output_dir", str(tmp_path / kind)]) == 0
+        )
+        steps = [m for m in lines(tmp_path / kind / "metrics.jsonl") if "loss" in m]
+        assert steps[0]["kl"] == 0.0 and steps[1]["kl"] > 1e-4 and steps[1]["kl/coef"] == 0.1
+        assert {s["prompt"] for s in lines(tmp_path / kind / "samples.jsonl")} == {beginning}
+        capsys.readouterr()
+        assert main(["check", str(config)]) == 0 and "nothing wrong was found" in capsys.readouterr().out
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    assert main(["train", str(config)]) == 2
+    assert "['prompt', 'completion'], or one of ['text', 'messages']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["grpo", "dpo"])
 def test_export_merges_lora(method: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, method, peft=LORA, trainer={"learning_rate": 0.05})
@@ -173,6 +201,11 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "a reward of NaN": ({"reward": [{"function": "train_inputs:not_a_number"}]}, [], "returned nan for completion 3"),
     "another backend": ({"launch": {"backend": "zero3"}}, [], "asks for zero3.*gave plain on 1 process"),
     "another number of processes": ({"launch": {"processes": 2}}, [], "asks for 2 processes"),
+    "an estimate of texts that are given": (
+        {"method": "sft", "kl": {"estimator": "k3"}},
+        [],
+        r"Use 'exact', or leave kl\.",
+    ),
     "an unknown method": ({"method": "gpro"}, [], "Did you mean 'grpo'"),
 }
 

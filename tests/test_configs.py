@@ -23,6 +23,7 @@ STRATEGY = {
     "full_finetune": "clone",
     "dpo": "clone",
     "kto": "clone",
+    "sft": "clone",
     "rloo": "adapter",
     "offload": "clone",
     "reward_model": "clone",

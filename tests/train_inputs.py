@@ -67,6 +67,9 @@ def write_config(folder: Path, method: str = "grpo", **sections: Any) -> Path:
         rows = [{"prompt": text} for text in ("hello", "hi there", "abc", "what")] * 4
         trainer = {**TRAINER, "num_generations": 4, "max_completion_length": 8}
         reward = {"reward": [{"function": "train_inputs:letters"}]}
+    elif method == "sft":
+        rows = [{"prompt": p, "completion": c} for p, c in (("hello", " good"), ("a", "bc"), ("hi", " you"))] * 8
+        trainer, reward = dict(TRAINER), {}
     elif method == "kto":
         texts = ((" good", True), (" bad one", False), ("!", True), (" yes it is", True), (" no", False))
         rows = [{"prompt": p, "completion": text, "label": wanted} for text, wanted in texts for p in ("hello", "a b")]

@@ -18,7 +18,7 @@ from refkl.kl.aggregation import check_aggregation
 from refkl.kl.rewards import check_rewards
 from refkl.messages import unknown
 
-Method = Literal["grpo", "rloo", "dpo", "kto"]
+Method = Literal["grpo", "rloo", "dpo", "kto", "sft"]
 REWARDED = ("grpo", "rloo")
 """The methods that maximise a reward."""
 BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
@@ -389,7 +389,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Prompts for GRPO (column "prompt"), or preferences for DPO ("prompt", "chosen", "rejected")."""
+    """Prompts for GRPO (column "prompt"), preferences for DPO ("prompt", "chosen", "rejected"), or texts for SFT
+    ("prompt" and "completion", of which the completion is learnt; or "text", or "messages")."""
 
     source: str
     """A .jsonl, .json, .csv or .parquet file, a folder written by datasets.save_to_disk, "package.module:function" for
@@ -550,8 +551,8 @@ class RunConfig:
     """One run of `refkl train`: a YAML file, any key of which can be overridden on the command line."""
 
     method: Method = "grpo"
-    """"grpo" or "rloo" (a reward), "dpo" (preference pairs) or "kto" (completions that are wanted or not). It says
-    which of TRL's configurations `trainer` is."""
+    """"grpo" or "rloo" (a reward), "dpo" (preference pairs), "kto" (completions that are wanted or not) or "sft" (texts
+    to learn). It says which of TRL's configurations `trainer` is."""
     model: ModelConfig
     """The policy."""
     data: DataConfig
@@ -576,11 +577,11 @@ class RunConfig:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     """Where the run goes on."""
     trainer: Any = None
-    """TRL's configuration (GRPOConfig, RLOOConfig, DPOConfig, KTOConfig), with all of its fields; `trainer.output_dir`
-    is the run folder."""
+    """TRL's configuration (GRPOConfig, RLOOConfig, DPOConfig, KTOConfig, SFTConfig), with all of its fields;
+    `trainer.output_dir` is the run folder."""
 
     def __post_init__(self) -> None:
-        self.kl = replace(self.kl)
+        self.kl = self.kl.on_given_text() if self.method == "sft" else replace(self.kl)
         if self.method in REWARDED and not self.reward:
             raise ValueError(f"method {self.method!r} maximises a reward, and `reward` lists none.")
         if self.method not in REWARDED and self.reward:

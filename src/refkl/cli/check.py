@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from refkl.backend import check_launch, detect, set_micro_batch
-from refkl.cli.inputs import load_data, load_reward, model_path
+from refkl.cli.inputs import PROMPTS, load_data, load_reward, model_path
 from refkl.cli.settings import ParsedRun
 from refkl.cli.train import make_trainer
 from refkl.guards import check_reference
@@ -64,7 +64,7 @@ def _batch(tokenizer: Any, data: Any, device: torch.device) -> TokenBatch:
     """The beginnings of a few of the data's texts, of different lengths; the second half of each is scored."""
     rows = []
     for number, row in enumerate(data.select(range(min(_ROWS, len(data))))):
-        text = row["prompt"]
+        text = next(row[column] for column in PROMPTS if column in row)
         if not isinstance(text, str):
             text = tokenizer.apply_chat_template(text, tokenize=False)
         answer = row.get("chosen", row.get("completion", ""))

@@ -26,7 +26,12 @@ _COLUMNS = {
     "rloo": ("prompt",),
     "dpo": ("prompt", "chosen", "rejected"),
     "kto": ("prompt", "completion", "label"),
+    "sft": ("prompt", "completion"),
 }
+_INSTEAD = {"sft": ("text", "messages")}
+"""Columns of which any one does too."""
+PROMPTS = ("prompt", *_INSTEAD["sft"])
+"""Where a row's prompt is, or begins: the first of these that it has."""
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
@@ -90,9 +95,12 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
         ValueError: no such source, a missing column, no rows.
     """
     data = load_rows(config)
-    if missing := [c for c in _COLUMNS[method] if c not in data.column_names]:
+    instead = _INSTEAD.get(method, ())
+    missing = [c for c in _COLUMNS[method] if c not in data.column_names]
+    if missing and not set(instead) & set(data.column_names):
+        other = f", or one of {list(instead)}" if instead else ""
         raise ValueError(
-            f"The data for {method} needs the columns {list(_COLUMNS[method])}; {config.source} has "
+            f"The data for {method} needs the columns {list(_COLUMNS[method])}{other}; {config.source} has "
             f"{data.column_names}, so {missing} is missing."
         )
     return data

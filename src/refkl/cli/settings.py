@@ -16,12 +16,18 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
 from refkl.config import RunConfig
 from refkl.messages import nearest, unknown
 
-TRAINER_CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "rloo": RLOOConfig, "dpo": DPOConfig, "kto": KTOConfig}
+TRAINER_CONFIGS: dict[str, type] = {
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "sft": SFTConfig,
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from refkl.backend import check_can_save, check_launch, detect, peer_gone
 from refkl.checkpoint import disk_failure, newest_whole, set_later_aside
-from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path
+from refkl.cli.inputs import PROMPTS, load_data, load_model, load_reward, load_tokenizer, model_path
 from refkl.cli.report import draw_report, write_page
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
@@ -144,7 +145,7 @@ def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
 
 def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
     """The trainer that the configuration asks for, its reference built."""
-    from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
+    from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer, KLSFTTrainer
 
     config = run.config
     shared: dict[str, Any] = {
@@ -159,8 +160,8 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
         "on_checkpoint_error": config.checkpoint.on_error,
     }
     if config.method not in REWARDED:
-        of_pairs = {"dpo": KLDPOTrainer, "kto": KLKTOTrainer}[config.method]
-        return of_pairs(processing_class=load_tokenizer(config.model, "right"), **shared)
+        offline = {"dpo": KLDPOTrainer, "kto": KLKTOTrainer, "sft": KLSFTTrainer}[config.method]
+        return offline(processing_class=load_tokenizer(config.model, "right"), **shared)
     if args.reward_weights is not None:
         raise ValueError("trainer.reward_weights would be ignored: each entry of `reward` has its weight.")
     args.reward_weights = [r.weight for r in config.reward]
@@ -169,11 +170,24 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
 
 
 def _prompts(data: Any, count: int) -> list[Any]:
-    """The first `count` different prompts."""
+    """The first `count` different prompts; of whole texts their beginnings."""
     distinct: list[Any] = []
-    for prompt in data["prompt"]:
+    column = next(column for column in PROMPTS if column in data.column_names)
+    for text in data[column]:
         if len(distinct) == count:
             break
+        prompt = text if column == "prompt" else _beginning(text)
         if prompt not in distinct:
             distinct.append(prompt)
     return distinct
+
+
+_WORDS = 6
+"""How much of a text is its beginning."""
+
+
+def _beginning(text: Any) -> Any:
+    """A few words; of a conversation what comes before the first answer."""
+    if isinstance(text, str):
+        return " ".join(text.split()[:_WORDS])
+    return list(takewhile(lambda message: message["role"] != "assistant", text))
