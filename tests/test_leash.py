@@ -158,6 +158,23 @@ def test_without_a_coefficient_the_losses_are_the_trainers_own(maker: str, tmp_p
     assert kl[0] == 0.0 and kl[-1] > 1e-4 and logged(ours, "eval_kl")[-1] > 1e-4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": True, "packing_strategy": "wrapped", "max_length": 16}, {"loss_type": "dft", "learning_rate": 3.0}],
+)
+def test_settings_of_trl(options: dict[str, Any], tmp_path: Path) -> None:
+    start = llama()
+    theirs, ours = (
+        sft(cls, copy.deepcopy(start), tmp_path, options, **more)
+        for cls, more in ((SFTTrainer, {}), (KLSFTTrainer, {"kl": KLConfig(coef=0.0)}))
+    )
+    theirs.train()
+    ours.train()
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-6, abs=1e-6), key
+    assert logged(ours, "kl")[-1] > 1e-4
+
+
 def evaluated(maker: str) -> Dataset:
     if maker == "hf":
         return rows().select(range(4))
@@ -273,17 +290,16 @@ def test_padding_on_the_left(tmp_path: Path) -> None:
         runs.append([logged(trainer, "kl"), logged(trainer, "loss")])
     assert runs[0][0][0] == 0.0
     assert runs[0] == [pytest.approx(values, abs=1e-5) for values in runs[1]]
-    whole = rows().map(lambda row: {"labels": row["input_ids"]})
-    first = [
-        hf(cls, copy.deepcopy(model), tmp_path, {"max_steps": 1}, side="left", train_dataset=whole)
+    # The Trainer's loss has a text's first token too, which only padding comes before; no KL is taken there.
+    whole, start = rows().map(lambda row: {"labels": row["input_ids"]}), llama()
+    theirs, ours = (
+        hf(cls, copy.deepcopy(start), tmp_path, {"max_steps": 1}, side="left", train_dataset=whole)
         for cls in (Trainer, KLTrainer)
-    ]
-    for trainer in first:
-        trainer.train()
-    # The Trainer counts that token, which only padding comes before; the leash takes no KL there.
-    counts = [int((first[0].data_collator([whole[0], whole[1]])["labels"][:, 1:] != -100).sum()) for _ in (0, 1)]
-    assert counts[0] == len(whole[0]["input_ids"]) - 1 + len(whole[1]["input_ids"])
-    assert logged(first[1], "kl") == [0.0]
+    )
+    theirs.train()
+    ours.train()
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-6)
+    assert logged(ours, "kl") == [0.0]
 
 
 @pytest.mark.parametrize("maker", MAKERS)

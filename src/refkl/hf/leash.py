@@ -21,18 +21,17 @@ from transformers.utils import ModelOutput, logging
 from refkl.backend import full_shape
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
 from refkl.hf.common import KLTrainerMixin
-from refkl.hf.watch import EXACT, Watch
+from refkl.hf.watch import IGNORED, CrossEntropy, Watch, predicts_its_labels
 from refkl.messages import unknown
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
-from refkl.reference.pair import Compared, compare
+from refkl.reference.pair import Compared
 from refkl.scoring import base_model
 from refkl.types import TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
 
 KLOn = Literal["labels", "all"]
-_IGNORED = -100
 _TEXT = {"input_ids", "attention_mask", "labels"}
 _SCORED = "reference_scores"
 
@@ -60,6 +59,7 @@ class SupervisedKL(KLTrainerMixin):
         if kl_on not in get_args(KLOn):
             raise unknown("kl_on", str(kl_on), get_args(KLOn))
         self.kl_on = kl_on
+        self._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
         if self._given("model_init", args, kwargs) is not None:
             raise ValueError(
                 f"{type(self).__name__} builds its reference from the policy, and model_init makes another policy when "
@@ -110,7 +110,7 @@ class SupervisedKL(KLTrainerMixin):
                 )
             attention = torch.ones_like(ids)
         real = attention.bool()
-        scored = real if self.kl_on == "all" else real & (labels != _IGNORED)
+        scored = real if self.kl_on == "all" else real & (labels != IGNORED)
         known = {*_TEXT, "position_ids", "use_cache", "num_items_in_batch", _SCORED}
         own = {name: value for name, value in inputs.items() if name in self._takes and name not in known}
         return TokenBatch(ids, attention, scored, inputs.get("position_ids"), own)
@@ -239,10 +239,6 @@ class KLTrainer(SupervisedKL, Trainer):
     _shows_outputs = True
     """Whether who asks for the outputs of a loss looks at them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
-        super().__init__(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers' own, with the KL's metrics: means over the steps since the last time."""
         mode = "train" if self.model.training else "eval"
@@ -316,7 +312,7 @@ class KLTrainer(SupervisedKL, Trainer):
     ) -> tuple[Any, Compared]:
         alike = self._alike if self.model.training else self._on_all_ranks(_is_text(inputs, batch))
         if alike and not (return_outputs and self._shows_outputs) and self._is_plain(model):
-            view = _CrossEntropy(model, self.reference, batch, ready)
+            view = CrossEntropy(model, self.reference, batch, ready)
             return loss_of(view), view.found
         watch = Watch(self.reference, batch)
         with watch.open(model):
@@ -327,36 +323,6 @@ class KLTrainer(SupervisedKL, Trainer):
 
 _LOOKED_AT = 8
 """Tokens that a model's own loss is looked at with."""
-
-
-class _CrossEntropy:
-    """The policy as Trainer.compute_loss calls it: what it gives for the loss comes from the forward that is compared
-    with the reference."""
-
-    found: Compared
-
-    def __init__(self, model: Any, reference: Reference, batch: TokenBatch, ready: TokenScores | None) -> None:
-        self.model, self.reference, self.batch, self.ready = model, reference, batch, ready
-
-    def __call__(self, *, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Tensor]:
-        self.found = compare(self.model, self.reference, self.batch, EXACT, ref_scores=self.ready)
-        mask = labelled(labels)
-        total = -self.found.scored.scores.logp.masked_fill(~mask, 0.0).sum()
-        return {"loss": total / (mask.sum() if num_items_in_batch is None else num_items_in_batch)}
-
-
-def labelled(labels: Tensor) -> Tensor:
-    """[B, T] the tokens that a causal language model's loss is of; the first has nothing before it."""
-    mask = labels != _IGNORED
-    mask[:, 0] = False
-    return mask
-
-
-def predicts_its_labels(inputs: dict[str, Any], batch: TokenBatch) -> bool:
-    """Whether labels are the batch's own tokens, those that are scored: none is padding, or follows it."""
-    labels = inputs["labels"]
-    beyond = ~batch.completion_mask | (labels != inputs["input_ids"])
-    return not bool((labelled(labels) & beyond).any())
 
 
 def _is_text(inputs: dict[str, Any], batch: TokenBatch) -> bool:

@@ -1,5 +1,5 @@
 """The policy in a loss of somebody else's: the first time that it is called, what it says is compared with the
-reference."""
+reference. Either the policy is called as it is, and watched, or something stands in for it that gives the same loss."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from refkl.kl.rows import Divergence
 from refkl.reference import Reference
-from refkl.reference.pair import Compared, compare_logits
+from refkl.reference.pair import Compared, compare, compare_logits
 from refkl.scoring import Call, ScoredLogits, prepare
-from refkl.types import TokenBatch
+from refkl.types import TokenBatch, TokenScores
 
 EXACT = Divergence("reverse_kl")
+IGNORED = -100
+"""The label of a token that has none."""
 
 
 class Watch:
@@ -94,3 +96,33 @@ def _logits(outputs: list[Any]) -> Tensor:
             "kernel that keeps the logits to itself (skip_logits)."
         )
     return logits
+
+
+class CrossEntropy:
+    """The policy as Trainer.compute_loss calls it: what it gives for the loss comes from the forward that is compared
+    with the reference."""
+
+    found: Compared
+
+    def __init__(self, model: Any, reference: Reference, batch: TokenBatch, ready: TokenScores | None) -> None:
+        self.model, self.reference, self.batch, self.ready = model, reference, batch, ready
+
+    def __call__(self, *, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Tensor]:
+        self.found = compare(self.model, self.reference, self.batch, EXACT, ref_scores=self.ready)
+        mask = labelled(labels)
+        total = -self.found.scored.scores.logp.masked_fill(~mask, 0.0).sum()
+        return {"loss": total / (mask.sum() if num_items_in_batch is None else num_items_in_batch)}
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """[B, T] the tokens that a causal language model's loss is of; the first has nothing before it."""
+    mask = labels != IGNORED
+    mask[:, 0] = False
+    return mask
+
+
+def predicts_its_labels(inputs: dict[str, Any], batch: TokenBatch) -> bool:
+    """Whether labels are the batch's own tokens, those that are scored: none is padding, or follows it."""
+    labels = inputs["labels"]
+    beyond = ~batch.completion_mask | (labels != inputs["input_ids"])
+    return not bool((labelled(labels) & beyond).any())

@@ -9,8 +9,8 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from refkl.hf.leash import SupervisedKL, labelled, predicts_its_labels
-from refkl.hf.watch import EXACT, Watch
+from refkl.hf.leash import SupervisedKL
+from refkl.hf.watch import EXACT, Watch, labelled, predicts_its_labels
 from refkl.reference.pair import Compared, compare
 from refkl.scoring import score_model
 from refkl.trl.views import Statistics
