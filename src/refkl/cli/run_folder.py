@@ -203,7 +203,9 @@ class RunRecorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs:
             return
-        self.folder.append("metrics.jsonl", {"step": state.global_step, **logs})
+        histogram = self.trainer.kl_histogram if "loss" in logs else None
+        spread = {} if histogram is None else {"kl/log_ratio": histogram.trimmed()}
+        self.folder.append("metrics.jsonl", {"step": state.global_step, **logs, **spread})
         if "loss" in logs:
             self.metrics.append({"step": state.global_step, **logs})
             line = f"step {state.global_step}/{state.max_steps}  {self._status(logs)}"
