@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -63,16 +63,16 @@ def _to_tensorboard(callback: Any, histogram: Histogram, step: int) -> None:
     if callback.tb_writer is None:
         return
     counts, edges = _drawn(histogram)
-    centres = [(a + b) / 2 for a, b in pairwise(edges)]
+    centres = (edges[:-1] + edges[1:]) / 2
     callback.tb_writer.add_histogram_raw(
         f"train/{NAME}",
-        min=edges[0],
-        max=edges[-1],
+        min=float(edges[0]),
+        max=float(edges[-1]),
         num=histogram.tokens,
-        sum=sum(n * x for n, x in zip(counts, centres, strict=True)),
-        sum_squares=sum(n * x * x for n, x in zip(counts, centres, strict=True)),
-        bucket_limits=edges,
-        bucket_counts=[0, *counts],  # it wants what is below the first edge too
+        sum=float(counts @ centres),
+        sum_squares=float(counts @ centres**2),
+        bucket_limits=edges.tolist(),
+        bucket_counts=[0, *counts.tolist()],  # it wants what is below the first edge too
         global_step=step,
     )
 
@@ -99,12 +99,11 @@ _TRACKERS: dict[type, Callable[[Any, Histogram, int], None]] = {
 }
 
 
-def _drawn(histogram: Histogram) -> tuple[list[int], list[float]]:
+def _drawn(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
     """Counts and edges with some width for the bin of 0, without which a tracker shows nothing of it."""
     found = histogram.trimmed()
-    counts, edges = [int(n) for n in found["counts"]], list(found["edges"])
-    nearest = min(x for x in Histogram.edges if x > 0)
-    for at in range(len(counts)):
-        if edges[at] == edges[at + 1]:
-            edges[at], edges[at + 1] = -nearest / 2, nearest / 2
+    counts, edges = np.array(found["counts"]), np.array(found["edges"])
+    half = min(x for x in Histogram.edges if x > 0) / 2
+    for at in np.flatnonzero(np.diff(edges) == 0):
+        edges[at : at + 2] = -half, half
     return counts, edges
