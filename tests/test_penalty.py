@@ -14,6 +14,7 @@ from refkl import KLConfig, KLPenalty, TokenScores, global_normalizer, kl
 from refkl.kl import AGGREGATIONS, ESTIMATORS
 
 FORMULAS = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.expm1(-d) + d, "abs": abs}
+QUANTILES = ("kl/p99", "kl/log_ratio/p01", "kl/log_ratio/p50", "kl/log_ratio/p99")
 D = torch.tensor([[0.5, -1.0, 2.0], [3.0, 9.0, 9.0]])
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -182,7 +183,10 @@ def test_metrics_by_hand():
     policy, ref = pair(d)
     output = KLPenalty(KLConfig(coef=0.3, estimator="abs"))(policy, ref, MASK)
     expected = {"kl": 93 / 4, "kl/sequence": 93 / 2, "kl/max": 90.0, "kl/saturated": 1 / 4, "kl/clipped": 0.0}
-    assert output.metrics == pytest.approx({**expected, "kl/coef": 0.3}, rel=1e-6)
+    expected |= {"kl/k1": -91 / 4, "kl/k2": (1 + 4 + 8100) / 2 / 4, "kl/coef": 0.3}
+    expected["kl/k3"] = (math.expm1(-1) + 1 + math.expm1(2) - 2 + math.exp(60) - 1 - 90) / 4  # exp is capped
+    found = {name: value for name, value in output.metrics.items() if name not in QUANTILES}
+    assert found == pytest.approx(expected, rel=1e-6)
     assert all(type(value) is float for value in output.metrics.values())
 
 
@@ -202,7 +206,10 @@ def test_step_weighs_micro_batches_by_their_tokens_and_starts_anew():
     penalty(*pair(torch.tensor([[1.0, 2.0, 3.0]])), torch.ones(1, 3))
     penalty(*pair(torch.tensor([[-80.0, 50.0]])), torch.tensor([[True, False]]))
     expected = {"kl": -74 / 4, "kl/sequence": -74 / 2, "kl/max": 80.0, "kl/saturated": 1 / 4, "kl/clipped": 0.0}
-    assert penalty.step() == pytest.approx({**expected, "kl/coef": 0.3})
+    expected |= {"kl/k1": -74 / 4, "kl/k2": (14 + 6400) / 8, "kl/coef": 0.3}
+    expected["kl/k3"] = (sum(math.expm1(-d) + d for d in (1, 2, 3)) + math.exp(60) - 1 - 80) / 4
+    found = {name: value for name, value in penalty.step().items() if name not in QUANTILES}
+    assert found == pytest.approx(expected)
     assert penalty.step() == {}
     penalty(*pair(torch.tensor([[4.0]])), torch.ones(1, 1))
     assert penalty.step()["kl"] == pytest.approx(4.0)
@@ -433,7 +440,8 @@ def test_ranks_add_up_to_one_process(tmp_path):
                 ).loss
                 for s in shares[rank]
             ]
-            results[mode] = (sum(losses).detach(), penalty.step(accelerator))
+            step = penalty.step(accelerator)
+            results[mode] = (sum(losses).detach(), step, penalty.histogram.counts)
         return results
 
     ranks = on_two_ranks(work, tmp_path)
@@ -445,6 +453,7 @@ def test_ranks_add_up_to_one_process(tmp_path):
         expected = penalty.step()
         for results in ranks:
             assert results[mode][1] == pytest.approx(expected, rel=1e-5)
+            assert results[mode][2] == penalty.histogram.counts and sum(results[mode][2]) == 7
 
 
 def test_a_rank_that_scored_nothing_steps_with_the_others(tmp_path):

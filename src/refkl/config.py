@@ -146,6 +146,9 @@ class KLConfig:
     """Clamp the log-ratio to ± this in the estimate's value; the reverse-KL gradient is never clamped."""
     reference_weights: list[float] | None = None
     """For several references: the weight of each in their geometric mixture; they sum to 1. None weighs all alike."""
+    exact_every: int | None = None
+    """Optimizer steps between two measurements of the exact KL beside an estimate, logged as kl/exact: over the whole
+    vocabulary, on one micro-batch of that step, with dropout off. Each costs a forward of policy and reference more."""
 
     def __post_init__(self) -> None:
         _offered("kl", self)
@@ -163,6 +166,17 @@ class KLConfig:
             )
         if self.reference_weights is not None:
             _check_weights(self.reference_weights)
+        if self.exact_every is not None:
+            self._check_exact_every(self.exact_every)
+
+    def _check_exact_every(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"kl.exact_every counts optimizer steps and must be at least 1, got {every}.")
+        if self.estimator == "exact":
+            raise ValueError(
+                "kl.exact_every has no use with estimator 'exact', whose value is the exact KL at each step. Leave it "
+                "out."
+            )
 
     def on_given_text(self) -> KLConfig:
         """The same, for tokens that no policy sampled: "exact", if no estimator was asked for.

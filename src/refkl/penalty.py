@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from refkl.config import KLConfig
-from refkl.kl import aggregate, aggregation_count, estimate, place_rewards, saturated
+from refkl.kl import Histogram, aggregate, aggregation_count, estimate, place_rewards
 from refkl.kl.estimators import masked_log_ratio
+from refkl.kl.statistics import MEASURED, counted, exact_statistics, histogram_of, merged, metrics_of, statistics
 from refkl.types import KLOutput, TokenScores, require_shape
 
 if TYPE_CHECKING:
@@ -37,12 +38,39 @@ class KLPenalty:
     def __init__(self, config: KLConfig | None = None) -> None:
         self.config = config or KLConfig()
         self.controller = self.config.make_controller()
+        self.histogram: Histogram | None = None
+        """The log-ratios of all tokens of the last step, over micro-batches and ranks; None if nothing was scored."""
         self._window: list[Tensor] = []
+        self._steps = 0
+        self._exact_given = False
 
     @property
     def coef(self) -> float:
         """The present coefficient."""
         return self.controller.coef
+
+    @property
+    def exact_due(self) -> bool:
+        """Whether the step in hand is one that `config.exact_every` asks to be measured, and has not been."""
+        every = self.config.exact_every
+        return every is not None and (self._steps + 1) % every == 0 and not self._exact_given
+
+    def add_exact(self, divergence: Tensor | Sequence[Tensor], mask: Tensor) -> None:
+        """Measure "kl/exact" of the step in hand on these tokens, beside the estimate; penalises nothing.
+
+        Args:
+            divergence: [B, T], nats: from score_pair(..., divergence="reverse_kl"); one for each reference, if there
+                are several.
+            mask: [B, T], True = counts.
+
+        Raises:
+            ValueError: shapes that differ; weights that are not one per reference.
+        """
+        divergences = [divergence] if isinstance(divergence, Tensor) else list(divergence)
+        for one in divergences:
+            require_shape("divergence", one, mask.shape, "mask")
+        self._window.append(exact_statistics(self._mixture(divergences, "divergence"), mask))
+        self._exact_given = True
 
     def __call__(
         self,
@@ -102,12 +130,20 @@ class KLPenalty:
             reward = self._reward(per_token, mask)
 
         clamp = self.config.max_log_ratio if divergence is None else None
-        stats = _statistics(per_token.detach(), masked_log_ratio(logp.detach(), ref_logp, mask), mask, clamp)
+        stats = statistics(
+            per_token.detach(),
+            masked_log_ratio(logp.detach(), ref_logp, mask),
+            mask,
+            estimates=self._measured(per_token.detach(), logp, ref_logp, mask, old_logp, divergence is not None),
+            exact=divergence is not None,
+            max_log_ratio=clamp,
+        )
         if count is None:
             count = logp.requires_grad or self.config.placement == "reward"
         if count:
             self._window.append(stats)
-        return KLOutput(loss, reward, per_token, _metrics(stats, self.coef))
+            self._exact_given |= divergence is not None
+        return KLOutput(loss, reward, per_token, metrics_of(stats, self.coef, self.controller.target))
 
     def step(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """Close an optimizer step: the KL since the last one, over all ranks, updates the coefficient.
@@ -119,22 +155,35 @@ class KLPenalty:
             accelerator: reduces over its processes; every rank must call. None for a single process.
 
         Returns:
-            Metrics over the step: "kl" nats per token, "kl/sequence" nats per sequence, "kl/max" the largest
-            |log-ratio| of a token, "kl/saturated" the share of tokens whose exp is capped, "kl/clipped" the share whose
-            log-ratio `max_log_ratio` clamps, "kl/coef" the coefficient that applied. Empty if nothing was scored.
+            Metrics over the step, empty if nothing was scored (docs/metrics.md): "kl" nats per token, "kl/sequence"
+            nats per sequence; "kl/k1", "kl/k2" and "kl/k3", nats per token, of the same log-ratios, not clamped;
+            "kl/exact", nats per token, where a divergence or `add_exact` gave it; "kl/max" the largest |log-ratio| of a
+            token and "kl/p99" their 99th percentile; "kl/log_ratio/p01", "/p50" and "/p99", of signed log-ratios;
+            "kl/saturated" the share of tokens whose exp is capped, "kl/clipped" the share whose log-ratio
+            `max_log_ratio` clamps; "kl/coef" the coefficient that applied, "kl/target" what its controller steers to,
+            if it has one. `histogram` has all log-ratios.
 
         Raises:
-            ValueError: from a controller that follows the KL: it is not finite, or the step too large for its horizon.
+            ValueError: from a controller that follows the KL: it is not finite, or the step too large for its horizon;
+                `config.exact_every` asks for an exact KL in this step, and none was given.
         """
-        stats = _merge(self._window) if self._window else torch.zeros(_STATISTICS, dtype=torch.float64)
-        self._window = []
+        if self.exact_due and self._window:
+            raise ValueError(
+                f"kl.exact_every {self.config.exact_every} asks for the exact KL of a micro-batch of this step, and "
+                "none was given. Where penalty.exact_due, call penalty.add_exact with score_pair(..., "
+                "divergence='reverse_kl').divergence, as refkl's trainers do; or leave kl.exact_every out."
+            )
+        stats = merged(self._window)
+        self._window, self._exact_given = [], False
+        self._steps += 1
         if accelerator is not None and accelerator.num_processes > 1:
-            on_device = stats.to(accelerator.device, torch.float32)
+            on_device = stats.to(accelerator.device)  # fp64: in fp32 counts end at 2^24
             sums = accelerator.reduce(on_device[:-1], reduction="sum")
             peak = accelerator.reduce(on_device[-1:], reduction="max")
             stats = torch.cat([sums, peak]).to(stats)
-        metrics = _metrics(stats, self.coef)
-        tokens, sequences = int(stats[1]), int(stats[2])
+        metrics = metrics_of(stats, self.coef, self.controller.target)
+        tokens, sequences = counted(stats)
+        self.histogram = histogram_of(stats) if tokens else None
         if self.controller.unit == "sequence":
             self.controller.update(metrics["kl/sequence"], sequences)
         else:
@@ -143,7 +192,8 @@ class KLPenalty:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, between two optimizer steps; plain numbers and strings, exact in JSON."""
-        return {"controller": self.controller.state_dict()}
+        counted = {} if self.config.exact_every is None else {"steps": self._steps}
+        return {"controller": self.controller.state_dict(), **counted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`.
@@ -154,6 +204,18 @@ class KLPenalty:
         if "controller" not in state:
             raise ValueError(f"This is no state of a KLPenalty: it holds {sorted(state)} and no 'controller'.")
         self.controller.load_state_dict(state["controller"])
+        self._steps = int(state.get("steps", 0))  # of a run without kl.exact_every there are none
+
+    def _measured(
+        self, per_token: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, old_logp: Tensor | None, exact: bool
+    ) -> list[Tensor]:
+        """[B, T] each: the values of MEASURED, weighed as the penalty's own and not clamped."""
+        config = self.config
+        own = None if exact or config.max_log_ratio is not None else config.estimator
+        options: dict[str, Any] = {"gradient": "none", "mask": mask}
+        if old_logp is not None:
+            options |= {"old_logp": old_logp, "ratio": config.ratio}
+        return [per_token if name == own else estimate(logp, ref_logp, name, **options) for name in MEASURED]
 
     def _estimate(self, logp: Tensor, ref_logp: Tensor, mask: Tensor, old_logp: Tensor | None) -> Tensor:
         """[B, T], nats: the KL from samples."""
@@ -266,31 +328,3 @@ def _check_comparable(policy_scores: TokenScores, ref_scores: TokenScores, mask:
             f"The policy was scored at temperature {policy_scores.temperature} and the reference at "
             f"{ref_scores.temperature}: their KL would compare two different distributions. Score both alike."
         )
-
-
-_STATISTICS = 6
-"""Sum of the KL, tokens, sequences, saturated tokens, clipped tokens, largest |log-ratio|."""
-
-
-def _statistics(per_token: Tensor, log_ratio: Tensor, mask: Tensor, max_log_ratio: float | None) -> Tensor:
-    clipped = log_ratio.abs() > (torch.inf if max_log_ratio is None else max_log_ratio)
-    counts = mask.sum(), mask.any(-1).sum(), (saturated(log_ratio) & mask).sum(), (clipped & mask).sum()
-    peak = log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(())
-    return torch.stack([x.to(per_token.dtype) for x in (per_token.sum(), *counts, peak)]).to("cpu", torch.float64)
-
-
-def _merge(window: list[Tensor]) -> Tensor:
-    stacked = torch.stack(window)
-    return torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].max(0).values])
-
-
-def _metrics(stats: Tensor, coef: float) -> dict[str, float]:
-    total, tokens, sequences, saturated_tokens, clipped_tokens, peak = stats.tolist()
-    return {
-        "kl": total / max(tokens, 1.0),
-        "kl/sequence": total / max(sequences, 1.0),
-        "kl/max": peak,
-        "kl/saturated": saturated_tokens / max(tokens, 1.0),
-        "kl/clipped": clipped_tokens / max(tokens, 1.0),
-        "kl/coef": coef,
-    }

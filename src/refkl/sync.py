@@ -14,12 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
-from refkl.backend import communicating_device, evaluating, unwrap
+from refkl.backend import communicating_device
 from refkl.checkpoint import REFERENCE, complete
 from refkl.config import SyncConfig
 from refkl.kl import estimate
 from refkl.reference import Reference
-from refkl.scoring import score_tokens
+from refkl.reference.pair import measure_pair
 from refkl.types import TokenBatch
 
 
@@ -160,10 +160,9 @@ class ReferenceSync:
         """KL(policy ‖ first reference), nats per token of the batches of all ranks, by k3."""
         if batch is None:
             raise ValueError("sync.first_kl_every needs tokens to measure on: pass batch= to ReferenceSync.step.")
-        with torch.no_grad(), evaluating(unwrap(policy)):
-            ours = score_tokens(policy, batch, temperature=temperature).logp
         with self.reference.first():
-            first = self.reference.score(batch, temperature=temperature).logp
+            pair = measure_pair(policy, self.reference, batch, temperature=temperature)
+        ours, first = pair.policy.logp, pair.reference.logp
         mask = batch.completion_mask.to(ours.device)
         kl = estimate(ours, first.to(ours.device), "k3", gradient="none", mask=mask)
         sums = torch.stack([x.sum().to("cpu", torch.float64) for x in (kl, mask)])

@@ -210,7 +210,9 @@ class RunRecorder(TrainerCallback):
         if not logs:
             return
         logs = self._by_our_names(logs)
-        self.folder.append("metrics.jsonl", {"step": state.global_step, **logs})
+        histogram = self.trainer.kl_histogram if "loss" in logs else None
+        spread = {} if histogram is None else {"kl/log_ratio": histogram.trimmed()}
+        self.folder.append("metrics.jsonl", {"step": state.global_step, **logs, **spread})
         if "loss" in logs:
             self.metrics.append({"step": state.global_step, **logs})
             line = f"step {state.global_step}/{state.max_steps}  {self._status(logs)}"

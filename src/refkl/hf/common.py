@@ -16,8 +16,11 @@ from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedRe
 from refkl.freeze import trainable_parameters
 from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
 from refkl.hf.checkpoints import Checkpointing
+from refkl.hf.metrics import HistogramCallback, record
+from refkl.kl import Histogram
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
+from refkl.reference.pair import measure_pair
 from refkl.sync import SyncReferenceCallback
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
@@ -47,12 +50,16 @@ class KLTrainerMixin(Checkpointing):
     """Whether the first KL of the training was looked at."""
     _step_kl: float | None = None
     """The KL of the last optimizer step, nats per token over all ranks."""
+    _measured_at: float = 1.0
+    """The temperature of the scores."""
     _last_batch: TokenBatch | None = None
     """Tokens that were scored in the last optimizer step."""
     placements: ClassVar[tuple[str, ...]] = ("loss",)
     """Where this trainer can put the penalty."""
     kl_metric: ClassVar[str] = "kl"
     """What the KL per token is logged as."""
+    kl_histogram: Histogram | None = None
+    """The log-ratios of all tokens of the steps since the last log, over micro-batches and ranks."""
 
     @property
     def _exact(self) -> bool:
@@ -88,7 +95,7 @@ class KLTrainerMixin(Checkpointing):
         self._settle_checkpoints(resume_reference, on_checkpoint_error)
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
-        if kl.estimator == "exact":
+        if kl.estimator == "exact" or kl.exact_every is not None:
             reference.check_exact()
         if not trainable_parameters(self.model):
             raise ValueError(
@@ -96,7 +103,9 @@ class KLTrainerMixin(Checkpointing):
             )
         self.reference = reference
         self.penalty = KLPenalty(kl)
+        self._measured_at = temperature
         self.add_callback(_PenaltySteps(self))
+        self.add_callback(HistogramCallback(self))
         if sync is not None:
             if self.args.restore_callback_states_from_checkpoint:
                 raise ValueError(
@@ -173,6 +182,14 @@ class KLTrainerMixin(Checkpointing):
             self._metrics["eval"][self.kl_metric].append(total / max(tokens, 1.0))
         return output
 
+    def _measure_exact(self, model: Any, batch: TokenBatch) -> None:
+        """Where kl.exact_every asks for it, of the first micro-batch of a step, before its loss: under ZeRO-3 the
+        optimizer's step is over by the time that callbacks hear of it."""
+        if self.model.training and self.penalty.exact_due:
+            pair = measure_pair(model, self.reference, batch, temperature=self._measured_at, exact=True)
+            assert pair.divergence is not None
+            self.penalty.add_exact(pair.divergence, batch.completion_mask)
+
     def _look_at_first(self, kl: Tensor) -> None:
         """Say so if the KL is not 0 though the policy has not trained yet, and nothing explains it."""
         inner = self.accelerator.unwrap_model(self.model)
@@ -248,7 +265,6 @@ class _PenaltySteps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics = self.trainer.penalty.step(self.trainer.accelerator)
         self.trainer._step_kl = metrics.get("kl", 0.0)  # none where every completion was cut off
-        for name, value in metrics.items():
-            self.trainer._metrics["train"][self.trainer.kl_metric if name == "kl" else name].append(value)
+        record(self.trainer, metrics)
         if state.global_step % _LOOK_EVERY == 0:
             self.trainer.reference.verify(_LOOK_AT)

@@ -8,6 +8,7 @@ from refkl.kl.aggregation import AGGREGATIONS, aggregate, aggregation_count
 from refkl.kl.controllers import CONTROLLERS, AdaptiveKL, Controller, CosineKL, DualKL, FixedKL, LinearKL
 from refkl.kl.divergences import DIVERGENCES, divergence
 from refkl.kl.estimators import ESTIMATORS, GRADIENTS, estimate, saturated
+from refkl.kl.histogram import Histogram
 from refkl.kl.linear import LinearPair, LinearScores, linear_divergence, linear_logp, linear_pair
 from refkl.kl.logprobs import token_logp
 from refkl.kl.rewards import REWARDS, place_rewards
@@ -25,6 +26,7 @@ __all__ = [
     "CosineKL",
     "DualKL",
     "FixedKL",
+    "Histogram",
     "LinearKL",
     "LinearPair",
     "LinearScores",

@@ -31,6 +31,8 @@ class Controller:
     """Its key in CONTROLLERS; a state can only be loaded by the controller that it is of."""
     unit: str = "token"
     """What `update` expects: "token", nats per token; "sequence", nats per sequence, summed over its tokens."""
+    target: float | None = None
+    """The KL that it steers to, in nats per `unit`; None where it steers to none."""
 
     def __init__(self, coef: float) -> None:
         self.coef = _coefficient("The KL coefficient", coef)
@@ -134,6 +136,8 @@ class CosineKL(LinearKL):
 
 class _FollowsKL(Controller):
     """A coefficient that is multiplied each step, and so can never leave 0."""
+
+    target: float
 
     def __init__(self, coef: float, target: float, unit: str) -> None:
         super().__init__(coef)

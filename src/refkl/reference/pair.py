@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refkl.backend import evaluating, unwrap
 from refkl.kl import divergence as dense_divergence
 from refkl.kl.rows import Divergence
 from refkl.kl.tiles import Observer
@@ -64,6 +65,19 @@ def score_pair(
     how = Divergence(divergence, jsd_weight, order, top_k)
     found = compare(policy, reference, batch, how, temperature=temperature, entropy=entropy)
     return PairScores(found.scored.scores, found.reference, found.divergence)
+
+
+def measure_pair(
+    policy: nn.Module, reference: Reference, batch: TokenBatch, *, temperature: float = 1.0, exact: bool = False
+) -> PairScores:
+    """Both as they stand: no grad, dropout off in the policy too; `exact`: with KL(policy ‖ reference) of each token.
+
+    Raises:
+        ValueError: as `score_pair`.
+    """
+    divergence = "reverse_kl" if exact else None
+    with torch.no_grad(), evaluating(unwrap(policy)):
+        return score_pair(policy, reference, batch, temperature=temperature, divergence=divergence)
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,6 +126,7 @@ class OnlineKL(KLTrainerMixin):
             reference=self.reference if exact else None,
             exact=exact,
             ready=self._ready_hidden(input_ids.shape[1]) if exact else None,
+            before=self._measure_exact,
         )
         found = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
             view,

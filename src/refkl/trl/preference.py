@@ -104,6 +104,7 @@ class PreferenceKL(KLTrainerMixin):
             reference=self.reference,
             exact=self._exact,
             ready=None if ready is None else iter(ready),
+            before=self._measure_exact,
         )
         answers = iter(policy.references)  # TRL calls the reference for the same batches, after the policy
         self.ref_model = ReferenceView(lambda batch: next(answers))

@@ -34,6 +34,7 @@ class PolicyView:
         reference: Reference | None = None,
         exact: bool = False,
         ready: Iterator[TokenScores] | None = None,
+        before: Callable[[Any, TokenBatch], None] | None = None,
     ) -> None:
         """A view of `model` as it is wrapped.
 
@@ -47,6 +48,7 @@ class PolicyView:
             exact: also the exact divergence from it.
             ready: the reference's scores of the coming calls, where they are at hand; for an exact divergence they have
                 `hidden`.
+            before: called with the model and the batch before these are scored with grad.
         """
         self.model = model
         self.options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
@@ -54,6 +56,7 @@ class PolicyView:
         self.reference = reference
         self.exact = exact
         self.ready = ready
+        self.before = before
         self.batches: list[TokenBatch] = []
         """What was scored, one for each call."""
         self.scores: list[TokenScores] = []
@@ -66,6 +69,8 @@ class PolicyView:
             return self.model(**inputs)
         router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
         batch = token_batch(inputs, labels)
+        if self.before is not None and torch.is_grad_enabled():
+            self.before(self.model, batch)
         seen = Statistics(self.statistics)
         options = {**self.options, "observe": seen.observe if self.statistics else None, **router}
         scored = self._alone(batch, options) if self.reference is None else self._both(self.reference, batch, options)
