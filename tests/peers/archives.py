@@ -9,11 +9,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from launching import run
 
-from peers.selection import PEERS, Peer
+from peers.selection import CHECKOUTS, PEERS, Checkout, Peer
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -48,18 +49,38 @@ def fetch(peer: Peer) -> Path:
     return archive
 
 
-def lay_out(folder: Path) -> None:
+def lay_out(folder: Path, names: Iterable[str]) -> None:
     """FOLDER/PEER/: the selected tests in tests/, and beside it, where they look for their package, the adapter."""
-    for name, peer in PEERS.items():
-        archive = fetch(peer)
-        shutil.copytree(ADAPTERS / name, folder / name / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in names:
+        peer = PEERS[name] if name in PEERS else CHECKOUTS[name]
+        adapter = name if isinstance(peer, Peer) else peer.adapter
+        shutil.copytree(ADAPTERS / adapter, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        read = _archived(peer) if isinstance(peer, Peer) else _checked_out(peer)
         for file in peer.files:
             # Never extractall: names inside an archive may point anywhere, these are ours.
             target = folder / name / "tests" / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(_member(archive, f"{peer.folder}/{file.path}"))
-    # An empty configuration: this repository's is not for the peers' tests.
-    (folder / "pytest.ini").write_text("[pytest]\n")
+            target.write_bytes(read(file.path))
+    # Hardly a configuration: this repository's is not for the peers' tests. The second is a name of unittest's classes.
+    (folder / "pytest.ini").write_text("[pytest]\npython_classes = Test* *Test\n")
+
+
+def _archived(peer: Peer) -> Callable[[str], bytes]:
+    archive = fetch(peer)
+    return lambda path: _member(archive, f"{peer.folder}/{path}")
+
+
+def _checked_out(peer: Checkout) -> Callable[[str], bytes]:
+    folder = Path(os.environ[peer.variable])
+
+    def read(path: str) -> bytes:
+        assert (folder / path).is_file(), (
+            f"{peer.variable} is {folder}, and there is no {path} in it. It takes the folder tests/ of a checkout of "
+            f"version {peer.version}."
+        )
+        return (folder / path).read_bytes()
+
+    return read
 
 
 def _member(archive: Path, name: str) -> bytes:

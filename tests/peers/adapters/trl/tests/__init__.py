@@ -1,0 +1,1 @@
+"""Where TRL's tests are put."""

@@ -1,0 +1,1 @@
+"""TRL's names for what refkl holds."""
