@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from refkl import KLConfig, ReferenceConfig
+from refkl import KLConfig, ReferenceConfig, SyncConfig
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLRLOOTrainer, with_reference
 
 COEF = 0.3
@@ -257,21 +257,93 @@ def test_with_reference_finds_the_arguments_however_they_are_passed(tmp_path: Pa
 def test_with_reference_is_for_trls_four(tmp_path: Path) -> None:
     assert with_reference(GRPOTrainer) is KLGRPOTrainer
     assert with_reference(KLDPOTrainer) is KLDPOTrainer
-    with pytest.raises(ValueError, match=r"GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer of trl .* dict is none"):
+    with pytest.raises(
+        ValueError, match=r"GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer, SFTTrainer of trl .* dict is none"
+    ):
         with_reference(dict)
     with pytest.raises(ValueError, match="takes a trainer's class"):
         with_reference(7)  # type: ignore[type-var]
 
 
-def test_a_configuration_that_is_not_passed_on(tmp_path: Path) -> None:
-    """TRL would load a reference of its own for its beta."""
+def test_a_subclass_that_makes_its_configuration_itself(tmp_path: Path) -> None:
+    """TRL's default beta is taken over, whoever sets it, and TRL loads no reference for it."""
 
     class Settled(RLOOTrainer):
-        def __init__(self, model: Any) -> None:
-            args = RLOOConfig(str(tmp_path), **{**COMMON, "num_generations": 4})
-            super().__init__(model, lambda **columns: [0.0], args, PROMPTS, processing_class=byte_tokenizer())
+        def __init__(self, policy: Any, **kwargs: Any) -> None:
+            config = RLOOConfig(str(tmp_path), **{**COMMON, "num_generations": 4, "max_steps": 1})
+            zero = lambda **columns: [0.0] * 4  # noqa: E731
+            super().__init__(policy, zero, config, PROMPTS, processing_class=byte_tokenizer(), **kwargs)
 
-    torch.manual_seed(0)
-    llama().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"KLSettled was not given TRL's configuration.*beta 0\.05.*Pass args="):
-        with_reference(Settled)(LlamaForCausalLM.from_pretrained(tmp_path / "model"))
+    trainer = with_reference(Settled)(llama())
+    assert trainer.penalty.coef == 0.05 and trainer.penalty.config.reward == "sequence"
+    assert trainer.beta == 0.0 and trainer.ref_model is None
+    trainer.train()
+
+
+def test_a_subclass_that_hands_on_by_position(tmp_path: Path) -> None:
+    class Passing(GRPOTrainer):
+        def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(model, *args, **kwargs)
+
+    config = GRPOConfig(str(tmp_path), **{**COMMON, "beta": 0.4, "num_generations": 4})
+    trainer = with_reference(Passing)(llama(), lambda **c: [0.0], config, PROMPTS, processing_class=byte_tokenizer())
+    assert trainer.penalty.coef == 0.4 and trainer.ref_model is None
+
+
+def test_a_loss_that_goes_around_trls_is_refused(tmp_path: Path) -> None:
+    class Around(GRPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Tensor:
+            return model(inputs["completion_ids"]).logits.mean()
+
+    trainer = grpo(with_reference(Around), llama(), tmp_path, {"max_steps": 1}, kl=KLConfig())
+    with pytest.raises(ValueError, match="no KL was measured: its compute_loss does not call _compute_loss"):
+        trainer.train()
+
+
+class Twice(GRPOTrainer):
+    """Scores other tokens after its own, as a loss of corrupted prompts does."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        other = self._get_per_token_logps_and_entropies(model, ids // 2, mask, inputs["completion_ids"].shape[1])[0]
+        return loss + 0.0 * other.sum()
+
+
+def test_the_kl_is_of_the_micro_batch_whatever_else_a_loss_scores(tmp_path: Path) -> None:
+    runs = []
+    for cls in (KLGRPOTrainer, with_reference(Twice)):
+        torch.manual_seed(0)
+        trainer = grpo(cls, llama(), tmp_path, {"max_steps": 2, "optim": "sgd"}, kl=KLConfig(coef=COEF))
+        trainer.train()
+        runs.append((logged(trainer, "kl"), logged(trainer, "grad_norm")))
+    assert runs[1][0] == pytest.approx(runs[0][0], abs=1e-6) and runs[0][0][0] == 0.0
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-4)
+    with pytest.raises(ValueError, match=r"Twice has a loss of its own.*Use kl.placement 'loss'"):
+        grpo(with_reference(Twice), llama(), tmp_path, kl=KLConfig(placement="reward"))
+
+
+def test_rollouts_in_another_order_are_refused(tmp_path: Path) -> None:
+    class Sorted(RLOOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            output = super()._generate_and_score_completions(inputs)
+            order = output["old_logps"].argsort()
+            return {name: value[order] for name, value in output.items()}
+
+    trainer = rloo(with_reference(Sorted), llama(), tmp_path, {"max_steps": 1})
+    with pytest.raises(ValueError, match="not of the completions that it has scored, or not in their order"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+def test_a_reset_hears_of_each_steps_kl(placement: str, tmp_path: Path) -> None:
+    """Also where one rollout is used for several steps and its penalty was settled at the first of them."""
+    options = {**SMALL, "num_iterations": 4, "gradient_accumulation_steps": 1, "max_steps": 4, "beta": 0.0}
+    options |= {"per_device_train_batch_size": 4}
+    sync = SyncConfig(every=None, max_kl=1e-9)
+    trainer = rloo(KLRLOOTrainer, llama(), tmp_path, options, kl=KLConfig(coef=0.1, placement=placement), sync=sync)
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert len(kl) == 4 and [u["step"] for u in trainer.sync.updates] == [at + 1 for at, k in enumerate(kl) if k > 1e-9]
+    assert any(kl[1:])

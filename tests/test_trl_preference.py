@@ -9,14 +9,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from support import llama
-from test_trl import LABELLED, PAIRS, dpo, kto, logged, saved
+from support import byte_tokenizer, llama
+from test_trl import COMMON, LABELLED, PAIRS, dpo, kto, logged, saved
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+from trl.experimental import bema_for_ref_model
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig
-from refkl.trl import KLDPOTrainer, KLKTOTrainer
+from refkl.trl import KLDPOTrainer, KLKTOTrainer, with_reference
 
 COEF = 0.4
 BOTH = [(dpo, KLDPOTrainer), (kto, KLKTOTrainer)]
@@ -157,3 +159,49 @@ def test_a_data_set_without_a_length(make: Any, cls: type, tmp_path: Path) -> No
         trainer.train()
         losses.append(logged(trainer, "loss"))
     assert losses[0] == losses[1] and len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize("option", ["precompute_ref_log_probs", "sync_ref_model"])
+def test_a_subclass_with_names_of_its_own(option: str, tmp_path: Path) -> None:
+    """What TRL is given is looked at where TRL gets it, whatever a class of the user's calls it."""
+
+    class Own(DPOTrainer):
+        def __init__(self, policy: Any, config: Any, pairs: Any, **kwargs: Any) -> None:
+            super().__init__(policy, args=config, train_dataset=pairs, processing_class=byte_tokenizer(), **kwargs)
+
+    config = DPOConfig(str(tmp_path), **COMMON, **{option: True})
+    if option == "precompute_ref_log_probs":
+        with pytest.raises(ValueError, match="TRL's own cache of reference scores"):
+            with_reference(Own)(llama(), config, PAIRS)
+        return
+    trainer = with_reference(Own)(llama(), config, PAIRS)
+    assert trainer.sync is not None and trainer.sync.sync.config.every == config.ref_model_sync_steps
+
+
+def test_a_loss_that_asks_the_reference_first(tmp_path: Path) -> None:
+    """Its scores go to the batch that they are of, in whatever order."""
+
+    class First(DPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            half = slice(0, len(labels) // 2)
+            tokens = {name: inputs[name][half] for name in ("input_ids", "attention_mask")}
+            asked = self.ref_model(**tokens, labels=labels[half], fused_lm_head=True).log_probs
+            told = model(**tokens, labels=labels[half], fused_lm_head=True).log_probs
+            seen.append(float((asked - told).abs().max()))
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    seen: list[float] = []
+    losses = []
+    for cls in (KLDPOTrainer, with_reference(First)):
+        torch.manual_seed(0)
+        trainer = dpo(cls, llama(), tmp_path, {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1})
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1] and seen[0] == 0.0 and seen[1] > 1e-3
+
+
+def test_trls_moving_of_its_own_reference_is_refused(tmp_path: Path) -> None:
+    callback = bema_for_ref_model.BEMACallback(update_ref_model=True)
+    with pytest.raises(ValueError, match=r"BEMACallback.update_ref_model=True. moves a reference of TRL's"):
+        dpo(with_reference(bema_for_ref_model.DPOTrainer), llama(), tmp_path, callbacks=[callback])

@@ -51,6 +51,18 @@ def test_a_method_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         check_trl()
 
 
+def test_an_old_trl_that_lacks_what_is_imported_is_named_too(tmp_path: Path) -> None:
+    code = (
+        "import importlib.metadata as m, trl.trainer.utils as u\n"
+        "del u.FusedCausalLMOutput\n"
+        "known = m.version\n"
+        "m.version = lambda name: '1.9.1' if name == 'trl' else known(name)\n"
+        "try:\n    import refkl.trl\nexcept ImportError as error:\n    print(error)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "tested with trl >=1.16,<1.17 and found 1.9.1" in output.stdout
+
+
 def test_what_the_trainers_are_to_use_is_looked_for_in_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules["refkl.trl.probe"]._USED, "KTOTrainer", ("self.ref_model", "self._no_such_thing"))
     with pytest.raises(ImportError, match=r"KTOTrainer no longer uses self\._no_such_thing"):
@@ -70,17 +82,16 @@ def test_the_message_comes_when_the_plugin_is_imported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make, cls", ALL)
 def test_settings_that_would_score_the_two_apart_are_refused(make: Any, cls: type, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_liger_kernel replaces the policy's layers"):
+        make(cls, llama(), tmp_path, {"use_liger_kernel": True})
+    trainer = make(cls, llama(), tmp_path)
     for size, kind in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
-        trainer = make(cls, llama(), tmp_path)
         trainer.accelerator.state.parallelism_config = ParallelismConfig(**{size: 2})
         try:
             with pytest.raises(ValueError, match=rf"does not support {kind} parallelism .*{size} is 2"):
-                trainer._check_settings()
+                trainer._check_settings()  # as when it is made, which needs the ranks
         finally:
             trainer.accelerator.state.parallelism_config = None
-    trainer.args.use_liger_kernel = True
-    with pytest.raises(ValueError, match="use_liger_kernel replaces the policy's layers"):
-        trainer._check_settings()
 
 
 @pytest.mark.slow

@@ -254,13 +254,14 @@ class RunRecorder(TrainerCallback):
     def _by_our_names(self, logs: dict[str, Any]) -> dict[str, Any]:
         """In a run's folder "kl" is per token of the data, whatever TRL calls so: KTO's is of mismatched pairs."""
         name = self.trainer.kl_metric
-        if name == "kl" or name not in logs:
+        if name == "kl":
             return logs
-        return {
-            **{key: value for key, value in logs.items() if key != name},
-            "kl": logs[name],
-            "kl/mismatched": logs["kl"],
+        renamed = {
+            f"{mode}{old}": f"{mode}{new}"
+            for mode in ("", "eval_")
+            for old, new in ((name, "kl"), ("kl", "kl/mismatched"))
         }
+        return {renamed.get(key, key): value for key, value in logs.items()}
 
     @staticmethod
     def _status(logs: dict[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +51,8 @@ class KLTrainerMixin(Checkpointing):
     _metrics: dict[str, defaultdict[str, list[float]]]
     _looked = False
     """Whether the first KL of the training was looked at."""
+    _penalised = False
+    """Whether the KL was ever added or measured."""
     _step_kl: float | None = None
     """The KL of the last optimizer step, nats per token over all ranks."""
     _measured_at: float = 1.0
@@ -66,19 +71,33 @@ class KLTrainerMixin(Checkpointing):
         """Whether the KL is the exact divergence, and no estimate."""
         return self.penalty.config.estimator == "exact"
 
-    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The argument `name` of a call to this trainer, however it was passed; None if it was not."""
-        if name in kwargs:
-            return kwargs[name]
-        for cls in type(self).__mro__:
-            if issubclass(cls, KLTrainerMixin) or "__init__" not in vars(cls):
-                continue
-            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-            places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            if name in places:
-                return args[places.index(name)] if places.index(name) < len(args) else None
-            args = args[len(places) :]  # a trainer of the user's that hands the rest on
-        return None
+    @contextmanager
+    def _joining(
+        self, trainer: type, settle: Callable[[dict[str, Any]], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """While this trainer is made: `settle` is open around `trainer.__init__`, and gets its arguments by name.
+
+        There, and not at our own __init__, because between the two may stand a class of the user's, which calls its
+        arguments what it likes, and makes some of them itself.
+        """
+        original = trainer.__init__  # type: ignore[misc]
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def settled(instance: Any, *args: Any, **kwargs: Any) -> None:
+            if instance is not self:
+                original(instance, *args, **kwargs)
+                return
+            given = signature.bind(instance, *args, **kwargs)
+            given.apply_defaults()
+            with settle(given.arguments):
+                original(instance, *args, **kwargs)
+
+        trainer.__init__ = settled  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            trainer.__init__ = original  # type: ignore[misc]
 
     def _attach(
         self,
@@ -161,7 +180,9 @@ class KLTrainerMixin(Checkpointing):
         old_logp: Tensor | None = None,
         divergence: Tensor | None = None,
         normalizer: Tensor | None = None,
+        count: bool = True,
     ) -> KLOutput:
+        """The penalty of a micro-batch; with `count` it is part of the step's KL, or of the evaluation's."""
         policy, reference = (TokenScores(x, temperature=temperature) for x in (logp, ref_logp))
         output = self.penalty(
             policy,
@@ -170,8 +191,11 @@ class KLTrainerMixin(Checkpointing):
             old_logp=old_logp,
             divergence=divergence,
             normalizer=normalizer,
-            count=self.model.training,
+            count=count and self.model.training,
         )
+        if not count:
+            return output
+        self._penalised = True
         if self.model.training and not self._looked and bool(mask.any()):
             self._looked = True
             self._look_at_first(output.per_token.detach()[mask.bool()])
@@ -263,6 +287,12 @@ class _PenaltySteps(TrainerCallback):
             logger.warning(f"{finding.found}: if such a token comes up, {finding.advice}.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.trainer._penalised:
+            raise ValueError(
+                f"A step of {type(self.trainer).__name__} is over and no KL was measured: its compute_loss does not "
+                "call _compute_loss, where TRL has its loss and refkl adds to it. Override _compute_loss instead, or "
+                "call it."
+            )
         metrics = self.trainer.penalty.step(self.trainer.accelerator)
         self.trainer._step_kl = metrics.get("kl", 0.0)  # none where every completion was cut off
         record(self.trainer, metrics)

@@ -60,11 +60,6 @@ class SupervisedKL(KLTrainerMixin):
             raise unknown("kl_on", str(kl_on), get_args(KLOn))
         self.kl_on = kl_on
         self._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
-        if self._given("model_init", args, kwargs) is not None:
-            raise ValueError(
-                f"{type(self).__name__} builds its reference from the policy, and model_init makes another policy when "
-                "training begins. Pass model=."
-            )
         super().__init__(*args, **kwargs)
         self._check_trainer()
         self._takes = frozenset(inspect.signature(type(self._inner()).forward).parameters)
@@ -77,6 +72,11 @@ class SupervisedKL(KLTrainerMixin):
         """Raise ValueError for a Trainer or a model that this cannot be done with."""
         name, inner = type(self).__name__, self._inner()
         kind = type(inner).__name__
+        if vars(self)["model_init"] is not None:
+            raise ValueError(
+                f"{name} builds its reference from the policy, and model_init makes another policy when training "
+                "begins. Pass model=."
+            )
         if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
             raise ValueError(
                 f"{name} compares the next-token distributions of causal language models, and {kind} is none. Use "

@@ -27,6 +27,7 @@ class KLDPOTrainer(PreferenceKL, DPOTrainer):
         ValueError: `ref_model` is given, or an option of TRL's that refkl cannot honour.
     """
 
+    trl_trainer = DPOTrainer
     trl_module: ClassVar[ModuleType] = trl_dpo
 
     def _statistics(self) -> tuple[str, ...]:

@@ -50,11 +50,19 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
 
     def _check_kl(self, kl: KLConfig) -> None:
         super()._check_kl(kl)
-        if not self.args.use_bias_correction_kl and kl.gradient != "autograd":
+        if kl.placement == "reward":
+            owner = next(c for c in type(self).__mro__ if "_compute_loss" in vars(c) and not issubclass(c, OnlineKL))
+            if owner is not GRPOTrainer:
+                raise ValueError(
+                    f"{owner.__name__} has a loss of its own, which may not take advantages of each token, as the KL "
+                    "in the reward makes them. Use kl.placement 'loss'."
+                )
+        uncorrected = not self.args.use_bias_correction_kl and kl.placement == "loss" and kl.estimator != "exact"
+        if uncorrected and kl.coef and (kl.gradient != "autograd" or kl.ratio == "prefix"):
             raise ValueError(
                 "use_bias_correction_kl False leaves out the ratio that gives k3, differentiated as it stands, the "
-                f"gradient of KL(policy ‖ reference), and kl.gradient {kl.gradient!r} does not need it. Leave it True, "
-                "or set kl.gradient 'autograd'."
+                f"gradient of KL(policy ‖ reference); with kl.gradient {kl.gradient!r} and kl.ratio {kl.ratio!r} there "
+                "is none to leave out. Leave it True, or set kl.gradient 'autograd' and kl.ratio 'token'."
             )
         drops = {
             "top_entropy_quantile": self.top_entropy_quantile < 1.0,

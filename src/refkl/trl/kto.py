@@ -28,6 +28,7 @@ class KLKTOTrainer(PreferenceKL, KTOTrainer):
         ValueError: `ref_model` is given, or an option of TRL's that refkl cannot honour.
     """
 
+    trl_trainer = KTOTrainer
     trl_module: ClassVar[ModuleType] = trl_kto
     kl_metric = "kl/token"
 

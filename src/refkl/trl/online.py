@@ -7,7 +7,8 @@ and reference are scored by the same function.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedRe
 from refkl.hf.checkpoints import overridden
 from refkl.hf.common import KLTrainerMixin, settled_sync
 from refkl.reference import Reference
-from refkl.trl.views import PolicyView, ReferenceView
+from refkl.trl.views import PolicyView, ReferenceView, same_tokens
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
@@ -46,6 +47,8 @@ class OnlineKL(KLTrainerMixin):
     """In a loss: the micro-batch."""
     _view: PolicyView | None = None
     """In a loss: the policy's scores."""
+    _trained: Any = None
+    """In a loss: the policy, as TRL wraps it."""
 
     def __init__(
         self,
@@ -57,19 +60,16 @@ class OnlineKL(KLTrainerMixin):
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
-        config = self._given("args", args, kwargs)
-        if config is not None:
-            self._check_config(config)
-        beta = self._settled_beta(config, kl)
-        sync = settled_sync(config, sync)
-        with overridden(config, beta=0.0, sync_ref_model=False):
+        self._sync, self._kl, self._beta = sync, kl, 0.0
+        with self._joining(self.trl_trainer, self._settled):
             super().__init__(*args, **kwargs)
-        if self.ref_model is not None or self.beta != 0.0:
+        if self.beta != 0.0:
             name = type(self).__name__
             raise ValueError(
-                f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}) and a "
-                f"reference of its own. Pass args= to {name}, by name."
+                f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}), and a "
+                f"reference of its own. Pass args=."
             )
+        sync, beta = self._sync, self._beta
         penalty = kl or self._as_trl(beta)
         self._attach(reference, penalty, sync, resume_reference, on_checkpoint_error, self.temperature)
         if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
@@ -77,6 +77,17 @@ class OnlineKL(KLTrainerMixin):
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
                 "at zero. Set disable_dropout=True."
             )
+
+    @contextmanager
+    def _settled(self, given: dict[str, Any]) -> Iterator[None]:
+        """Open while TRL reads its arguments: without a KL of its own."""
+        config = given["args"]
+        if config is not None:
+            self._check_config(config)
+        self._beta = self._settled_beta(config, self._kl)
+        self._sync = settled_sync(config, self._sync)
+        with overridden(config, beta=0.0, sync_ref_model=False):
+            yield
 
     def _check_config(self, config: Any) -> None:
         """Raise ValueError for an option of TRL's that this trainer cannot honour."""
@@ -118,7 +129,8 @@ class OnlineKL(KLTrainerMixin):
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's own, with a view of the policy that refkl's scorer answers for."""
-        exact = self._exact and self._inputs is not None
+        of_loss = self._is_of_the_loss(model, input_ids, attention_mask)
+        exact = self._exact and of_loss
         view = PolicyView(
             model,
             temperature=self.temperature,
@@ -126,7 +138,7 @@ class OnlineKL(KLTrainerMixin):
             reference=self.reference if exact else None,
             exact=exact,
             ready=self._ready_hidden(input_ids.shape[1]) if exact else None,
-            before=self._measure_exact,
+            before=self._measure_exact if of_loss else None,
         )
         found = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
             view,
@@ -138,15 +150,32 @@ class OnlineKL(KLTrainerMixin):
             compute_aux_loss=compute_aux_loss,
             **inputs,
         )
-        if self._inputs is not None:
+        if of_loss:
+            if not view.batches:
+                raise ValueError(
+                    f"{type(self).__name__} scores its policy without calling it as TRL does (labels= and "
+                    "fused_lm_head=True), so there is nothing to take the KL of."
+                )
             self._view = view
             if self.model.training:
                 self._last_batch = view.batches[-1]
-        self._scored(found[0])
+            self._scored(found[0])
         return found
 
+    def _is_of_the_loss(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
+        """Whether this scores the policy on its micro-batch: a subclass may score other models, or other tokens."""
+        if self._inputs is None or self._view is not None or model is not self._trained:
+            return False
+        inputs = self._inputs
+        own = TokenBatch(
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], dim=1),
+        )
+        return same_tokens(own, input_ids, attention_mask)
+
     def _scored(self, logp: Tensor) -> None:
-        """Called with [B, C] log-probabilities of the policy as soon as TRL has them."""
+        """Called in a loss with [B, C] log-probabilities of the policy as soon as TRL has them."""
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, and the reference's scores of them."""
@@ -196,20 +225,21 @@ class OnlineKL(KLTrainerMixin):
         if bool((inputs["reference_updates"] == self.reference.updates).all()):
             return inputs
         kept = self._buffered_inputs or []
-        here = any(part["prompt_ids"] is inputs["prompt_ids"] for part in kept)
-        if not self.reference.one_sweep or not here or any(x is not None for x in self._media(inputs).values()):
-            return {**inputs, **self._reference_scores(inputs)}
+        own = [part for part in kept if part["prompt_ids"] is inputs["prompt_ids"]]
+        if not self.reference.one_sweep or not own or any(x is not None for x in self._media(inputs).values()):
+            scores = self._reference_scores(inputs)
+            for part in own:
+                part.update(scores)
+            return {**inputs, **scores}
         scores = self._reference_scores({name: torch.cat([part[name] for part in kept]) for name in _SEQUENCES})
-        found = inputs
-        for at, part in enumerate(kept):
-            start = sum(len(other["prompt_ids"]) for other in kept[:at])
-            own = {name: value[start : start + len(part["prompt_ids"])] for name, value in scores.items()}
-            if part["prompt_ids"] is inputs["prompt_ids"]:
-                found = {**inputs, **own}
-            part.update(own)
-        return found
+        start = 0
+        for part in kept:
+            rows = slice(start, start + len(part["prompt_ids"]))
+            part.update({name: value[rows] for name, value in scores.items()})
+            start = rows.stop
+        return {**inputs, **{name: own[0][name] for name in scores}}
 
-    def _ready_hidden(self, length: int) -> Iterator[TokenScores] | None:
+    def _ready_hidden(self, length: int) -> Callable[[TokenBatch], TokenScores] | None:
         """The reference's scores with hidden states, where the rollout keeps them: [B, `length`, …]."""
         assert self._inputs is not None
         if "reference_hidden" not in self._inputs:
@@ -220,16 +250,21 @@ class OnlineKL(KLTrainerMixin):
         padded = TokenScores(
             F.pad(logp, (ahead, 0)), hidden=F.pad(hidden, (0, 0, ahead, 0)), temperature=self.temperature
         )
-        return iter([padded])
+        return lambda batch: padded
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._inputs = self._to_loss(inputs)
+        self._inputs, self._trained = self._to_loss(inputs), model
         try:
             loss = super()._compute_loss(model, self._inputs)  # type: ignore[misc]
-            assert self._view is not None, "TRL scores the policy in its loss"
+            if self._view is None:
+                raise ValueError(
+                    f"The loss of {type(self).__name__} did not score the policy on its micro-batch, so there is no KL "
+                    "to add: it has to call _get_per_token_logps_and_entropies, with the model and the tokens it is "
+                    "given."
+                )
             return loss + self._of_kl(self._view, self._inputs)
         finally:
-            self._inputs = self._view = None
+            self._inputs = self._view = self._trained = None
 
     def _to_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What TRL's loss is given: TRL keeps `inputs` itself for the next iteration over the same rollouts."""
@@ -242,7 +277,7 @@ class OnlineKL(KLTrainerMixin):
         keep = inputs["completion_ids"].shape[1]
         policy_logp = torch.cat([scores.logp[:, -keep:] for scores in view.scores])
         if self._exact:
-            divergence = torch.cat([d[:, -keep:] for d in view.divergences])
+            divergence = torch.cat([d[:, -keep:] for d in view.divergences if d is not None])
             ref_logp, old_logp = torch.cat([s.logp[:, -keep:] for s in view.references]), None
         else:
             divergence = None
@@ -259,10 +294,10 @@ class OnlineKL(KLTrainerMixin):
         assert output.loss is not None
         return output.loss
 
-    def _reward_of(self, sampled: Tensor, inputs: dict[str, Any]) -> KLOutput:
-        """The penalty as a reward of the policy that sampled, [B, C]."""
+    def _reward_of(self, logp: Tensor, inputs: dict[str, Any], *, count: bool = True) -> KLOutput:
+        """The penalty as a reward, [B, C], of the policy whose log-probabilities these are."""
         ref_logp = self._present(inputs)["ref_per_token_logps"]
-        return self._penalise(sampled, ref_logp, scored_tokens(inputs), self.temperature)
+        return self._penalise(logp, ref_logp, scored_tokens(inputs), self.temperature, count=count)
 
     def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
         """[B, C] what the KL estimate's ratio is to, or None where the estimate takes none."""

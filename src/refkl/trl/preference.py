@@ -15,13 +15,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trl import BEMACallback
 
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
 from refkl.hf.checkpoints import overridden
 from refkl.hf.common import KLTrainerMixin, settled_sync
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
-from refkl.trl.views import PolicyView, ReferenceView
+from refkl.trl.views import PolicyView, ReferenceView, same_tokens
 from refkl.types import TokenBatch, TokenScores
 
 _TOKENS = ("input_ids", "attention_mask", "completion_mask")
@@ -33,6 +34,8 @@ _SCORED = "reference_scores"
 class PreferenceKL(KLTrainerMixin):
     """DPO's and KTO's part of KLDPOTrainer and KLKTOTrainer."""
 
+    trl_trainer: ClassVar[Any]
+    """Which of TRL's trainers this is about."""
     trl_module: ClassVar[ModuleType]
     """Where TRL's trainer is written."""
     ref_model: Any  # of both of these
@@ -47,24 +50,43 @@ class PreferenceKL(KLTrainerMixin):
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
-        name = type(self).__name__
-        if self._given("ref_model", args, kwargs) is not None:
+        self._sync = sync
+        with self._joining(self.trl_trainer, self._settled):
+            super().__init__(*args, **kwargs)
+        sync = self._sync
+        self._attach(reference, kl or KLConfig(coef=0.0), sync, resume_reference, on_checkpoint_error)
+        self._window: list[Tensor] = []
+
+    @contextmanager
+    def _settled(self, given: dict[str, Any]) -> Iterator[None]:
+        """Open while TRL reads its arguments.
+
+        Raises:
+            ValueError: one that refkl cannot honour.
+        """
+        if given["ref_model"] is not None:
             raise ValueError(
-                f"{name} holds the reference itself. Instead of ref_model=, pass reference=ReferenceConfig("
-                "source='folder of that model'), or none for the policy as it stands."
+                f"{type(self).__name__} holds the reference itself. Instead of ref_model=, pass "
+                "reference=ReferenceConfig(source='folder of that model'), or none for the policy as it stands."
             )
-        config = self._given("args", args, kwargs)
+        config = given["args"]
         if config is not None and config.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs is TRL's own cache of reference scores, which refkl does not use. Leave it "
                 "False, and name a folder in reference.cache."
             )
-        model = self._given("model", args, kwargs)
-        sync = settled_sync(config, sync)
-        with overridden(config, sync_ref_model=False), _no_reference_of_trl(self.trl_module, model):
-            super().__init__(*args, **kwargs)
-        self._attach(reference, kl or KLConfig(coef=0.0), sync, resume_reference, on_checkpoint_error)
-        self._window: list[Tensor] = []
+        self._sync = settled_sync(config, self._sync)
+        with overridden(config, sync_ref_model=False), _no_reference_of_trl(self.trl_module, given["model"]):
+            yield
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, BEMACallback) and vars(callback).get("update_ref_model"):
+                raise ValueError(
+                    "BEMACallback(update_ref_model=True) moves a reference of TRL's, and without one the policy. Use "
+                    "sync=SyncConfig(average='bema', every=...)."
+                )
 
     def _statistics(self) -> tuple[str, ...]:
         """Which of TRL's statistics of the logits its loss reads."""
@@ -92,34 +114,48 @@ class PreferenceKL(KLTrainerMixin):
         scores = self.reference.score(batch, hidden=self._exact)
         rows = [len(batch[f"{prefix}input_ids"]) for batch, prefix in parts]
         hidden = scores.hidden.split(rows) if scores.hidden is not None else [None] * len(rows)
-        for (micro, _), logp, states, width in zip(parts, scores.logp.split(rows), hidden, widths, strict=True):
+        for (micro, p), logp, states, width in zip(parts, scores.logp.split(rows), hidden, widths, strict=True):
             own = TokenScores(logp[:, :width], hidden=None if states is None else states[:, :width])
-            micro.setdefault(_SCORED, []).append(own)
+            micro.setdefault(_SCORED, []).append((micro[f"{p}input_ids"], micro[f"{p}attention_mask"], own))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        ready = inputs.pop(_SCORED, None)
+        at_hand = inputs.pop(_SCORED, ())
+
+        def ready(batch: TokenBatch) -> TokenScores | None:
+            return next((scores for ids, mask, scores in at_hand if same_tokens(batch, ids, mask)), None)
+
         policy = PolicyView(
             model,
             statistics=self._statistics(),
             reference=self.reference,
             exact=self._exact,
-            ready=None if ready is None else iter(ready),
+            ready=ready,
             before=self._measure_exact,
         )
-        answers = iter(policy.references)  # TRL calls the reference for the same batches, after the policy
-        self.ref_model = ReferenceView(lambda batch: next(answers))
+
+        def answer(batch: TokenBatch) -> TokenScores:
+            at = policy.call_of(batch.input_ids, batch.attention_mask)
+            return self.reference.score(batch) if at is None else policy.references[at]
+
+        self.ref_model = ReferenceView(answer)  # TRL calls it for the batches that the policy was called for
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]
         finally:
             self.ref_model = None
+        tokens = _tokens(inputs)
+        if (at := policy.call_of(tokens.input_ids, tokens.attention_mask)) is None:
+            raise ValueError(
+                f"The loss of {type(self).__name__} did not score the policy on its batch as TRL does (labels= and "
+                "fused_lm_head=True), so there is no KL to add or to log."
+            )
         if self.model.training:
-            self._last_batch = policy.batches[-1]
+            self._last_batch = policy.batches[at]
         output = self._penalise(
-            policy.scores[-1].logp,
-            policy.references[-1].logp,
-            _tokens(inputs).completion_mask,
+            policy.scores[at].logp,
+            policy.references[at].logp,
+            tokens.completion_mask,
             1.0,
-            divergence=policy.divergences[-1] if self._exact else None,
+            divergence=policy.divergences[at],
             normalizer=self._normalizer(),
         )
         if not self.penalty.coef:

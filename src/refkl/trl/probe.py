@@ -10,10 +10,7 @@ import dataclasses
 import inspect
 from importlib.metadata import version
 
-import trl
-import trl.trainer.dpo_trainer
-import trl.trainer.kto_trainer
-from trl.trainer.utils import FusedCausalLMOutput
+from packaging.version import Version
 
 TESTED = ("1.16", "1.17")
 """From the first, below the second: docs/versions.md says which were tested, and how."""
@@ -56,7 +53,7 @@ _ANSWERS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"
 def check_trl() -> None:
     """Raise ImportError unless the installed trl is one that refkl.trl works with."""
     installed = version("trl")
-    if not TESTED[0] <= ".".join(installed.split(".")[:2]) < TESTED[1]:
+    if not Version(TESTED[0]) <= Version(installed) < Version(TESTED[1]):
         raise ImportError(
             f"refkl.trl was tested with trl >={TESTED[0]},<{TESTED[1]} and found {installed}, whose trainers may "
             f"differ where refkl joins them. Install 'trl>={TESTED[0]},<{TESTED[1]}', or use refkl without its TRL "
@@ -72,9 +69,14 @@ def check_trl() -> None:
 
 def _changes() -> list[str]:
     """What is not as refkl relies on it."""
+    import trl
+    from trl.trainer import utils
+
     found = []
     for name, methods in _METHODS.items():
-        trainer = getattr(trl, name)
+        if (trainer := getattr(trl, name, None)) is None:
+            found.append(f"there is no {name}")
+            continue
         for method, parameters in methods.items():
             if (function := getattr(trainer, method, None)) is None:
                 found.append(f"{name} has no {method}")
@@ -84,5 +86,7 @@ def _changes() -> list[str]:
                 found.append(f"{name}.{method} takes {', '.join(has)} where it took {', '.join(parameters)}")
         source = inspect.getsource(inspect.getmodule(trainer) or trainer)
         found += [f"{name} no longer uses {used}" for used in _USED[name] if used not in source]
-    fields = {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
+    if (answer := getattr(utils, "FusedCausalLMOutput", None)) is None:
+        return [*found, "trl.trainer.utils has no FusedCausalLMOutput"]
+    fields = {field.name for field in dataclasses.fields(answer)}
     return found + [f"FusedCausalLMOutput has no {name}" for name in _ANSWERS if name not in fields]

@@ -23,7 +23,10 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         kl: the penalty. By default what TRL does: k1, summed over each completion, taken off its reward at
             coefficient `args.beta` before the leave-one-out baseline. A `kl` in the reward is that too where it is
             rewarded by "sequence"; by "return_to_go" or "token" it is an advantage of each token of its own, weighed
-            and clipped by that token's ratio, in a second term of the loss. In the loss it is added to TRL's.
+            and clipped by that token's ratio, in a second term of the loss: it has no baseline, and
+            `normalize_advantages` does not scale it. In the loss it is added to TRL's. In the reward it is the KL of
+            the policy that sampled, to the reference as it was then, at the coefficient of then; what is logged, and
+            what a controller and `sync.max_kl` hear of at each step, is the present policy's.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
         resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
@@ -48,10 +51,9 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts; a penalty of whole sequences is taken off the rewards where TRL takes its own."""
-        with self._penalty_of_trl():
-            output = super()._generate_and_score_completions(inputs)
         self._sampled = self._taken = None
-        return output
+        with self._penalty_of_trl():
+            return super()._generate_and_score_completions(inputs)
 
     @contextmanager
     def _penalty_of_trl(self) -> Iterator[None]:
@@ -89,7 +91,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         found = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **inputs
         )
-        if self._inputs is None:
+        if self._inputs is None and self._sampled is None and model is self.model:
             self._sampled = found[0]
         return found
 
@@ -97,25 +99,38 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         """[B, C] such that the log-ratio to it, as TRL computes that, is the KL estimate."""
         assert self._sampled is not None, "TRL scores the policy before the reference"
         self._taken = self._reference_scores(rollout, batch_size)
-        return self._sampled - self._reward_of(self._sampled, {**rollout, **self._taken}).per_token
+        return self._sampled - self._reward_of(self._sampled, {**rollout, **self._taken}, count=False).per_token
 
     def _with_reference(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        assert self._sampled is not None, "TRL scores the policy in its rollout"
-        tokens = self.accelerator.reduce(scored_tokens(rollout).sum().float(), reduction="sum")
-        rollout |= {"old_per_token_logps": self._sampled, "num_items_in_batch": tokens}
+        sampled, scored = self._sampled, scored_tokens(rollout)
+        if (
+            sampled is None
+            or sampled.shape != scored.shape
+            or not torch.allclose((sampled * scored).sum(1), rollout["old_logps"], rtol=1e-4, atol=1e-3)
+        ):
+            raise ValueError(
+                f"The rollouts of {type(self).__name__} are not of the completions that it has scored, or not in their "
+                "order, so it is not known which KL is whose. Choose or sort them before super() scores them."
+            )
+        tokens = self.accelerator.reduce(scored.sum().float(), reduction="sum")
+        rollout |= {"old_per_token_logps": sampled, "num_items_in_batch": tokens}
         if self._taken is not None:
             self._metrics["train" if self.model.training else "eval"]["kl"].pop()  # the penalty logs it
             return rollout | self._taken
         rollout = super()._with_reference(rollout)
-        if self.penalty.config.placement == "reward":
-            rollout["kl_reward"] = self._reward_of(self._sampled, rollout).reward
+        config = self.penalty.config
+        if config.placement == "reward" and config.reward != "sequence":
+            rollout["kl_reward"] = self._reward_of(sampled, rollout, count=False).reward
         return rollout
 
     def _of_kl(self, view: PolicyView, inputs: dict[str, Any]) -> Tensor | float:
-        if "kl_reward" not in inputs:
+        if self.penalty.config.placement != "reward":
             return super()._of_kl(view, inputs)
-        reward = inputs["kl_reward"]
-        logp = torch.cat([scores.logp[:, -reward.shape[1] :] for scores in view.scores])
+        keep = inputs["completion_ids"].shape[1]
+        logp = torch.cat([scores.logp[:, -keep:] for scores in view.scores])
+        self._reward_of(logp.detach(), inputs)  # what is logged, and what a controller hears of: the present KL
+        if (reward := inputs.get("kl_reward")) is None or not self.penalty.coef:
+            return 0.0
         ratio = torch.exp(logp - inputs["old_per_token_logps"])
         clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         gain = torch.minimum(ratio * reward, clipped * reward) * scored_tokens(inputs)

@@ -7,7 +7,7 @@ micro-batches, its images and its arithmetic stay TRL's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class PolicyView:
         statistics: tuple[str, ...] = (),
         reference: Reference | None = None,
         exact: bool = False,
-        ready: Iterator[TokenScores] | None = None,
+        ready: Callable[[TokenBatch], TokenScores | None] | None = None,
         before: Callable[[Any, TokenBatch], None] | None = None,
     ) -> None:
         """A view of `model` as it is wrapped.
@@ -46,7 +46,7 @@ class PolicyView:
                 "log_sum_sq_probs".
             reference: scored with the policy, call by call, so that the two can share what they have in common.
             exact: also the exact divergence from it.
-            ready: the reference's scores of the coming calls, where they are at hand; for an exact divergence they have
+            ready: gives the reference's scores of a batch where they are at hand; for an exact divergence they have
                 `hidden`.
             before: called with the model and the batch before these are scored with grad.
         """
@@ -61,12 +61,15 @@ class PolicyView:
         """What was scored, one for each call."""
         self.scores: list[TokenScores] = []
         self.references: list[TokenScores] = []
-        self.divergences: list[Tensor] = []
-        """[B, T] nats for each call, with grad."""
+        self.divergences: list[Tensor | None] = []
+        """[B, T] nats for each call, with grad, if exact; TRL's calls without grad while it trains have none."""
 
-    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)  # what is not called is asked of the policy itself
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
-            return self.model(**inputs)
+            return self.model(*args, **({} if labels is None else {"labels": labels}), **inputs)
         router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
         batch = token_batch(inputs, labels)
         if self.before is not None and torch.is_grad_enabled():
@@ -84,16 +87,22 @@ class PolicyView:
             **seen.result(scored.call),
         )
 
+    def call_of(self, input_ids: Tensor, attention_mask: Tensor) -> int | None:
+        """Which call, from 0, was the last on these tokens; None if none was."""
+        calls = (at for at, seen in enumerate(self.batches) if same_tokens(seen, input_ids, attention_mask))
+        return max(calls, default=None)
+
     def _alone(self, batch: TokenBatch, options: dict[str, Any]) -> Scored:
         return score_model(self.model, batch, **options)
 
     def _both(self, reference: Reference, batch: TokenBatch, options: dict[str, Any]) -> Scored:
-        ready = None if self.ready is None else next(self.ready)
-        if self.exact:
+        ready = None if self.ready is None else self.ready(batch)
+        if self.exact and (torch.is_grad_enabled() or not self.model.training):
             found = compare(self.model, reference, batch, Divergence(), ref_scores=ready, **options)
             self.references.append(found.reference)
             self.divergences.append(found.divergence)
             return found.scored
+        self.divergences.append(None)
         with reference.paired(self.model, batch):
             self.references.append(ready or reference.score(batch, temperature=options["temperature"]))
             return self._alone(batch, options)
@@ -105,8 +114,21 @@ class ReferenceView:
     def __init__(self, score: Callable[[TokenBatch], TokenScores]) -> None:
         self.score = score
 
-    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
+    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            raise ValueError(
+                "The reference was called for more than the log-probabilities of tokens, which is all that a refkl "
+                "reference gives: fused_lm_head=True and labels= were not passed."
+            )
         return FusedCausalLMOutput(log_probs=self.score(token_batch(inputs, labels)).logp[:, 1:])
+
+
+def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Whether a batch is of these tokens."""
+    if batch.input_ids is input_ids:
+        return True
+    pairs = (batch.input_ids, input_ids), (batch.attention_mask, attention_mask.to(batch.attention_mask.dtype))
+    return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
 
 
 def token_batch(inputs: dict[str, Any], labels: Tensor | None) -> TokenBatch:
