@@ -158,7 +158,7 @@ def test_the_run_folder_has_the_histogram(tmp_path: Path) -> None:
 @pytest.fixture
 def logged_histograms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Histogram]]:
     """(step, histogram) of each log, as the callback sends them."""
-    from refkl.trl import metrics
+    from refkl.hf import metrics
 
     sent: list[tuple[int, Histogram]] = []
     for kind, send in metrics._TRACKERS.items():
