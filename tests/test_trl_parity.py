@@ -130,10 +130,18 @@ def test_rloo(iterations: int, normalize: bool, tmp_path: Path, scored_by_trl: l
     same(theirs, ours, "reward", "entropy")
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "aot", "discopop"])
+DPO = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", DPO)
 def test_dpo(loss_type: str, tmp_path: Path, scored_by_trl: list[int]) -> None:
     folder = saved(tmp_path)
-    options = {"loss_type": [loss_type], "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options: dict[str, Any] = {"loss_type": [loss_type], "gradient_accumulation_steps": 2}
+    options |= {"per_device_train_batch_size": 2}
+    options |= {"exo_pair": {"label_smoothing": 1e-3}, "sppo_hard": {"learning_rate": 1e-3}}.get(loss_type, {})
     theirs = train(dpo, DPOTrainer, folder, tmp_path, options)
     scored_by_trl.clear()
     ours = train(dpo, KLDPOTrainer, folder, tmp_path, options, theirs)
