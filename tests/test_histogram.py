@@ -296,6 +296,9 @@ def test_which_steps_are_measured_and_that_none_is_forgotten() -> None:
 def test_a_step_in_which_nothing_was_scored_asks_for_nothing() -> None:
     penalty = KLPenalty(KLConfig(exact_every=1))
     assert penalty.exact_due and penalty.step() == {}
+    # Between two rollouts a penalty in the reward scores nothing, and the policy is trained all the same.
+    penalty.add_exact(torch.tensor([[0.5, 9.0, 1.0]]), torch.tensor([[True, False, True]]))
+    assert penalty.step() == {"kl/exact": 0.75} and penalty.histogram is None
 
 
 def test_exact_every_has_to_make_sense() -> None:

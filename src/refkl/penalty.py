@@ -155,11 +155,11 @@ class KLPenalty:
             accelerator: reduces over its processes; every rank must call. None for a single process.
 
         Returns:
-            Metrics over the step, empty if nothing was scored (docs/metrics.md): "kl" nats per token, "kl/sequence"
-            nats per sequence; "kl/k1", "kl/k2" and "kl/k3", nats per token, of the same log-ratios, not clamped;
-            "kl/exact", nats per token, where a divergence or `add_exact` gave it; "kl/max" the largest |log-ratio| of a
-            token and "kl/p99" their 99th percentile; "kl/log_ratio/p01", "/p50" and "/p99", of signed log-ratios;
-            "kl/saturated" the share of tokens whose exp is capped, "kl/clipped" the share whose log-ratio
+            Metrics over the step, none but "kl/exact" if nothing was scored (docs/metrics.md): "kl" nats per token,
+            "kl/sequence" nats per sequence; "kl/k1", "kl/k2" and "kl/k3", nats per token, of the same log-ratios, not
+            clamped; "kl/exact", nats per token, where a divergence or `add_exact` gave it; "kl/max" the largest
+            |log-ratio| of a token and "kl/p99" their 99th percentile; "kl/log_ratio/p01", "/p50" and "/p99", of signed
+            log-ratios; "kl/saturated" the share of tokens whose exp is capped, "kl/clipped" the share whose log-ratio
             `max_log_ratio` clamps; "kl/coef" the coefficient that applied, "kl/target" what its controller steers to,
             if it has one. `histogram` has all log-ratios.
 
@@ -188,7 +188,9 @@ class KLPenalty:
             self.controller.update(metrics["kl/sequence"], sequences)
         else:
             self.controller.update(metrics["kl"], tokens)
-        return metrics if tokens else {}
+        if not tokens:  # as between two rollouts, where the KL is in the reward
+            return {name: metrics[name] for name in ("kl/exact",) if name in metrics}
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, between two optimizer steps; plain numbers and strings, exact in JSON."""
