@@ -476,6 +476,7 @@ PAINTED = """(() => {
 """In how many plots a colour is seen."""
 
 
+@pytest.mark.slow  # hovering waits for the browser, which a busy machine keeps waiting
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     sample = {"step": 30, "prompt": "once", "completion": f" upon{HOSTILE}", "tokens": [" upon", HOSTILE]}
