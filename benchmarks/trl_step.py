@@ -2,20 +2,21 @@
 
 python benchmarks/trl_step.py                                   # GRPO and DPO, all weights and LoRA
 python benchmarks/trl_step.py --cases grpo-full --rounds 40 --control --json benchmarks/out/trl_step.json
-python benchmarks/trl_step.py --cases dpo-lora --no-memory
+python benchmarks/trl_step.py --vocabulary 1000 --control --no-memory     # the output head out of the way
 
 Both trainers live in one process, each in its own `train()`, and take turns: a step of one, a step of the other, in
 random order, so that what slows the machine for a while falls on both. GRPO's completions are given (`rollout_func`):
 nothing is generated. A step is all that the loop does from the end of one optimizer step to the end of the next. That
 both do the same work is checked: the largest difference of their losses over the steps, and the KL (DPO: the margins)
-that both report in the end. With --control a second trainer of TRL's takes part, and how far its ratio is from 1 is how
-well this machine measures. Memory is the resident peak of making a trainer and two steps, above what was there before,
-in a process of its own.
+that both report in the end. With --control a second trainer of TRL's takes part, and how far its ratio is from 1 is
+how well this machine measures. The ratio of CPU times is steadier where others use the machine. Memory is the resident
+peak of making a trainer and two steps, above what was there before, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -104,7 +105,7 @@ def main() -> None:
         for case in options.cases:
             rows.append(measure(case, folder, options))
             print(f"{case}: {rows[-1]['ratio']['median']:.3f}", file=sys.stderr, flush=True)
-    console, here = Console(width=140), machine("cuda" if torch.cuda.is_available() else "cpu")
+    console, here = Console(width=190), machine("cuda" if torch.cuda.is_available() else "cpu")
     console.print(f"{here}\n{size / 1e6:.1f}M parameters, fp32, {options.sequences} sequences of "
                   f"{options.prompt} + {options.completion} tokens a step, {options.rounds} rounds")  # fmt: skip
     console.print(table(rows))
@@ -223,6 +224,7 @@ class Turns(TrainerCallback):
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.failure: BaseException | None = None
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
         self.parts: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []
         self.clock = Clock()
@@ -247,12 +249,13 @@ class Turns(TrainerCallback):
     def step(self) -> None:
         """From the end of its last step to the end of the next."""
         self.clock.spent.clear()
-        start = time.perf_counter()
+        cpu, start = time.process_time(), time.perf_counter()
         self.go.release()
         self.done.acquire()
         if self.failure is not None:
             raise self.failure
         self.seconds.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - cpu)
         spent = dict(self.clock.spent)
         self.parts.append({**spent, "rest": self.seconds[-1] - sum(spent.values())})
 
@@ -323,6 +326,14 @@ def synchronize() -> None:
 
 
 def measure(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    row = timed(case, folder, options)
+    gc.collect()  # trainers and their callbacks hold each other
+    if not options.no_memory:
+        row["memory"] = {side: memory_of(case, side, folder) for side in (THEIRS, OURS)}
+    return row
+
+
+def timed(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
     names = [THEIRS, OURS, AGAIN] if options.control else [THEIRS, OURS]
     sides = {name: Turns(case, name, folder, options) for name in names}
     shuffle = random.Random(options.seed)
@@ -332,12 +343,15 @@ def measure(case: str, folder: str, options: argparse.Namespace) -> dict[str, An
             sides[name].step()
     for side in sides.values():
         side.end()
-    losses = {name: torch.stack(side.losses).double().cpu() for name, side in sides.items()}
     seconds = {name: side.seconds[WARM:] for name, side in sides.items()}
+    cpu = {name: side.cpu[WARM:] for name, side in sides.items()}
+    losses = {name: torch.stack(side.losses).double().cpu() for name, side in sides.items()}
+    reported = REPORTED[case.split("-")[0]]
     row: dict[str, Any] = {
         "case": case,
         "strategy": sides[OURS].trainer.reference.strategy,
         "seconds": seconds,
+        "cpu": cpu,
         "parts": {
             name: {part: [p.get(part, 0.0) for p in side.parts[WARM:]] for part in PARTS}
             for name, side in sides.items()
@@ -346,16 +360,18 @@ def measure(case: str, folder: str, options: argparse.Namespace) -> dict[str, An
             "largest": float(losses[THEIRS].abs().max()),
             "difference": float((losses[OURS] - losses[THEIRS]).abs().max()),
         },
-        "reports": {name: side.trainer.state.log_history[-1][REPORTED[case.split("-")[0]]]
-                    for name, side in sides.items()},
-        "ratio": spread([a / b for a, b in zip(seconds[OURS], seconds[THEIRS], strict=True)]),
-    }  # fmt: skip
+        "reports": {name: side.trainer.state.log_history[-1][reported] for name, side in sides.items()},
+        "ratio": compared(seconds, OURS),
+        "cpu_ratio": compared(cpu, OURS),
+    }
     if options.control:
-        row["control"] = spread([a / b for a, b in zip(seconds[AGAIN], seconds[THEIRS], strict=True)])
-    del sides
-    if not options.no_memory:
-        row["memory"] = {side: memory_of(case, side, folder) for side in (THEIRS, OURS)}
+        row |= {"control": compared(seconds, AGAIN), "cpu_control": compared(cpu, AGAIN)}
     return row
+
+
+def compared(seconds: dict[str, list[float]], side: str) -> dict[str, float]:
+    """With TRL, within each round."""
+    return spread([a / b for a, b in zip(seconds[side], seconds[THEIRS], strict=True)])
 
 
 def spread(ratios: list[float]) -> dict[str, float]:
@@ -382,12 +398,13 @@ def memory_of(case: str, side: str, folder: str) -> int:
 def table(rows: list[dict[str, Any]]) -> Table:
     """For people."""
     view = Table(title="one optimizer step: refkl beside TRL")
-    for column in ("case", "TRL, s", "refkl, s", "refkl : TRL", "TRL : TRL", "MiB", "losses differ", "both report"):
+    for column in ("case", "TRL, s", "refkl, s", "refkl : TRL", "CPU time", "TRL : TRL", "CPU time", "MiB",
+                   "losses differ", "both report"):  # fmt: skip
         view.add_column(column, justify="right")
     for row in rows:
         medians = [f"{statistics.median(row['seconds'][side]):.3f}" for side in (THEIRS, OURS)]
-        ratios = [f"{r['median']:.3f} ({r['low']:.3f} .. {r['high']:.3f})" if r is not None else ""
-                  for r in (row["ratio"], row.get("control"))]  # fmt: skip
+        found = [row.get(name) for name in ("ratio", "cpu_ratio", "control", "cpu_control")]
+        ratios = ["" if r is None else f"{r['median']:.3f} ({r['low']:.3f} .. {r['high']:.3f})" for r in found]
         mib = ", ".join(f"{row['memory'][side] / 2**20:,.0f}" for side in (THEIRS, OURS)) if "memory" in row else ""
         said = ", ".join(f"{row['reports'][side]:.4g}" for side in (THEIRS, OURS))
         view.add_row(

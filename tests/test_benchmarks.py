@@ -160,7 +160,7 @@ def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strat
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in parts.values()), side
         for each, whole in zip(zip(*parts.values(), strict=True), row["seconds"][side], strict=True):
             assert sum(each) == pytest.approx(whole)
-    for ratio in (row["ratio"], row["control"]):
+    for ratio in (row[name] for name in ("ratio", "cpu_ratio", "control", "cpu_control")):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
