@@ -135,3 +135,40 @@ def test_the_memory_reading_sees_what_was_freed_again(modules, reader):
         return both
 
     assert 104 << 20 <= getattr(measure, reader)(work) + (1 << 20) < 132 << 20
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trl_step") / "out.json"
+    size = ("--hidden", "64", "--layers", "1", "--vocabulary", "300", "--prompt", "4", "--completion", "8")
+    options = ("--sequences", "4", "--rounds", "2", "--control", "--no-memory", "--json", str(out))
+    run([sys.executable, str(ROOT / "benchmarks" / "trl_step.py"), "--cases", "grpo-full", "dpo-lora", *size, *options])
+    return {row["case"]: row for row in json.loads(out.read_text())["cases"]}
+
+
+@pytest.mark.parametrize("case, strategy", [("grpo-full", "clone"), ("dpo-lora", "adapter")])
+def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strategy):
+    row = steps[case]
+    assert row["strategy"] == strategy
+    assert row["loss"]["difference"] < 1e-5 < row["loss"]["largest"]
+    # Far from 0 after four steps, so that policy and reference were two.
+    assert abs(row["reports"]["TRL"]) > 1e-6
+    assert row["reports"]["refkl"] == pytest.approx(row["reports"]["TRL"], rel=0.02)
+    assert row["reports"]["TRL again"] == pytest.approx(row["reports"]["TRL"], rel=0.02)
+    for side in ("TRL", "refkl", "TRL again"):
+        parts = row["parts"][side]
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in parts.values()), side
+        for each, whole in zip(zip(*parts.values(), strict=True), row["seconds"][side], strict=True):
+            assert sum(each) == pytest.approx(whole)
+    for ratio in (row[name] for name in ("ratio", "cpu_ratio", "control", "cpu_control")):
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+def test_the_spread_of_a_median_is_the_sign_test_s(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import trl_step
+
+    # For 20 values the 6th and the 15th, for 10 the 2nd and the 9th, for 5 no two of them do.
+    assert trl_step.spread([float(i) for i in range(20, 0, -1)]) == {"median": 10.5, "low": 6.0, "high": 15.0}
+    assert trl_step.spread([float(i) for i in range(1, 11)]) == {"median": 5.5, "low": 2.0, "high": 9.0}
+    assert trl_step.spread([3.0, 1.0, 5.0, 2.0, 4.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}

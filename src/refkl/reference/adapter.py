@@ -38,7 +38,7 @@ from refkl.reference.base import BuildRequest
 from refkl.reference.fingerprint import combined, digests
 from refkl.reference.lora_moves import planned
 from refkl.reference.moving import Move, Pair
-from refkl.reference.peft_layers import adapter_tensors
+from refkl.reference.peft_layers import adapter_parameters, adapter_tensors
 from refkl.reference.saved import Saved
 from refkl.reference.shape import Cost
 from refkl.reference.swap import SwapReference, snapshot_of
@@ -70,7 +70,7 @@ class AdapterReference(SwapReference):
     def __init__(self, request: BuildRequest, reason: str) -> None:
         source = "bare base, without its adapter" if _is_bare(request) else "base, under its fresh adapter"
         super().__init__(request, reason, f"the policy's {source}")
-        self._dtypes = self._current_dtypes()
+        self._dtypes, self._all_dtypes = self._current_dtypes(), _dtypes_of(self._policy)
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -123,7 +123,11 @@ class AdapterReference(SwapReference):
         """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
         if not self._off:
             super().settle()
-        elif self._dtypes != (now := self._current_dtypes()):
+            return
+        if self._all_dtypes == (found := _dtypes_of(self._policy)):
+            return  # which of them are the base's takes longer to find than a small batch to score
+        self._all_dtypes = found
+        if self._dtypes != (now := self._current_dtypes()):
             self._dtypes = now
             if self._recorded is not None and not self._first_open:
                 self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
@@ -281,11 +285,15 @@ def _switched_off(policy: PeftModel) -> Iterator[None]:
 
 
 def _base_trains(policy: PeftModel) -> str | None:
-    adapter = adapter_tensors(policy)
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad and id(parameter) not in adapter:
-            return f"{name} trains and is not part of the adapter, so it would move the reference too."
+    trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    if outside := trained - adapter_parameters(policy):
+        name = next(name for name, parameter in policy.named_parameters() if id(parameter) in outside)
+        return f"{name} trains and is not part of the adapter, so it would move the reference too."
     return None
+
+
+def _dtypes_of(policy: PeftModel) -> list[torch.dtype]:
+    return [tensor.dtype for tensor in (*policy.parameters(), *policy.buffers())]
 
 
 def _merged(policy: PeftModel) -> str | None:
