@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ class TokenBatch:
     """[B, T] or None: positions are then counted from the attention mask, for models that take them."""
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's forward, passed on untouched (pixel_values, …)."""
+    prefix: Literal["auto", "off"] = "auto"
+    """"auto": a prompt that several rows share runs once, and padding does not, where that is exact and quicker, for
+    policy and reference alike; "off": the model is given the batch as it is."""
 
     def __post_init__(self) -> None:
         if self.input_ids.dim() != 2:
@@ -77,7 +80,7 @@ class TokenBatch:
         extra = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
         position_ids = None if self.position_ids is None else self.position_ids.to(device)
         masks = self.attention_mask.to(device), self.completion_mask.to(device)
-        return TokenBatch(self.input_ids.to(device), *masks, position_ids, extra)
+        return TokenBatch(self.input_ids.to(device), *masks, position_ids, extra, self.prefix)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,16 +7,21 @@ Notation: B sequences, T tokens, K columns in which some sequence has a scored t
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from refkl.scoring.choice import masks_for, why_not
 from refkl.scoring.head import base_model
+from refkl.scoring.layout import Layout, lay_out
 from refkl.scoring.prompt import OF_PROMPTS, active_prompt, learned_prompt
 from refkl.types import TokenBatch
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,8 @@ class Call:
     """Positions that the model's output has before those of the batch: a learned prompt's."""
     positions: Tensor | None = None
     """[B, ahead + T] position ids for the model inside PEFT, which drops those that it is given; None for none."""
+    layout: Layout | None = None
+    """Where the tokens are if the model is given them in one row; None if it is given the batch as it is."""
 
     def run(self, model: nn.Module) -> Any:
         """Call the model, once, as it is wrapped."""
@@ -58,7 +65,17 @@ class Call:
         return self.batch.completion_mask[:, self.columns]
 
     def predicting(self, values: Tensor) -> Tensor:
-        """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all."""
+        """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all.
+
+        Of one row it is [1, M or N, …] -> [B, K, …].
+        """
+        if self.layout is not None:
+            kept = values[0] if "logits_to_keep" in self.inputs else values[0, self.layout.keep]
+            if kept.shape[0] != self.layout.keep.numel():
+                raise ValueError(
+                    f"The model gave {kept.shape[0]} positions where {self.layout.keep.numel()} were to be kept."
+                )
+            return kept[self.layout.at]
         if values.shape[1] == self.columns.numel():
             return values
         if values.shape[1] != self.ahead + self.batch.input_ids.shape[1]:
@@ -125,7 +142,30 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
     if prompt is None and learned_prompt(model) is not None:
         given.pop(OF_PROMPTS, None)  # the prompt is off, and without it the model would get them
     inside = None if position_ids is None or prompt is None else prompt.positions(position_ids)
-    return Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
+    call = Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
+    if batch.prefix == "off" or prompt is not None or given or forward:
+        return call
+    return _in_one_row(model, base, call) or call
+
+
+def _in_one_row(model: nn.Module, base: nn.Module, call: Call) -> Call | None:
+    """The same call with prompts that rows share run once; None where that is not exact, or not quicker."""
+    layout = lay_out(call.batch, call.columns)
+    if layout is None:
+        return None
+    if (why := why_not(model, base)) is not None:
+        if layout.tokens < 0.8 * call.batch.input_ids.numel():
+            logger.warning_once(
+                f"Rows have prompts in common, or much padding, and the model is run on all of it: {why}. "
+                "prefix 'off' says that this is meant."
+            )
+        return None
+    if (masks := masks_for(base, layout, call.batch)) is None:
+        return None
+    inputs = {"input_ids": layout.input_ids, "attention_mask": masks, "position_ids": layout.position_ids}
+    if "logits_to_keep" in call.inputs:
+        inputs["logits_to_keep"] = layout.keep
+    return replace(call, inputs={**call.inputs, **inputs}, layout=layout)
 
 
 def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:

@@ -1,0 +1,85 @@
+"""Whether a model is given a batch in one row: where that is exact, and costs less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from refkl.scoring.layout import Layout
+from refkl.scoring.shared import BLOCK, Seen, SharedMask
+from refkl.types import TokenBatch
+
+GAIN = 0.93
+"""The one row is taken where it costs at most so much of the batch as it is: what is estimated is not the time."""
+
+# fmt: off
+EXACT = frozenset(
+    name if name.endswith("Model") else f"{name}ForCausalLM"
+    for name in (
+        "AXK1", "Afmoe", "Apertus", "Arcee", "AriaText", "Beam", "BioGpt", "BitNet", "CTRLLMHeadModel",
+        "CodeGen", "Cohere2", "Cohere2Moe", "CohereCompass", "Cohere", "Cwm", "Dbrx", "DeepseekV2",
+        "DeepseekV3", "DiffLlama", "Dots1", "Emu3", "Ernie4_5", "Ernie4_5_Moe", "Exaone4", "ExaoneMoe",
+        "Falcon", "FlexOlmo", "Flint", "GPT2LMHeadModel", "GPTBigCode", "GPTJ", "GPTNeoX", "GPTNeoXJapanese",
+        "Gemma2", "Gemma3", "Gemma4", "Gemma4Unified", "Gemma", "Git", "Glm4", "Glm4Moe", "Glm4MoeLite", "Glm",
+        "GptOss", "Granite", "GraniteMoe", "GraniteMoeSWA", "GraniteMoeShared", "GraniteSWA", "HYV3", "Helium",
+        "HrmText", "HunYuanDenseV1", "HunYuanMoEV1", "HyperCLOVAX", "Jais2", "JetMoe", "Kolibri1", "Laguna",
+        "Llama", "LongcatFlash", "Mellum", "MiMoV2Flash", "MiniCPM3", "MiniMaxM2", "MiniMaxM3VL", "Ministral3",
+        "Ministral", "Mistral", "Mixtral", "Mllama", "ModernBertDecoder", "Moshi", "NanoChat", "Nemotron",
+        "OPT", "Olmo2", "Olmo3", "Olmo", "Olmoe", "Persimmon", "Phi3", "Phi4Multimodal", "Phi", "Phimoe",
+        "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3", "SolarOpen", "StableLm", "Starcoder2",
+        "VaultGemma", "XGLM", "Youtu"
+    )
+)
+# fmt: on
+"""Models of transformers whose scores and gradients are the plain ones, which a test finds out for each class anew."""
+
+
+def why_not(model: nn.Module, base: nn.Module) -> str | None:
+    """Why a model, as it is wrapped, cannot be given its rows' tokens in one row; None if it can.
+
+    Which models can is a list, since only their code says it: those of transformers' own whose scores and gradients
+    were found to be the plain ones. Left out are models with a state (Mamba, hybrids), with a bias by distance
+    (ALiBi), with attention in chunks or sparse attention of their own, and encoder-decoders.
+    """
+    name = type(base).__name__
+    if not type(base).__module__.startswith("transformers.models.") or name not in EXACT:
+        return f"{name} is not among the models for which that is known to be exact"
+    config: Any = base.config
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation!r}; 'sdpa' and 'eager' can"
+    if getattr(config, "alibi", False):
+        return "its attention has a bias by distance (ALiBi)"
+    if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {', '.join(sorted(others))}"
+    if any(m._compiled_call_impl is not None or isinstance(m, OptimizedModule) for m in model.modules()):
+        return "it is compiled, for which each batch would be a new shape"
+    return None
+
+
+def masks_for(base: nn.Module, layout: Layout, batch: TokenBatch) -> Any:
+    """What the model is to be given as attention mask, or None where the batch as it is costs less."""
+    config: Any = base.config
+    eager, width = config._attn_implementation == "eager", config.hidden_size
+    seen = Seen(layout, width)
+    rows, size = batch.input_ids.shape
+    padded = not bool(batch.attention_mask.bool().all())
+    pairs = layout.tokens**2 if eager else seen.pairs()
+    here = layout.tokens + len(seen.blocks) * (0 if eager else BLOCK / 8) + pairs / (6 * width)
+    plain = rows * size + rows * size**2 * (1.0 if eager or padded else 0.5) / (6 * width)
+    if here > GAIN * plain:
+        return None
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    short = window is None or layout.longest() <= window
+    if kinds == {"full_attention"} and not short and "layer_types" not in vars(config):
+        return None
+
+    def mask(window: int | None) -> Tensor:
+        dtype = base.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return seen.dense(window, dtype) if eager else SharedMask.of(seen, window)
+
+    if "sliding_attention" not in kinds:
+        return mask(None)
+    return {kind: mask(None if kind == "full_attention" else window) for kind in kinds}

@@ -1,0 +1,224 @@
+"""Prompts that several rows of a batch share run once, and padding not at all.
+
+The tokens that matter go through the model as one row [1, N] (layout.py): each different prompt once, then every row's
+completion as far as its last input. All that a decoder does beside attention it does token by token. Attention is told
+who sees whom by the mask, and the mask is of a tensor class of its own: where torch would apply it, it computes the
+attention of each prompt to itself, and of each completion to its prompt and itself, in blocks. No mask [N, N] is made,
+nothing is computed that is masked away between one row and another, and a model, its wrappers and gradient
+checkpointing carry it about like any mask. Models that form their attention by hand ("eager") get that dense mask.
+
+J. Juravsky et al. (2024), "Hydragen: High-Throughput LLM Inference with Shared Prefixes" (arXiv 2402.05099), splits
+attention over a shared prefix for inference; here gradients flow too.
+
+Notation: B rows of T tokens, N tokens in the one row, U different prompts, P and C lengths of prompt and completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refkl.scoring.layout import Layout, Segment
+
+BLOCK = 24.0
+"""What a further block of attention costs, in tokens that pass the model: some small operations a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Segments of like length that are attended to in one call, filled up to the longest."""
+
+    queries: Tensor
+    """[n, L] tokens of the one row; a short segment's last is repeated."""
+    prompts: Tensor | None = None
+    """[n, P] of completions: the tokens before; a short prompt's last is repeated."""
+    ahead: Tensor | None = None
+    """[n] how long these prompts are, or [1] if all are as long."""
+
+    def allowed(self, window: int | None) -> Tensor | None:
+        """[n or 1, 1, L, P + L] True = seen; None where causality says all."""
+        size = self.queries.shape[1]
+        steps = torch.arange(size, device=self.queries.device)
+        distance = steps[:, None] - steps[None]
+        own = distance >= 0
+        if window is not None:
+            own = own & (distance < window)
+        if self.prompts is None or self.ahead is None:
+            return None if window is None or size <= window else own[None, None]
+        lengths, there = self.ahead[:, None, None], torch.arange(self.prompts.shape[1], device=own.device)
+        before = (there < lengths).expand(-1, size, -1)
+        if window is not None:
+            before = before & (lengths + steps[:, None] - there < window)
+        return torch.cat([before, own.expand(len(before), -1, -1)], -1)[:, None]
+
+
+class Seen:
+    """Who sees whom in a layout."""
+
+    def __init__(self, layout: Layout, hidden_size: int) -> None:
+        device = layout.input_ids.device
+        self.layout = layout
+        prompts, completions = layout.prompts, [c for c in layout.completions if c.length]
+        scale = 6 * hidden_size
+        alone = _alike(prompts, lambda p: p.length, scale)
+        following = _alike(completions, lambda c: c.length + prompts[c.parent].length, scale)
+        self.blocks = [Block(_filled(part, device)) for part in alone]
+        for part in following:
+            parents = [prompts[c.parent] for c in part]
+            lengths = torch.tensor([p.length for p in parents], device=device)
+            even = len({p.length for p in parents}) == 1
+            self.blocks.append(Block(_filled(part, device), _filled(parents, device), lengths[:1] if even else lengths))
+        # Where the blocks' outputs, one after the other with their filling, hold each token of the one row.
+        place = torch.empty(layout.tokens, dtype=torch.long)
+        done = 0
+        for part in (*alone, *following):
+            size = max(s.length for s in part)
+            for number, segment in enumerate(part):
+                begin = done + number * size
+                place[segment.start : segment.start + segment.length] = torch.arange(begin, begin + segment.length)
+            done += size * len(part)
+        self.place = place.to(device)
+        self._allowed: dict[int | None, list[Tensor | None]] = {}
+
+    def pairs(self) -> int:
+        """Query-key pairs that the blocks compute."""
+        total = 0
+        for block in self.blocks:
+            count, size = block.queries.shape
+            ahead = 0 if block.prompts is None else block.prompts.shape[1]
+            total += count * size * (ahead + (size if ahead else size // 2))
+        return total
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any) -> Tensor:
+        """[1, heads, N, width] each, as torch's attention takes them, and what it gives."""
+        if window not in self._allowed:
+            self._allowed[window] = [block.allowed(window) for block in self.blocks]
+        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+        found = []
+        for block, allowed in zip(self.blocks, self._allowed[window], strict=True):
+            q, k, v = (_take(x, block.queries) for x in rows)
+            if block.prompts is not None:
+                before = (_take(x, block.prompts) for x in rows[1:])
+                k, v = (torch.cat([ahead, own], 1) for ahead, own in zip(before, (k, v), strict=True))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            causal = allowed is None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, **options)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(found).index_select(0, self.place).transpose(0, 1)[None]
+
+    def dense(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[1, 1, N, N] what is added to the products of queries and keys: 0, or the least number where not seen."""
+        layout = self.layout
+        device, position = layout.input_ids.device, layout.position_ids[0]
+        prompt = torch.empty(layout.tokens, dtype=torch.long)
+        own = torch.full_like(prompt, -1)
+        for number, segment in enumerate(layout.prompts):
+            prompt[segment.start : segment.start + segment.length] = number
+        for number, segment in enumerate(layout.completions):
+            prompt[segment.start : segment.start + segment.length] = segment.parent
+            own[segment.start : segment.start + segment.length] = number
+        prompt, own = prompt.to(device), own.to(device)
+        seen = (prompt[:, None] == prompt) & ((own == -1) | (own[:, None] == own))
+        distance = position[:, None] - position
+        seen = seen & (distance >= 0)
+        if window is not None:
+            seen = seen & (distance < window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+        return mask[None, None]
+
+
+class SharedMask(Tensor):
+    """An attention mask [1, 1, N, N] that says who sees whom without being made: it computes the attention itself."""
+
+    seen: Seen
+    window: int | None
+
+    @classmethod
+    def of(cls, seen: Seen, window: int | None) -> SharedMask:
+        """For the layers that see `window` tokens back, or all of them."""
+        tokens, device = seen.layout.tokens, seen.layout.input_ids.device
+        mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens).as_subclass(cls)
+        mask.seen, mask.window = seen, window
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        if isinstance(args[0], cls) and func in _SAME and result.shape == args[0].shape:
+            return args[0]
+        raise UnknownAttention(
+            f"The model does {getattr(func, '__name__', func)} with its attention mask, which a mask that several rows "
+            "share a prompt under does not know. Pass prefix='off' (scoring.prefix: 'off')."
+        )
+
+
+class UnknownAttention(RuntimeError):
+    """A model computes its attention in a way that a `SharedMask` cannot stand in for."""
+
+
+_SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.expand, Tensor.bool}
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if not isinstance(attn_mask, SharedMask) or is_causal:
+        raise UnknownAttention("A mask with shared prompts was given to attention as something else than its mask.")
+    if query.shape[0] != 1 or query.shape[-2] != attn_mask.shape[-1] or key.shape[-2] != attn_mask.shape[-1]:
+        raise UnknownAttention(
+            f"Attention of {query.shape[-2]} queries to {key.shape[-2]} keys of {query.shape[0]} rows, where "
+            f"{attn_mask.shape[-1]} tokens of one row were given."
+        )
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+    if enable_gqa:
+        options["enable_gqa"] = True
+    return attn_mask.seen.attend(query, key, value, attn_mask.window, **options)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """[N, heads, width] -> [n, L, heads, width]."""
+    return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
+
+
+def _alike(segments: list[Segment], size: Callable[[Segment], int], scale: int) -> list[list[Segment]]:
+    """Cut into groups of like size, where filling up to the largest would cost more than a further group.
+
+    Args:
+        scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
+    """
+    ordered = sorted(segments, key=size, reverse=True)
+    parts: list[list[Segment]] = []
+    for number, segment in enumerate(ordered):
+        if parts:
+            largest, rest = size(parts[-1][0]), len(ordered) - number
+            saved = rest * (largest - size(segment)) * (parts[-1][0].length + largest) / scale
+            if saved < BLOCK:
+                parts[-1].append(segment)
+                continue
+        parts.append([segment])
+    return [sorted(part, key=lambda s: s.start) for part in parts]
+
+
+def _filled(segments: list[Segment], device: torch.device) -> Tensor:
+    size = max(s.length for s in segments)
+    index = torch.tensor([s.start for s in segments])[:, None] + torch.arange(size)
+    ends = torch.tensor([s.start + s.length - 1 for s in segments])[:, None]
+    return index.minimum(ends).to(device)

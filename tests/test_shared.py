@@ -1,0 +1,276 @@
+"""Prompts that rows share run once: scores and gradients are those of the batch as it is, in each model it is done to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY, classes, tiny
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from support import gpt2, llama
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refkl import TokenBatch, build_reference, score_pair, score_tokens
+from refkl.scoring import choice, prepare
+from refkl.scoring.layout import lay_out
+from refkl.scoring.shared import SharedMask, UnknownAttention
+
+# Of the models that are most used, in CI; of all others with --slow.
+USUAL = (
+    "FalconForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "OPTForCausalLM", "PhiForCausalLM",
+    "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+)  # fmt: skip
+# Rows, as (which prompt, tokens of its completion); prompts are of 7, 4 and 1 tokens.
+ROWS = ((0, 5), (1, 3), (0, 2), (1, 6), (0, 1), (2, 4))
+
+
+def shared_batch(
+    rows: Sequence[tuple[int, int]] = ROWS, lengths: Sequence[int] = (7, 4, 1), *, left: bool = True, **options: Any
+) -> TokenBatch:
+    """Left-padded prompts and right-padded completions, as GRPO has them, or all padding on the right."""
+    source = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, VOCABULARY, (n,), generator=source) for n in lengths]
+    ahead = max(lengths) + 2 if left else 0
+    width = max(lengths) + 2 + max(c for _, c in rows) + 1
+    ids, attention, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+    for row, (which, count) in enumerate(rows):
+        prompt = prompts[which]
+        at = ahead - len(prompt) if left else 0
+        end = at + len(prompt)
+        ids[row, at:end] = prompt
+        ids[row, end : end + count] = torch.randint(2, VOCABULARY, (count,), generator=source)
+        attention[row, at : end + count] = 1
+        scored[row, end : end + count] = 1
+    return TokenBatch(ids, attention, scored, **options)
+
+
+def weighted(logp: Tensor) -> Tensor:
+    """A loss in which no two tokens count alike."""
+    return (logp * torch.linspace(0.5, 1.5, logp.numel()).view_as(logp)).sum()
+
+
+def scored(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logp = score_tokens(model, batch).logp
+    weighted(logp).backward()
+    return logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(model: nn.Module, **options: Any) -> None:
+    """In one row and as it is: values to 1e-5, gradients to 1e-4 of the largest."""
+    plain = shared_batch(prefix="off", **options)
+    one = shared_batch(**options)
+    assert prepare(model, plain).layout is None and prepare(model, one).layout is not None
+    (right, gradients), (found, ours) = scored(model, plain), scored(model, one)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        mine = ours.get(name, torch.zeros(()))  # an expert that no token went to has none, or zeros
+        assert float((mine - gradient).abs().max()) <= 1e-4 * largest, name
+    assert all(float(ours[n].abs().max()) == 0.0 for n in ours.keys() - gradients.keys())
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one row whatever it costs."""
+    monkeypatch.setattr(choice, "GAIN", 100.0)
+
+
+def variants(name: str) -> dict[str, PreTrainedModel]:
+    """The model; and one that sees few tokens back, if it has a setting for it, in all layers or in the first."""
+    made = {"": tiny(name)}
+    for key in ("sliding_window", "attention_chunk_size", "window_size"):
+        if hasattr(made[""].config, key):
+            made[key] = tiny(name, **{key: 4})
+    if "sliding_window" in made and hasattr(made[""].config, "layer_types"):
+        kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+        if hasattr(made[""].config, "use_sliding_window"):
+            kinds["use_sliding_window"] = True
+        try:
+            made["first layer"] = tiny(name, **kinds)
+            with torch.no_grad():
+                score_tokens(made["first layer"], shared_batch(prefix="off"))
+        except (KeyError, ValueError):
+            made.pop("first layer", None)  # not a model of both kinds
+    return made
+
+
+def differs(name: str) -> str | None:
+    """How a model's scores or gradients in one row are not the plain ones; None if they are."""
+    windowed = 0
+    for variant, model in variants(name).items():
+        try:
+            if prepare(model, shared_batch()).layout is None:
+                continue
+            assert_equal(model)
+        except (AssertionError, UnknownAttention, RuntimeError, KeyError, AttributeError, ValueError) as error:
+            return f"{variant}: {error}"
+        windowed += variant != ""
+    return None
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("name", USUAL)
+def test_scores_and_gradients_are_the_plain_ones(name: str) -> None:
+    model = tiny(name)
+    for left in (True, False):
+        assert_equal(model, left=left)
+    if name in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"):  # layers that see four tokens back, and layers that see all
+        kinds = ["sliding_attention", "full_attention"]
+        assert_equal(tiny(name, sliding_window=4, layer_types=kinds))
+    assert differs(name) is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always")
+def test_the_list_of_models_is_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every class of transformers': those on the list are exact, and the others on it would not be, or cannot be."""
+    wrong = {name: why for name in sorted(choice.EXACT) if (why := differs(name)) is not None}
+    assert wrong == {}
+    assert classes().keys() >= choice.EXACT
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("what", ["lora", "checkpointing", "reentrant", "mixed", "bf16", "train", "eager"])
+def test_ways_to_train(what: str) -> None:
+    model: nn.Module = llama(attn_implementation="eager") if what == "eager" else llama()
+    context: Any = nullcontext()
+    if what == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.3)
+    if what in ("checkpointing", "reentrant"):
+        model.train().gradient_checkpointing_enable({"use_reentrant": what == "reentrant"})
+        model.enable_input_require_grads()
+    if what == "train":
+        model.train()
+    if what == "mixed":
+        context = torch.autocast("cpu", torch.bfloat16)
+    if what == "bf16":
+        model.to(torch.bfloat16)
+    with context:
+        if what in ("mixed", "bf16"):
+            right, found = (score_tokens(model, shared_batch(prefix=p)).logp for p in ("off", "auto"))
+            exact = score_tokens(model.float(), shared_batch(prefix="off")).logp if what == "bf16" else right
+            assert float((found - right).abs().max()) < 0.2
+            if what == "bf16":  # no further from the truth than the batch as it is
+                assert float((found - exact).abs().mean()) < 1.3 * float((right - exact).abs().mean()) + 1e-3
+        else:
+            assert_equal(model)
+
+
+def test_a_row_is_what_it_is_alone() -> None:
+    """Against each row by itself, without padding: nothing of another row is seen."""
+    model, batch = llama(), shared_batch()
+    assert prepare(model, batch).layout is not None  # by the costs, too
+    found = score_tokens(model, batch).logp.detach()
+    for row in range(len(batch)):
+        real = batch.attention_mask[row].bool()
+        ids = batch.input_ids[row, real][None]
+        logp = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+        of_row = logp.gather(1, ids[0, 1:, None])[:, 0]
+        wanted = batch.completion_mask[row, real][1:]
+        torch.testing.assert_close(found[row, batch.completion_mask[row]].double(), of_row[wanted], rtol=0, atol=1e-5)
+
+
+def test_every_token_once_and_no_padding() -> None:
+    batch = shared_batch()
+    layout = lay_out(batch, batch.completion_mask.any(0).nonzero()[:, 0])
+    assert layout is not None
+    # Prompts of 7, 4 and 1; of each completion all but its last token, which predicts nothing.
+    assert layout.tokens == 7 + 4 + 1 + sum(count - 1 for _, count in ROWS)
+    assert sorted(p.length for p in layout.prompts) == [1, 4, 7]
+    assert layout.longest() == 7 + 4 or layout.longest() == max(n + c - 1 for n, c in ((7, 5), (4, 6), (1, 4)))
+
+
+@pytest.mark.usefixtures("always")
+def test_what_is_scored_may_have_holes_and_rows_may_have_nothing() -> None:
+    """A tool's answer inside a completion is seen and not scored; a row without a scored token is not run."""
+    model = llama()
+    results = []
+    for prefix in ("off", "auto"):
+        batch = shared_batch(prefix=prefix)
+        mask = batch.completion_mask.clone()
+        mask[0, 10:12] = False
+        mask[2] = False
+        results.append(scored(model, TokenBatch(batch.input_ids, batch.attention_mask, mask, prefix=prefix)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-4)
+    nothing = TokenBatch(batch.input_ids, batch.attention_mask, torch.zeros_like(mask))
+    assert prepare(model, nothing).layout is None and not score_tokens(model, nothing).logp.any()
+
+
+@pytest.mark.usefixtures("always")
+def test_positions_that_are_given_are_kept_and_equal_tokens_at_others_are_not_shared() -> None:
+    model = gpt2()
+    plain = shared_batch(prefix="off")
+    positions = (plain.attention_mask.cumsum(1) - 1).clamp(min=0)
+    positions[2] += 3
+    results = []
+    for prefix in ("off", "auto"):
+        batch = TokenBatch(plain.input_ids, plain.attention_mask, plain.completion_mask, positions, prefix=prefix)
+        results.append(score_tokens(model, batch).logp)
+    layout = prepare(model, batch).layout
+    assert layout is not None and sorted(p.length for p in layout.prompts) == [1, 4, 7, 7]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_where_it_is_not_done() -> None:
+    batch = shared_batch()
+    assert prepare(llama(), shared_batch(prefix="off")).layout is None
+    holes = batch.attention_mask.clone()
+    holes[0, 5] = 0
+    assert prepare(llama(), TokenBatch(batch.input_ids, holes, batch.completion_mask)).layout is None
+    image = {"pixel_values": torch.zeros(1)}
+    assert (
+        prepare(llama(), TokenBatch(batch.input_ids, batch.attention_mask, batch.completion_mask, None, image)).layout
+        is None
+    )
+    prompted = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert prepare(prompted, batch).layout is None
+    compiled = torch.compile(llama(), backend="eager")
+    assert prepare(compiled, batch).layout is None
+    alone = shared_batch(((0, 4),))
+    unpadded = TokenBatch(*(x[:, 2:13] for x in (alone.input_ids, alone.attention_mask, alone.completion_mask)))
+    assert prepare(llama(), unpadded).layout is None  # nothing to gain
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "JambaForCausalLM", "Llama4ForCausalLM", "DeepseekV4ForCausalLM"])
+def test_models_for_which_it_would_be_wrong_are_run_plainly(name: str) -> None:
+    """ALiBi, a state, chunks, sparse attention."""
+    model = tiny(name)
+    assert prepare(model, shared_batch()).layout is None
+    falcon = tiny("FalconForCausalLM", alibi=True)
+    assert prepare(falcon, shared_batch()).layout is None
+
+
+@pytest.mark.parametrize("strategy", ["clone", "adapter", "swap"])
+def test_the_kl_starts_at_zero(strategy: str) -> None:
+    """Policy and reference take the same way: their difference is no rounding."""
+    policy: Any = llama()
+    if strategy == "adapter":
+        policy = get_peft_model(policy, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    reference = build_reference(policy, strategy)
+    batch = shared_batch()
+    assert prepare(policy, batch).layout is not None
+    pair = score_pair(policy, reference, batch, divergence="reverse_kl")
+    assert torch.equal(pair.policy.logp, pair.reference.logp) and not pair.divergence.any()
+
+
+def test_a_model_that_does_something_else_with_its_mask_is_told() -> None:
+    batch = shared_batch()
+    layout = lay_out(batch, batch.completion_mask.any(0).nonzero()[:, 0])
+    mask = prepare(llama(), batch).inputs["attention_mask"]
+    assert isinstance(mask, SharedMask) and mask.shape == (1, 1, layout.tokens, layout.tokens)
+    assert mask[:, :, :, : layout.tokens] is mask
+    with pytest.raises(UnknownAttention, match="prefix='off'"):
+        mask + 1.0
+    with pytest.raises(UnknownAttention):
+        mask[:, :, 1:]
