@@ -1,4 +1,4 @@
-"""Prompts that rows share run once: scores and gradients are those of the batch as it is, in each model it is done to."""
+"""Prompts that rows share run once: scores and gradients are those of the batch as it is, in each model that can."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, 
 """
 
 from refkl import kl
-from refkl.config import KLConfig, ReferenceConfig, SyncConfig
+from refkl.config import KLConfig, ReferenceConfig, ScoringConfig, SyncConfig
 from refkl.freeze import freeze, frozen_parameters, trainable_parameters
 from refkl.guards import Finding, check_reference
 from refkl.penalty import KLPenalty, global_normalizer
@@ -31,6 +31,7 @@ __all__ = [
     "Reference",
     "ReferenceConfig",
     "ReferenceSync",
+    "ScoringConfig",
     "SyncConfig",
     "SyncReferenceCallback",
     "TokenBatch",

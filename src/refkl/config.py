@@ -26,6 +26,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "nf4"]
 ResumedReference = Literal["recorded", "initial"]
 OnCheckpointError = Literal["stop", "continue"]
+Prefix = Literal["auto", "off"]
 
 
 def _offered(section: str, config: Any) -> None:
@@ -294,6 +295,19 @@ def _check_weights(weights: list[float]) -> None:
         raise ValueError(
             f"kl.reference_weights must not be negative and must sum to 1, got {weights} with sum {sum(weights):g}."
         )
+
+
+@dataclass(kw_only=True)
+class ScoringConfig:
+    """How a batch goes through policy and reference."""
+
+    prefix: Prefix = "auto"
+    """"auto": a prompt that several rows of a batch share is run once, and padding is not, for policy and reference
+    alike, where scores and gradients are the same and it costs less. GRPO's and RLOO's micro-batches of one optimizer
+    step are put together so that completions of one prompt meet. "off": batches are run as they are."""
+
+    def __post_init__(self) -> None:
+        _offered("scoring", self)
 
 
 @dataclass(kw_only=True)
@@ -580,6 +594,8 @@ class RunConfig:
     """How the reference is held."""
     kl: KLConfig = field(default_factory=_unsettled)
     """The penalty."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What is run once for several rows."""
     sync: SyncConfig | None = None
     """When the reference moves; None never."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)

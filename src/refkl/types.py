@@ -44,8 +44,8 @@ class TokenBatch:
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's forward, passed on untouched (pixel_values, …)."""
     prefix: Literal["auto", "off"] = "auto"
-    """"auto": a prompt that several rows share runs once, and padding does not, where that is exact and quicker, for
-    policy and reference alike; "off": the model is given the batch as it is."""
+    """"auto": a prompt that several rows share runs once, and padding does not, where that is exact and costs less;
+    "off": a model is given the batch as it is. It is the batch's, so that policy and reference do the same."""
 
     def __post_init__(self) -> None:
         if self.input_ids.dim() != 2:

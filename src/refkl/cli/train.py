@@ -156,6 +156,7 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
         "reference": config.reference,
         "kl": config.kl,
         "sync": config.sync,
+        "scoring": config.scoring,
         "resume_reference": config.resume.reference,
         "on_checkpoint_error": config.checkpoint.on_error,
     }

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from refkl.backend import dropout_rates
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.freeze import trainable_parameters
 from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
 from refkl.hf.checkpoints import Checkpointing
@@ -63,6 +63,8 @@ class KLTrainerMixin(Checkpointing):
     """Where this trainer can put the penalty."""
     kl_metric: ClassVar[str] = "kl"
     """What the KL per token is logged as."""
+    scoring: ScoringConfig
+    """What is run once for several rows."""
     kl_histogram: Histogram | None = None
     """The log-ratios of all tokens of the steps since the last log, over micro-batches and ranks."""
 
@@ -104,11 +106,13 @@ class KLTrainerMixin(Checkpointing):
         reference: str | ReferenceConfig | Reference,
         kl: KLConfig,
         sync: SyncConfig | None,
+        scoring: ScoringConfig | None,
         resume_reference: ResumedReference,
         on_checkpoint_error: OnCheckpointError,
         temperature: float = 1.0,
     ) -> None:
         """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
+        self.scoring = scoring or ScoringConfig()
         self._check_kl(kl)
         self._check_settings()
         self._settle_checkpoints(resume_reference, on_checkpoint_error)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import ModelOutput, logging
 
 from refkl.backend import full_shape
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.common import KLTrainerMixin
 from refkl.hf.watch import IGNORED, CrossEntropy, Watch, predicts_its_labels
 from refkl.messages import unknown
@@ -51,6 +51,7 @@ class SupervisedKL(KLTrainerMixin):
         kl: KLConfig | None = None,
         kl_on: KLOn = "labels",
         sync: SyncConfig | None = None,
+        scoring: ScoringConfig | None = None,
         resume_reference: ResumedReference = "recorded",
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
@@ -63,7 +64,7 @@ class SupervisedKL(KLTrainerMixin):
         super().__init__(*args, **kwargs)
         self._check_trainer()
         self._takes = frozenset(inspect.signature(type(self._inner()).forward).parameters)
-        self._attach(reference, kl, sync, resume_reference, on_checkpoint_error)
+        self._attach(reference, kl, sync, scoring, resume_reference, on_checkpoint_error)
 
     def _inner(self) -> nn.Module:
         return base_model(self.accelerator.unwrap_model(self.model))
@@ -113,7 +114,7 @@ class SupervisedKL(KLTrainerMixin):
         scored = real if self.kl_on == "all" else real & (labels != IGNORED)
         known = {*_TEXT, "position_ids", "use_cache", "num_items_in_batch", _SCORED}
         own = {name: value for name, value in inputs.items() if name in self._takes and name not in known}
-        return TokenBatch(ids, attention, scored, inputs.get("position_ids"), own)
+        return TokenBatch(ids, attention, scored, inputs.get("position_ids"), own, self.scoring.prefix)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Count the tokens of the optimizer step, over its micro-batches and all ranks."""
@@ -139,6 +140,7 @@ class SupervisedKL(KLTrainerMixin):
             together([part.input_ids for part in parts]),
             together([part.attention_mask for part in parts]),
             together([part.completion_mask for part in parts]),
+            prefix=self.scoring.prefix,
         )
         scores = self.reference.score(whole.to(self.accelerator.device), hidden=True)
         assert scores.hidden is not None, "asked for"
@@ -224,6 +226,7 @@ class KLTrainer(SupervisedKL, Trainer):
         kl: the penalty; exact. By default at coefficient 0.05; 0 measures it alone.
         kl_on: "labels": where a token has a label. "all": at every token that is attended to, prompts too.
         sync: when the reference moves; by default never.
+        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
         resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 

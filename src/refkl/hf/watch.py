@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Watch:
         if self.found is not None:
             yield
             return
-        call = prepare(model, self.batch)
+        call = prepare(model, replace(self.batch, prefix="off"))
         counted = self._positions(call)
         outputs: list[Any] = []
         # Before the hooks: it may run the model to look at it.

@@ -20,6 +20,7 @@ class KLDPOTrainer(PreferenceKL, DPOTrainer):
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: a penalty added to DPO's loss; by default none, only measured.
         sync: when the reference moves (TR-DPO); by default never, or as `args.sync_ref_model` says.
+        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
         resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 

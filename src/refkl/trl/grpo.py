@@ -22,6 +22,7 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
             TRL has scaled them: per token, or ("sequence") the same for all tokens of a completion. It then is the
             KL of the policy that sampled, and takes part in all that `loss_type` does to advantages.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
+        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
         resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 

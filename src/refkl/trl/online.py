@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from refkl.backend import dropout_rates
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
 from refkl.hf.common import KLTrainerMixin, settled_sync
 from refkl.reference import Reference
@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 _SEQUENCES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
 _TEXT = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+_ROW = "refkl_row"
+"""Where in its rollout a completion was, before TRL shuffled it: those of one prompt are neighbours there."""
 _FLAGS = ("compute_entropy", "compute_aux_loss")
 
 
@@ -42,6 +44,7 @@ class OnlineKL(KLTrainerMixin):
     beta: float
     ref_model: Any
     _buffered_inputs: Any
+    _step: int
     placements = ("loss", "reward")
     _inputs: dict[str, Any] | None = None
     """In a loss: the micro-batch."""
@@ -56,6 +59,7 @@ class OnlineKL(KLTrainerMixin):
         reference: str | ReferenceConfig | Reference = "auto",
         kl: KLConfig | None = None,
         sync: SyncConfig | None = None,
+        scoring: ScoringConfig | None = None,
         resume_reference: ResumedReference = "recorded",
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
@@ -71,7 +75,7 @@ class OnlineKL(KLTrainerMixin):
             )
         sync, beta = self._sync, self._beta
         penalty = kl or self._as_trl(beta)
-        self._attach(reference, penalty, sync, resume_reference, on_checkpoint_error, self.temperature)
+        self._attach(reference, penalty, sync, scoring, resume_reference, on_checkpoint_error, self.temperature)
         if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
             logger.warning(
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
@@ -139,6 +143,7 @@ class OnlineKL(KLTrainerMixin):
             exact=exact,
             ready=self._ready_hidden(input_ids.shape[1]) if exact else None,
             before=self._measure_exact if of_loss else None,
+            prefix=self.scoring.prefix,
         )
         found = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
             view,
@@ -179,7 +184,22 @@ class OnlineKL(KLTrainerMixin):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, and the reference's scores of them."""
-        return self._with_reference(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
+        rollout = self._with_reference(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
+        return rollout | {_ROW: torch.arange(len(rollout["prompt_ids"]))}
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL shuffles a rollout over its micro-batches: those of an optimizer step are put together again."""
+        known = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        found = self._buffered_inputs
+        if not self.model.training or found is known or not found or self.scoring.prefix == "off":
+            return inputs
+        window = self.args.gradient_accumulation_steps
+        if len(found) % window or any(x is not None for x in self._media(found[0]).values()):
+            return inputs
+        steps = [found[start : start + window] for start in range(0, len(found), window)]
+        self._buffered_inputs = [part for step in steps for part in in_order(step)]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _with_reference(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """A rollout with the reference's scores; an exact divergence has them at each loss, in pairs with the policy's,
@@ -208,9 +228,10 @@ class OnlineKL(KLTrainerMixin):
 
         if self.reference.one_sweep:
             batch_size = None
+        view = ReferenceView(score, self.scoring.prefix)
         with torch.no_grad(), self.reference.several():
             logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
-                ReferenceView(score), input_ids, attention_mask, keep, batch_size, **self._media(rollout)
+                view, input_ids, attention_mask, keep, batch_size, **self._media(rollout)
             )
         found = {"ref_per_token_logps": logp, "reference_updates": torch.full((len(logp),), self.reference.updates)}
         return found | ({"reference_hidden": torch.cat(hidden)} if hidden else {})
@@ -329,3 +350,24 @@ def scored_tokens(inputs: dict[str, Any]) -> Tensor:
     """[B, C], 1 = a token that the policy sampled; what a tool put in is not."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def in_order(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of an optimizer step with its rows in the order that they were sampled in."""
+    size, order = len(parts[0][_ROW]), torch.cat([part[_ROW] for part in parts]).argsort()
+    whole = {name: _ordered([part[name] for part in parts], order) for name in parts[0]}
+    rows = [slice(start, start + size) for start in range(0, len(order), size)]
+    return [{name: x[some] if _has_rows(x) else x for name, x in whole.items()} for some in rows]
+
+
+def _ordered(values: list[Any], order: Tensor) -> Any:
+    if not _has_rows(values[0]):
+        return values[0]
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)[order.to(values[0].device)]
+    joined = [x for value in values for x in value]
+    return [joined[row] for row in order.tolist()]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trl import BEMACallback
 
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, SyncConfig
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
 from refkl.hf.common import KLTrainerMixin, settled_sync
 from refkl.penalty import global_normalizer
@@ -46,6 +46,7 @@ class PreferenceKL(KLTrainerMixin):
         reference: str | ReferenceConfig | Reference = "auto",
         kl: KLConfig | None = None,
         sync: SyncConfig | None = None,
+        scoring: ScoringConfig | None = None,
         resume_reference: ResumedReference = "recorded",
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
@@ -54,7 +55,7 @@ class PreferenceKL(KLTrainerMixin):
         with self._joining(self.trl_trainer, self._settled):
             super().__init__(*args, **kwargs)
         sync = self._sync
-        self._attach(reference, kl or KLConfig(coef=0.0), sync, resume_reference, on_checkpoint_error)
+        self._attach(reference, kl or KLConfig(coef=0.0), sync, scoring, resume_reference, on_checkpoint_error)
         self._window: list[Tensor] = []
 
     @contextmanager
@@ -110,7 +111,7 @@ class PreferenceKL(KLTrainerMixin):
             )
             for name in _TOKENS
         )
-        batch = TokenBatch(ids, attention, scored).to(self.accelerator.device)
+        batch = TokenBatch(ids, attention, scored, prefix=self.scoring.prefix).to(self.accelerator.device)
         scores = self.reference.score(batch, hidden=self._exact)
         rows = [len(batch[f"{prefix}input_ids"]) for batch, prefix in parts]
         hidden = scores.hidden.split(rows) if scores.hidden is not None else [None] * len(rows)
@@ -131,13 +132,16 @@ class PreferenceKL(KLTrainerMixin):
             exact=self._exact,
             ready=ready,
             before=self._measure_exact,
+            prefix=self.scoring.prefix,
         )
 
         def answer(batch: TokenBatch) -> TokenScores:
             at = policy.call_of(batch.input_ids, batch.attention_mask)
             return self.reference.score(batch) if at is None else policy.references[at]
 
-        self.ref_model = ReferenceView(answer)  # TRL calls it for the batches that the policy was called for
+        self.ref_model = ReferenceView(
+            answer, self.scoring.prefix
+        )  # TRL calls it for the batches that the policy was called for
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]
         finally:

@@ -28,6 +28,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             the policy that sampled, to the reference as it was then, at the coefficient of then; what is logged, and
             what a controller and `sync.max_kl` hear of at each step, is the present policy's.
         sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
+        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
         resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 

@@ -28,6 +28,7 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
         kl: the penalty; exact. By default at coefficient 0.05; 0 measures it alone.
         kl_on: "labels": where a token has a label. "all": at every token that is attended to, prompts too.
         sync: when the reference moves; by default never.
+        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
         resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
         on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
+from refkl.config import Prefix
 from refkl.kl.rows import Divergence
 from refkl.reference import Reference
 from refkl.reference.pair import compare
@@ -35,6 +36,7 @@ class PolicyView:
         exact: bool = False,
         ready: Callable[[TokenBatch], TokenScores | None] | None = None,
         before: Callable[[Any, TokenBatch], None] | None = None,
+        prefix: Prefix = "auto",
     ) -> None:
         """A view of `model` as it is wrapped.
 
@@ -49,6 +51,7 @@ class PolicyView:
             ready: gives the reference's scores of a batch where they are at hand; for an exact divergence they have
                 `hidden`.
             before: called with the model and the batch before these are scored with grad.
+            prefix: of the batches, as in TokenBatch.
         """
         self.model = model
         self.options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
@@ -57,6 +60,7 @@ class PolicyView:
         self.exact = exact
         self.ready = ready
         self.before = before
+        self.prefix = prefix
         self.batches: list[TokenBatch] = []
         """What was scored, one for each call."""
         self.scores: list[TokenScores] = []
@@ -71,7 +75,7 @@ class PolicyView:
         if not fused_lm_head:
             return self.model(*args, **({} if labels is None else {"labels": labels}), **inputs)
         router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
-        batch = token_batch(inputs, labels)
+        batch = token_batch(inputs, labels, self.prefix)
         if self.before is not None and torch.is_grad_enabled():
             self.before(self.model, batch)
         seen = Statistics(self.statistics)
@@ -111,8 +115,8 @@ class PolicyView:
 class ReferenceView:
     """The reference, called as TRL calls its own."""
 
-    def __init__(self, score: Callable[[TokenBatch], TokenScores]) -> None:
-        self.score = score
+    def __init__(self, score: Callable[[TokenBatch], TokenScores], prefix: Prefix) -> None:
+        self.score, self.prefix = score, prefix
 
     def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
@@ -120,7 +124,7 @@ class ReferenceView:
                 "The reference was called for more than the log-probabilities of tokens, which is all that a refkl "
                 "reference gives: fused_lm_head=True and labels= were not passed."
             )
-        return FusedCausalLMOutput(log_probs=self.score(token_batch(inputs, labels)).logp[:, 1:])
+        return FusedCausalLMOutput(log_probs=self.score(token_batch(inputs, labels, self.prefix)).logp[:, 1:])
 
 
 def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) -> bool:
@@ -131,11 +135,11 @@ def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) ->
     return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
 
 
-def token_batch(inputs: dict[str, Any], labels: Tensor | None) -> TokenBatch:
+def token_batch(inputs: dict[str, Any], labels: Tensor | None, prefix: Prefix) -> TokenBatch:
     """The batch that a call of TRL's is about; what is no text goes to the model untouched."""
     assert labels is not None, "TRL passes labels with fused_lm_head"
     own = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "use_cache")}
-    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, model_inputs=own)
+    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, None, own, prefix)
 
 
 class Statistics:
