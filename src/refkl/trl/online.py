@@ -194,6 +194,8 @@ class OnlineKL(KLTrainerMixin):
         found = self._buffered_inputs
         if not self.model.training or found is known or not found or self.scoring.prefix == "off":
             return inputs
+        if getattr(self, "loss_type", None) == "bnpo":
+            return inputs  # a mean over each micro-batch's own tokens: it matters which rows are in one
         window = self.args.gradient_accumulation_steps
         if len(found) % window or any(x is not None for x in self._media(found[0]).values()):
             return inputs

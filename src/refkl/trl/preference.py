@@ -139,9 +139,8 @@ class PreferenceKL(KLTrainerMixin):
             at = policy.call_of(batch.input_ids, batch.attention_mask)
             return self.reference.score(batch) if at is None else policy.references[at]
 
-        self.ref_model = ReferenceView(
-            answer, self.scoring.prefix
-        )  # TRL calls it for the batches that the policy was called for
+        # TRL calls it for the batches that the policy was called for.
+        self.ref_model = ReferenceView(answer, self.scoring.prefix)
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]
         finally:
