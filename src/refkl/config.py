@@ -66,6 +66,9 @@ class ReferenceConfig:
     quantize: Quantization | None = None
     """For "clone": its linear layers, but for the output head, in 8 bits ("int8", torchao) or 4 ("int4", torchao;
     "nf4", bitsandbytes). Puts a floor under the KL, which is measured before the first score: Reference.kl_floor."""
+    max_tokens: int | None = None
+    """Tokens that are scored at once; of more, rows are scored in parts, long ones with long ones. None for as many as
+    the memory that is free allows; but where weights are sharded, for all of them, which moves the weights once."""
     averages: Literal["device", "host"] = "device"
     """For a reference in 16 bits, or in fewer, that moves with alpha < 1: where the fp32 averages that it is written
     from are kept. Sharded as the reference is."""
@@ -74,6 +77,8 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         _offered("reference", self)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"reference.max_tokens must be at least 1, got {self.max_tokens}.")
         if not self.max_kl_floor > 0:
             raise ValueError(f"reference.max_kl_floor must be positive, got {self.max_kl_floor}.")
         if self.quantize is None and self.max_kl_floor != type(self).max_kl_floor:

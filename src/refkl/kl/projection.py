@@ -191,10 +191,11 @@ def rows_per_tile(columns: int, dtype: torch.dtype, device: torch.device) -> int
 def _rows_per_tile(columns: int, dtype: torch.dtype, device: str) -> int:
     row = columns * dtype.itemsize
     wanted = min(_MOST_ROWS, max(_LEAST_ROWS, (_TILE_BYTES_CUDA if "cuda" in device else _TILE_BYTES) // row))
-    return max(16, min(wanted, _free_bytes(device) // (_SHARES * row)))
+    return max(16, min(wanted, free_bytes(device) // (_SHARES * row)))
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes(device: str) -> int:
+    """Memory that is free on a device, with what torch holds there and does not use."""
     if "cuda" in device:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held

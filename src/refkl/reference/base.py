@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from refkl.backend import Backend, Weight, Whole, evaluating
+from refkl.backend import Backend, Weight, Whole, communicating_device, evaluating
 from refkl.config import ReferenceConfig
 from refkl.reference.cache import CacheStats, ScoreCache, describe, each
 from refkl.reference.fingerprint import combined, digests
@@ -25,6 +25,8 @@ from refkl.reference.saved import Saved, write_saved
 from refkl.reference.shape import Cost, Shape, Step, shape_of
 from refkl.reference.tensors import check_pairs
 from refkl.scoring import Head, ScoredLogits, completion_logits, learned_prompt, score_model
+from refkl.scoring.budget import free_tokens, in_parts
+from refkl.scoring.choice import shares_prompts
 from refkl.types import KLFloor, MemoryReport, TokenBatch, TokenScores
 from refkl.versions import library_versions
 
@@ -233,9 +235,17 @@ class Reference(ABC):
         """
 
         def run(batch: TokenBatch) -> TokenScores:
+            options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "hidden": hidden}
             with self._scoring(batch) as (model, moved):
-                scored = score_model(model, moved, temperature=temperature, entropy=entropy, hidden=hidden)
-                return scored.scores.to(batch.input_ids.device)
+
+                def score(part: TokenBatch) -> TokenScores:
+                    return score_model(model, part, **options).scores
+
+                limit = self._most_tokens(model, moved.input_ids.device)
+                if limit is None:
+                    return score(moved).to(batch.input_ids.device)
+                scores = in_parts(score, moved, limit, self._rounds, shares=shares_prompts(model, moved))
+                return scores.to(batch.input_ids.device)
 
         if self.cache is None:
             return replace(run(batch), fingerprint=self.stamp)
@@ -318,6 +328,20 @@ class Reference(ABC):
         """Whether a score is collective: no rank holds all of the weights."""
         several = dist.is_initialized() and dist.get_world_size() > 1 and not self.freed
         return several and any(weight.layout.sharded for weight in self._weights())
+
+    def _most_tokens(self, model: nn.Module, device: torch.device) -> int | None:
+        """How many to score at once; None for all."""
+        if self.config.max_tokens is not None:
+            return self.config.max_tokens
+        return None if self._sharded() else free_tokens(model, device)
+
+    def _rounds(self, parts: int) -> int:
+        """How often to score, if a batch is in so many parts here: as often as any rank, where they score together."""
+        if not self._sharded():
+            return parts
+        most = torch.tensor(parts, device=communicating_device())
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     def _check_held(self, what: str) -> None:
         if self.freed:

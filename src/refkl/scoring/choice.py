@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+from refkl.scoring.head import base_model
 from refkl.scoring.layout import Layout
 from refkl.scoring.shared import BLOCK, Seen, SharedMask
 from refkl.types import TokenBatch
@@ -56,6 +57,11 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
     if any(m._compiled_call_impl is not None or isinstance(m, OptimizedModule) for m in model.modules()):
         return "it is compiled, for which each batch would be a new shape"
     return None
+
+
+def shares_prompts(model: nn.Module, batch: TokenBatch) -> bool:
+    """Whether rows of this batch can share their prompts in this model."""
+    return batch.prefix == "auto" and not batch.model_inputs and why_not(model, base_model(model)) is None
 
 
 def masks_for(base: nn.Module, layout: Layout, batch: TokenBatch) -> Any:

@@ -151,6 +151,8 @@ class SharedMask(Tensor):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
+        if func is torch.equal:
+            return _same(*args)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
@@ -168,6 +170,14 @@ class UnknownAttention(RuntimeError):
 
 
 _SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.expand, Tensor.bool}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two masks let the same tokens see each other."""
+    if not isinstance(one, SharedMask) or not isinstance(other, SharedMask):
+        return False
+    mine, theirs = one.seen.layout, other.seen.layout
+    return (one.window, mine.prompts, mine.completions) == (other.window, theirs.prompts, theirs.completions)
 
 
 def _attend(

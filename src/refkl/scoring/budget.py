@@ -1,0 +1,129 @@
+"""A batch too large for one forward is scored in parts: rows of one prompt together, long ones with long ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refkl.kl.projection import free_bytes
+from refkl.scoring.head import base_model
+from refkl.types import TokenBatch, TokenScores
+
+SHARE = 0.25
+"""Of the memory that is free, what the activations of a part may take: they are estimated, and others want some too."""
+
+
+def free_tokens(model: nn.Module, device: torch.device) -> int:
+    """How many tokens a forward without gradients can take at once, by the memory that is free on the device.
+
+    Some ten tensors as wide as the hidden states, and four as wide as the MLP, are alive at a time.
+    """
+    config: Any = getattr(base_model(model), "config", None)
+    text: Any = config.get_text_config() if config is not None else None
+    hidden = getattr(text, "hidden_size", None) or 4096
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return max(1, int(SHARE * free_bytes(str(device)) / ((10 * hidden + 4 * inner) * max(dtype.itemsize, 2))))
+
+
+def parts(batch: TokenBatch, max_tokens: int, *, shares: bool) -> Iterator[tuple[Tensor, TokenBatch]]:
+    """The rows of a batch in parts that take at most so many tokens to run, and which rows they are.
+
+    Rows of like length come together, so that little is filled up, and padding that all rows of a part have is cut off.
+    Where prompts are shared, rows of one prompt come together first, it counts once in a part, and padding does not. A
+    row that is longer than that by itself is a part.
+    """
+    if batch.model_inputs or int(batch.attention_mask.sum()) <= max_tokens:
+        yield torch.arange(len(batch)), batch
+        return
+    real, scored = batch.attention_mask.bool().cpu(), batch.completion_mask.cpu()
+    ids = batch.input_ids.cpu()
+    first = torch.where(scored.any(1), scored.long().argmax(1), real.shape[1])
+    before = real & (torch.arange(real.shape[1]) < first[:, None])
+    prompts = [tuple(row[mask].tolist()) for row, mask in zip(ids, before, strict=True)]
+    total = real.sum(1).tolist()
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, total, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    if shares:
+        order = sorted(range(len(total)), key=lambda row: (-longest[prompts[row]], prompts[row], -total[row]))
+    else:
+        order = sorted(range(len(total)), key=lambda row: -total[row])
+    rows: list[int] = []
+    seen: set[tuple[int, ...]] = set()
+    count = 0
+    for row in order:
+        if shares:
+            added = total[row] - (len(prompts[row]) if prompts[row] in seen else 0)
+        else:
+            added = total[rows[0] if rows else row]  # filled up to the first, which is the longest
+        if rows and count + added > max_tokens:
+            yield _of_rows(batch, rows)
+            rows, seen, count, added = [], set(), 0, total[row]
+        rows.append(row)
+        seen.add(prompts[row])
+        count += added
+    yield _of_rows(batch, rows)
+
+
+def in_parts(
+    score: Callable[[TokenBatch], TokenScores], batch: TokenBatch, max_tokens: int, rounds: Callable[[int], int], *, shares: bool
+) -> TokenScores:
+    """The scores of a batch, taken in parts, in the batch's order.
+
+    Args:
+        score: of a part.
+        batch: of B rows.
+        max_tokens, shares: as in `parts`.
+        rounds: given how many parts there are, how many are to be scored: where weights are sharded, as many as the
+            rank with the most has. The last is then scored again.
+    """
+    cut = list(parts(batch, max_tokens, shares=shares))
+    found = [score(part) for _, part in cut]
+    for _ in range(rounds(len(cut)) - len(cut)):
+        score(cut[-1][1])
+    if len(cut) == 1:
+        return found[0]
+
+    def whole(name: str) -> Tensor | None:
+        if (like := getattr(found[0], name)) is None:
+            return None
+        values = like.new_zeros(batch.input_ids.shape + like.shape[2:])
+        for (rows, _), scores in zip(cut, found, strict=True):
+            start, length = _span(batch, rows)
+            values[rows.to(values.device), start : start + length] = getattr(scores, name)
+        return values
+
+    logp = whole("logp")
+    assert logp is not None, "always there"
+    return TokenScores(logp, whole("entropy"), whole("hidden"), found[0].temperature, found[0].fingerprint)
+
+
+def _span(batch: TokenBatch, rows: Tensor) -> tuple[int, int]:
+    """Where the columns begin in which one of the rows has a token, and how many there are."""
+    columns = batch.attention_mask.bool()[rows.to(batch.attention_mask.device)].any(0).nonzero()[:, 0]
+    if not len(columns):
+        return 0, batch.input_ids.shape[1]
+    return int(columns[0]), int(columns[-1] - columns[0]) + 1
+
+
+def _of_rows(batch: TokenBatch, rows: list[int]) -> tuple[Tensor, TokenBatch]:
+    chosen = torch.tensor(sorted(rows))
+    start, length = _span(batch, chosen)
+    positions = batch.position_ids  # if there are none, they are counted from the mask: the same without these columns
+    there = chosen.to(batch.input_ids.device)
+
+    def cut(values: Tensor) -> Tensor:
+        return values[there, start : start + length]
+
+    part = TokenBatch(
+        cut(batch.input_ids),
+        cut(batch.attention_mask),
+        cut(batch.completion_mask),
+        None if positions is None else cut(positions),
+        prefix=batch.prefix,
+    )
+    return chosen, part
