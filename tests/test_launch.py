@@ -24,6 +24,11 @@ LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
     "two processes": ("ddp", 2, lambda *a, **k: accelerate_launch("multi", *a, module=True, **k)),
     "zero2": ("zero2", 2, lambda *a, **k: accelerate_launch("zero2", *a, module=True, **k)),
     "zero3": ("zero3", 2, lambda *a, **k: accelerate_launch("zero3", *a, module=True, **k)),
+    "fsdp2": (
+        "fsdp2",
+        2,
+        lambda module, *a, **k: accelerate_launch("fsdp2", "tests/scripts/train_fsdp2.py", *a, **k),
+    ),
     "deepspeed zero3": (
         "zero3",
         2,
@@ -85,7 +90,7 @@ def test_one_process_moves(alone: tuple[Path, dict[str, Any]]) -> None:
 def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, expected = alone
     found = _train(name, folder)
-    strategy = "zero3" if "zero3" in name else "clone"
+    strategy = "zero3" if "zero3" in name else "fsdp2" if name == "fsdp2" else "clone"
     assert f"reference: {strategy}: " in found["output"]
     assert found["metrics"][0]["kl"] == 0.0
     for key in ("loss", "kl"):
@@ -100,10 +105,11 @@ def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, An
 
 
 @pytest.mark.slow
-def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("sharded", ["zero3", "fsdp2"])
+def test_sync_of_a_sharded_policy_is_sync_in_one_process(sharded: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = alone
     results = {}
-    for name in ("one process", "zero3"):
+    for name in ("one process", sharded):
         results[name] = _train(name, folder, "--sync.every", "2", "--sync.alpha", "0.5")
     for result in results.values():
         assert [u["step"] for u in result["reference"]["updates"]] == [2, 4]
@@ -111,8 +117,8 @@ def test_sync_under_zero3_is_sync_in_one_process(alone: tuple[Path, dict[str, An
         prints += [u["fingerprint"] for u in result["reference"]["updates"]]
         assert len(set(prints)) == 3 and result["reference"]["after"]["fingerprint"] == prints[-1]
     kl = {name: [m["kl"] for m in result["metrics"]] for name, result in results.items()}
-    assert kl["zero3"] == pytest.approx(kl["one process"], rel=0, abs=TOLERANCE)
-    assert kl["zero3"][2] < kl["zero3"][1]  # the reference came nearer
+    assert kl[sharded] == pytest.approx(kl["one process"], rel=0, abs=TOLERANCE)
+    assert kl[sharded][2] < kl[sharded][1]  # the reference came nearer
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,9 @@ def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
     assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
 
 
-@pytest.mark.parametrize("name", ["two processes", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero3", "fsdp2"))]
+)
 def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     _inputs(tmp_path, "grpo", max_steps=2)
     found = _train(name, tmp_path)
@@ -136,7 +144,7 @@ def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3"))]
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3", "fsdp2"))]
 )
 def test_kto_trains_the_same(name: str, tmp_path: Path) -> None:
     """With a KL in the loss, a mean over the tokens of both ranks; the loss type is one without a term of the batch."""
@@ -152,7 +160,7 @@ def test_kto_trains_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3"))]
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3", "fsdp2"))]
 )
 def test_rloo_on_two_processes(name: str, tmp_path: Path) -> None:
     """The penalty of each completion is gathered with its group's rewards, which are on both ranks."""
@@ -160,6 +168,36 @@ def test_rloo_on_two_processes(name: str, tmp_path: Path) -> None:
     found = _train(name, tmp_path, "--kl.placement", "reward", "--kl.reward", "sequence", "--kl.coef", "0.5")
     assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][-1]["kl"] != 0.0
     assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3", "fsdp2"))]
+)
+def test_the_leash_trains_the_same(name: str, tmp_path: Path) -> None:
+    """Supervised, with the exact KL of every token: a mean over those of all ranks, which have unequally many."""
+    _inputs(tmp_path, "sft", train_sampling_strategy="sequential")
+    options = ("--kl.coef", "0.5", "--kl.estimator", "exact")
+    found, right = (_train(which, tmp_path, *options) for which in (name, "one process"))
+    assert found["metrics"][0]["kl"] == 0.0 and found["metrics"][-1]["kl"] > 1e-4
+    for key in ("loss", "kl"):
+        values, expected = ([m[key] for m in result["metrics"]] for result in (found, right))
+        assert values == pytest.approx(expected, rel=0, abs=TOLERANCE), key
+    for weight, expected in right["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two processes", "zero3", "fsdp2"])
+def test_exact_kl_in_passing_on_two_processes(name: str, tmp_path: Path) -> None:
+    """`exact_every` with an estimator that needs no distributions: every rank makes the passes, or none does."""
+    _inputs(tmp_path, "kto", loss_type="apo_zero_unpaired", train_sampling_strategy="sequential")
+    options = ("--kl.coef", "0.5", "--kl.estimator", "k3", "--kl.exact_every", "2")
+    found, right = (_train(which, tmp_path, *options) for which in (name, "one process"))
+    exact, expected = ([m.get("kl/exact") for m in result["metrics"]] for result in (found, right))
+    assert [value is None for value in exact] == [value is None for value in expected]
+    assert 1 < sum(value is not None for value in exact) < STEPS
+    for value, wanted in zip(exact, expected, strict=True):
+        assert value == (None if wanted is None else pytest.approx(wanted, rel=0, abs=TOLERANCE))
 
 
 @pytest.mark.slow

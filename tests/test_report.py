@@ -476,7 +476,6 @@ PAINTED = """(() => {
 """In how many plots a colour is seen."""
 
 
-@pytest.mark.slow  # hovering waits for the browser, which a busy machine keeps waiting
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     sample = {"step": 30, "prompt": "once", "completion": f" upon{HOSTILE}", "tokens": [" upon", HOSTILE]}
@@ -503,9 +502,13 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert page.ask("[...document.querySelectorAll('[data-of=\"1\"]')].every((e) => !e.offsetParent)")
 
         piece = "document.querySelector('.text span')"
-        x, y = page.ask(
-            f"{piece}.scrollIntoView({{block: 'center'}}); (b => [b.x + 9, b.y + 9])({piece}.getBoundingClientRect())"
+        # Scrolling is told to the page a frame later, and hides the tip.
+        page.ask(
+            f"{piece}.scrollIntoView({{block: 'center'}});"
+            "requestAnimationFrame(() => requestAnimationFrame(() => { window.still = true; }))"
         )
+        page.wait("window.still")
+        x, y = page.ask(f"(b => [b.x + 9, b.y + 9])({piece}.getBoundingClientRect())")
         page.move(x, y)
         assert page.wait("!tip.hidden && tip.textContent") == "KL 0.0200 · log-ratio -0.500"
         colour = f"getComputedStyle({piece}).backgroundColor"

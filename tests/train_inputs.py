@@ -22,9 +22,9 @@ TRAINER: dict[str, Any] = {
 }
 
 
-def letters(completions: list[str], **columns: Any) -> list[float]:
+def letters(completions: list[Any], **columns: Any) -> list[float]:
     """A reward: distinct letters."""
-    return [len(set(text)) / 8 for text in completions]
+    return [len(set(str(text))) / 8 for text in completions]
 
 
 seen: list[dict[str, Any]] = []
