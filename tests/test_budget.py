@@ -51,14 +51,10 @@ def test_little_is_filled_up() -> None:
     given = sum(part.input_ids.numel() for part in cut)
     assert given < 1.1 * sum(lengths) < 0.5 * ids.numel()
     # In one row there is none at all.
-    one = [prepare(llama(max_position_embeddings=2048), TokenBatch(*_fields(part))).layout for part in cut[:3]]
-    assert all(layout is not None and layout.tokens <= real(part) for layout, part in zip(one, cut, strict=False))
-
-
-def _fields(part: TokenBatch) -> tuple[torch.Tensor, ...]:
-    scored = part.attention_mask.clone()
+    scored = mask.clone()
     scored[:, 0] = False
-    return part.input_ids, part.attention_mask, scored
+    one = prepare(llama(max_position_embeddings=2048), TokenBatch(ids, mask, scored)).layout
+    assert one is not None and one.tokens <= sum(lengths)
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -90,7 +86,9 @@ def test_the_limit_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> N
     reference = build_reference(policy, "clone")
     reference.model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
     reference.score(shared_batch(ROWS, LENGTHS))
-    assert max(seen) <= 30 and len([n for n in seen if n > 2]) == len(list(parts(shared_batch(ROWS, LENGTHS), 30, shares=True)))
+    assert max(seen) <= 30 and len([n for n in seen if n > 2]) == len(
+        list(parts(shared_batch(ROWS, LENGTHS), 30, shares=True))
+    )
 
 
 def test_a_limit_of_nothing_is_refused() -> None:

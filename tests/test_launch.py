@@ -106,6 +106,17 @@ def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["zero3", "fsdp2"])
+def test_a_sharded_reference_is_scored_in_parts(sharded: str, alone: tuple[Path, dict[str, Any]]) -> None:
+    """Ranks have unequally many parts, and each part moves the weights of all."""
+    folder, expected = alone
+    found = _train(sharded, folder, "--reference.max_tokens", "12")
+    for key in ("loss", "kl"):
+        got, right = ([m[key] for m in result["metrics"]] for result in (found, expected))
+        assert got == pytest.approx(right, rel=0, abs=TOLERANCE), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["zero3", "fsdp2"])
 def test_sync_of_a_sharded_policy_is_sync_in_one_process(sharded: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = alone
     results = {}

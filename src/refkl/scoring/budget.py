@@ -15,6 +15,9 @@ from refkl.types import TokenBatch, TokenScores
 SHARE = 0.25
 """Of the memory that is free, what the activations of a part may take: they are estimated, and others want some too."""
 
+_FILLED = 1.08
+"""What is run of a part without shared prompts, over what of it is no padding; above, a part is ended early."""
+
 
 def free_tokens(model: nn.Module, device: torch.device) -> int:
     """How many tokens a forward without gradients can take at once, by the memory that is free on the device.
@@ -52,25 +55,32 @@ def parts(batch: TokenBatch, max_tokens: int, *, shares: bool) -> Iterator[tuple
         order = sorted(range(len(total)), key=lambda row: (-longest[prompts[row]], prompts[row], -total[row]))
     else:
         order = sorted(range(len(total)), key=lambda row: -total[row])
+    begins = real.long().argmax(1).tolist()
+    ends = (real.shape[1] - real.flip(1).long().argmax(1)).tolist()
     rows: list[int] = []
-    seen: set[tuple[int, ...]] = set()
-    count = 0
     for row in order:
+        grown = [*rows, row]
+        held = sum(total[r] for r in grown)
         if shares:
-            added = total[row] - (len(prompts[row]) if prompts[row] in seen else 0)
+            different = {prompts[r] for r in grown}
+            count = held - sum(len(prompts[r]) for r in grown) + sum(map(len, different))
         else:
-            added = total[rows[0] if rows else row]  # filled up to the first, which is the longest
-        if rows and count + added > max_tokens:
+            count = len(grown) * (max(ends[r] for r in grown) - min(begins[r] for r in grown))
+        wasteful = not shares and count > _FILLED * held and count > max_tokens / 8
+        if rows and (count > max_tokens or wasteful):
             yield _of_rows(batch, rows)
-            rows, seen, count, added = [], set(), 0, total[row]
-        rows.append(row)
-        seen.add(prompts[row])
-        count += added
+            grown = [row]
+        rows = grown
     yield _of_rows(batch, rows)
 
 
 def in_parts(
-    score: Callable[[TokenBatch], TokenScores], batch: TokenBatch, max_tokens: int, rounds: Callable[[int], int], *, shares: bool
+    score: Callable[[TokenBatch], TokenScores],
+    batch: TokenBatch,
+    max_tokens: int,
+    rounds: Callable[[int], int],
+    *,
+    shares: bool,
 ) -> TokenScores:
     """The scores of a batch, taken in parts, in the batch's order.
 
