@@ -139,10 +139,10 @@ def test_the_memory_reading_sees_what_was_freed_again(modules, reader):
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    out = tmp_path_factory.mktemp("trl_step") / "out.json"
+    out = tmp_path_factory.mktemp("step") / "out.json"
     size = ("--hidden", "64", "--layers", "1", "--vocabulary", "300", "--prompt", "4", "--completion", "8")
     options = ("--sequences", "4", "--rounds", "2", "--control", "--no-memory", "--json", str(out))
-    run([sys.executable, str(ROOT / "benchmarks" / "trl_step.py"), "--cases", "grpo-full", "dpo-lora", *size, *options])
+    run([sys.executable, str(ROOT / "benchmarks" / "step.py"), "--cases", "grpo-full", "dpo-lora", *size, *options])
     return {row["case"]: row for row in json.loads(out.read_text())["cases"]}
 
 
@@ -166,9 +166,9 @@ def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strat
 
 def test_the_spread_of_a_median_is_the_sign_test_s(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import trl_step
+    import step
 
     # For 20 values the 6th and the 15th, for 10 the 2nd and the 9th, for 5 no two of them do.
-    assert trl_step.spread([float(i) for i in range(20, 0, -1)]) == {"median": 10.5, "low": 6.0, "high": 15.0}
-    assert trl_step.spread([float(i) for i in range(1, 11)]) == {"median": 5.5, "low": 2.0, "high": 9.0}
-    assert trl_step.spread([3.0, 1.0, 5.0, 2.0, 4.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}
+    assert step.spread([float(i) for i in range(20, 0, -1)]) == {"median": 10.5, "low": 6.0, "high": 15.0}
+    assert step.spread([float(i) for i in range(1, 11)]) == {"median": 5.5, "low": 2.0, "high": 9.0}
+    assert step.spread([3.0, 1.0, 5.0, 2.0, 4.0]) == {"median": 3.0, "low": 1.0, "high": 5.0}

@@ -1,14 +1,16 @@
 """What an optimizer step of a TRL trainer takes with refkl's reference, beside TRL's own on the same work.
 
-python benchmarks/trl_step.py                                   # GRPO and DPO, all weights and LoRA
-python benchmarks/trl_step.py --cases grpo-full --rounds 40 --control --json benchmarks/out/trl_step.json
-python benchmarks/trl_step.py --vocabulary 1000 --control --no-memory     # the output head out of the way
+python benchmarks/step.py                                       # GRPO and DPO, all weights and LoRA
+python benchmarks/step.py --cases grpo-full --rounds 40 --control --json benchmarks/out/step.json
+python benchmarks/step.py --vocabulary 1000 --control --prefix off --no-memory    # the same work, the head out of the way
+python benchmarks/step.py --cases grpo-full grpo-lora --preset 135m --sequences 8 --generations 8 --prompt 256 \
+    --completion 64 --rounds 4 --json benchmarks/out/step_256_64_8.json
 
 Both trainers live in one process, each in its own `train()`, and take turns: a step of one, a step of the other, in
 random order, so that what slows the machine for a while falls on both. GRPO's completions are given (`rollout_func`):
 nothing is generated. A step is all that the loop does from the end of one optimizer step to the end of the next. That
 both do the same work is checked: the largest difference of their losses over the steps, and the KL (DPO: the margins)
-that both report in the end. With --control a second trainer of TRL's takes part, and how far its ratio is from 1 is
+that both report in the end. GRPO is also measured without a KL, in TRL. With --control a second trainer of TRL's takes part, and how far its ratio is from 1 is
 how well this machine measures. The ratio of CPU times is steadier where others use the machine. Memory is the resident
 peak of making a trainer and two steps, above what was there before, in a process of its own.
 """
@@ -47,27 +49,32 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from refkl import KLConfig
+from refkl import KLConfig, ScoringConfig
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 CASES = ("grpo-full", "grpo-lora", "dpo-full", "dpo-lora")
-THEIRS, OURS, AGAIN = "TRL", "refkl", "TRL again"
+THEIRS, OURS, AGAIN, WITHOUT = "TRL", "refkl", "TRL again", "TRL without KL"
 PARTS = ("reference", "policy", "backward", "optimizer", "rest")
 WARM = 2
 """Steps before those that count: optimizer states are made in the first."""
 COEF = 0.05
 REPORTED = {"grpo": "kl", "dpo": "rewards/margins"}
 """What both sides say of the whole training, and what is far from 0 only if policy and reference have come apart."""
-MARK = "trl-step-memory:"
+MARK = "step-memory:"
+PRESETS = {"small": (512, 8, 32000), "135m": (576, 30, 49152)}
+"""Hidden width, layers, vocabulary."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="of the three sizes that follow")
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--generations", type=int, help="of a prompt; half of the sequences, if not given")
+    parser.add_argument("--prefix", choices=["auto", "off"], default="auto", help="refkl's scoring.prefix")
     parser.add_argument("--sequences", type=int, default=4, help="a step; an even number")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--completion", type=int, default=128, help="tokens")
@@ -80,6 +87,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.sequences < 2 or options.sequences % 2:
         parser.error(f"--sequences {options.sequences}: an even number, since DPO takes pairs")
+    for name, size in zip(("hidden", "layers", "vocabulary"), PRESETS[options.preset], strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, size)
+    if options.generations is None:
+        options.generations = max(2, options.sequences // 2)
     return options
 
 
@@ -171,9 +183,9 @@ def grpo(side: str, model: Any, common: dict[str, Any], options: argparse.Namesp
     prompts = Dataset.from_dict({"prompt": [letters(source, options.prompt) for _ in range(2 * steps)]})
     args = GRPOConfig(
         **common,
-        beta=0.0 if side == OURS else COEF,
+        beta=0.0 if side in (OURS, WITHOUT) else COEF,
         per_device_train_batch_size=rows,
-        num_generations=rows // 2 if rows > 2 else 2,
+        num_generations=options.generations,
         max_completion_length=options.completion,
     )
     tokenizer = byte_tokenizer()
@@ -186,6 +198,7 @@ def grpo(side: str, model: Any, common: dict[str, Any], options: argparse.Namesp
 
     if side == OURS:
         more["kl"] = KLConfig(coef=COEF, estimator="k3", gradient="autograd", aggregation="token-mean")
+        more["scoring"] = ScoringConfig(prefix=options.prefix)
     return (KLGRPOTrainer if side == OURS else GRPOTrainer)(
         model,
         reward_funcs=lambda completions, **columns: [len(set(text)) / 100 for text in completions],
@@ -208,6 +221,8 @@ def dpo(side: str, model: Any, common: dict[str, Any], options: argparse.Namespa
     }
     prompts = [letters(source, options.prompt) for _ in range(steps * pairs)]
     args = DPOConfig(**common, per_device_train_batch_size=pairs, max_length=None)
+    if side == OURS:
+        more["scoring"] = ScoringConfig(prefix=options.prefix)
     return (KLDPOTrainer if side == OURS else DPOTrainer)(
         model,
         args=args,
@@ -329,12 +344,13 @@ def measure(case: str, folder: str, options: argparse.Namespace) -> dict[str, An
     row = timed(case, folder, options)
     gc.collect()  # trainers and their callbacks hold each other
     if not options.no_memory:
-        row["memory"] = {side: memory_of(case, side, folder) for side in (THEIRS, OURS)}
+        sides = [THEIRS, OURS, *([WITHOUT] if case.startswith("grpo") else [])]
+        row["memory"] = {side: memory_of(case, side, folder) for side in sides}
     return row
 
 
 def timed(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    names = [THEIRS, OURS, AGAIN] if options.control else [THEIRS, OURS]
+    names = [THEIRS, OURS, *([WITHOUT] if case.startswith("grpo") else []), *([AGAIN] if options.control else [])]
     sides = {name: Turns(case, name, folder, options) for name in names}
     shuffle = random.Random(options.seed)
     for _ in range(WARM + options.rounds):
@@ -360,18 +376,20 @@ def timed(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
             "largest": float(losses[THEIRS].abs().max()),
             "difference": float((losses[OURS] - losses[THEIRS]).abs().max()),
         },
-        "reports": {name: side.trainer.state.log_history[-1][reported] for name, side in sides.items()},
+        "reports": {name: side.trainer.state.log_history[-1].get(reported) for name, side in sides.items()},
         "ratio": compared(seconds, OURS),
         "cpu_ratio": compared(cpu, OURS),
     }
+    if WITHOUT in seconds:
+        row["without"] = compared(seconds, OURS, WITHOUT)
     if options.control:
         row |= {"control": compared(seconds, AGAIN), "cpu_control": compared(cpu, AGAIN)}
     return row
 
 
-def compared(seconds: dict[str, list[float]], side: str) -> dict[str, float]:
+def compared(seconds: dict[str, list[float]], side: str, base: str = THEIRS) -> dict[str, float]:
     """With TRL, within each round."""
-    return spread([a / b for a, b in zip(seconds[side], seconds[THEIRS], strict=True)])
+    return spread([a / b for a, b in zip(seconds[side], seconds[base], strict=True)])
 
 
 def spread(ratios: list[float]) -> dict[str, float]:
@@ -398,14 +416,14 @@ def memory_of(case: str, side: str, folder: str) -> int:
 def table(rows: list[dict[str, Any]]) -> Table:
     """For people."""
     view = Table(title="one optimizer step: refkl beside TRL")
-    for column in ("case", "TRL, s", "refkl, s", "refkl : TRL", "CPU time", "TRL : TRL", "CPU time", "MiB",
-                   "losses differ", "both report"):  # fmt: skip
+    for column in ("case", "TRL, s", "refkl, s", "refkl : TRL", "CPU time", "refkl : TRL without KL", "TRL : TRL",
+                   "CPU time", "MiB", "losses differ", "both report"):  # fmt: skip
         view.add_column(column, justify="right")
     for row in rows:
         medians = [f"{statistics.median(row['seconds'][side]):.3f}" for side in (THEIRS, OURS)]
-        found = [row.get(name) for name in ("ratio", "cpu_ratio", "control", "cpu_control")]
+        found = [row.get(name) for name in ("ratio", "cpu_ratio", "without", "control", "cpu_control")]
         ratios = ["" if r is None else f"{r['median']:.3f} ({r['low']:.3f} .. {r['high']:.3f})" for r in found]
-        mib = ", ".join(f"{row['memory'][side] / 2**20:,.0f}" for side in (THEIRS, OURS)) if "memory" in row else ""
+        mib = ", ".join(f"{size / 2**20:,.0f}" for size in row.get("memory", {}).values())
         said = ", ".join(f"{row['reports'][side]:.4g}" for side in (THEIRS, OURS))
         view.add_row(
             f"{row['case']} ({row['strategy']})", *medians, *ratios, mib, f"{row['loss']['difference']:.0e}", said
