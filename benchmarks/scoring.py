@@ -5,9 +5,10 @@ python benchmarks/scoring.py --grid --json benchmarks/out/scoring.json --plot do
 python benchmarks/scoring.py --prompts 256 --completions 64 --generations 8 --ragged --policy
 
 One group of G completions of L tokens on a prompt of P. Both ways run in one process, once a round, in random order;
-ratios are taken within a round. The plain pass is refkl's own scorer on the batch as it is (`prefix="off"`), so that the
-output head, which is the same for both, is fused in both. --ragged draws lengths from L/4 to L. --policy also times a
-forward and backward pass of the policy over the same tokens, all weights and LoRA: how much of a step the reference is.
+ratios are taken within a round. The plain pass is refkl's own scorer on the batch as it is (`prefix="off"`), so that
+the output head, which is the same for both, is fused in both. --ragged draws lengths from L/4 to L. --policy also times
+a forward and backward pass of the policy over the same tokens, all weights and LoRA: how much of a step the reference
+is.
 """
 
 from __future__ import annotations

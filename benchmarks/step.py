@@ -2,7 +2,7 @@
 
 python benchmarks/step.py                                       # GRPO and DPO, all weights and LoRA
 python benchmarks/step.py --cases grpo-full --rounds 40 --control --json benchmarks/out/step.json
-python benchmarks/step.py --vocabulary 1000 --control --prefix off --no-memory    # the same work, the head out of the way
+python benchmarks/step.py --vocabulary 1000 --control --prefix off --no-memory     # the same work, and hardly a head
 python benchmarks/step.py --cases grpo-full grpo-lora --preset 135m --sequences 8 --generations 8 --prompt 256 \
     --completion 64 --rounds 4 --json benchmarks/out/step_256_64_8.json
 
@@ -10,9 +10,10 @@ Both trainers live in one process, each in its own `train()`, and take turns: a 
 random order, so that what slows the machine for a while falls on both. GRPO's completions are given (`rollout_func`):
 nothing is generated. A step is all that the loop does from the end of one optimizer step to the end of the next. That
 both do the same work is checked: the largest difference of their losses over the steps, and the KL (DPO: the margins)
-that both report in the end. GRPO is also measured without a KL, in TRL. With --control a second trainer of TRL's takes part, and how far its ratio is from 1 is
-how well this machine measures. The ratio of CPU times is steadier where others use the machine. Memory is the resident
-peak of making a trainer and two steps, above what was there before, in a process of its own.
+that both report in the end. GRPO is also measured without a KL, in TRL. With --control a second trainer of TRL's takes
+part, and how far its ratio is from 1 is how well this machine measures. The ratio of CPU times is steadier where
+others use the machine. Memory is the resident peak of making a trainer and two steps, above what was there before, in
+a process of its own.
 """
 
 from __future__ import annotations

@@ -149,6 +149,7 @@ def steps(tmp_path_factory):
 @pytest.mark.parametrize("case, strategy", [("grpo-full", "clone"), ("dpo-lora", "adapter")])
 def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strategy):
     row = steps[case]
+    extra = ["without"] if case.startswith("grpo") else []
     assert row["strategy"] == strategy
     assert row["loss"]["difference"] < 1e-5 < row["loss"]["largest"]
     # Far from 0 after four steps, so that policy and reference were two.
@@ -160,8 +161,21 @@ def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strat
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in parts.values()), side
         for each, whole in zip(zip(*parts.values(), strict=True), row["seconds"][side], strict=True):
             assert sum(each) == pytest.approx(whole)
-    for ratio in (row[name] for name in ("ratio", "cpu_ratio", "control", "cpu_control")):
+    for ratio in (row[name] for name in ("ratio", "cpu_ratio", "control", "cpu_control", *extra)):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+def test_both_ways_of_scoring_are_measured_on_the_same_scores(tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "plot.png"
+    size = ("--hidden", "64", "--layers", "2", "--vocabulary", "300", "--prompts", "64", "--completions", "8", "16")
+    options = ("--generations", "4", "--rounds", "2", "--policy", "--json", str(out), "--plot", str(plot))
+    run([sys.executable, str(ROOT / "benchmarks" / "scoring.py"), *size, *options])
+    cases = json.loads(out.read_text())["cases"]
+    assert [row["tokens"]["one row"] for row in cases] == [64 + 4 * 7, 64 + 4 * 15]
+    for row in cases:
+        assert row["difference"] < 1e-5 and row["speedup"] > 0
+        assert 0 < row["of full"] < 1 and 0 < row["of LoRA"] < 1
+    assert plot.stat().st_size > 10_000
 
 
 def test_the_spread_of_a_median_is_the_sign_test_s(monkeypatch):
