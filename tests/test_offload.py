@@ -387,7 +387,7 @@ def test_grpo_sweeps_once_a_rollout_and_once_after_a_sync(tmp_path: Path) -> Non
         runs.append(moved)
     # Each rollout once, and once more for its second use, after a sync: for all micro-batches that are left of it.
     assert set((fetched(runs[0].reference) - before).values()) == {4}
-    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), abs=1e-6)
+    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), abs=2e-5)
     assert logged(runs[0], "kl") == pytest.approx([0.0] * 4, abs=1e-9)
 
 

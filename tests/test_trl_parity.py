@@ -16,7 +16,7 @@ from test_trl import dpo, grpo, kto, logged, rloo, saved
 from transformers import LlamaForCausalLM, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
-from refkl import KLConfig
+from refkl import KLConfig, ScoringConfig
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
 # SGD: Adam makes a full step of a gradient that is rounding alone, and then other tokens are sampled.
@@ -45,6 +45,8 @@ class Steps(TrainerCallback):
 def train(make: Any, cls: type, folder: str, tmp_path: Path, options: Any, like: Any = None, **refkl: Any) -> Any:
     steps = Steps(None if like is None else like[1].weights)
     policy = LlamaForCausalLM.from_pretrained(folder)
+    if cls.__module__.startswith("refkl."):  # a batch as TRL has it: rounding, too, is of the same sums
+        refkl.setdefault("scoring", ScoringConfig(prefix="off"))
     trainer = make(cls, policy, tmp_path, {**OPTIONS, **options}, callbacks=[steps], **refkl)
     trainer.train()
     return trainer, steps

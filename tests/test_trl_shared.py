@@ -11,8 +11,7 @@ from test_trl import dpo, grpo, kto, logged, rloo, saved
 from test_trl_parity import train
 from transformers import LlamaForCausalLM
 
-from refkl import KLConfig
-from refkl.config import ScoringConfig
+from refkl import KLConfig, ScoringConfig
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
 TRAINERS = {"grpo": (grpo, KLGRPOTrainer), "rloo": (rloo, KLRLOOTrainer)}
@@ -76,7 +75,7 @@ def test_gradients_are_the_same(method: str, estimator: str, tmp_path: Path) -> 
     kl = KLConfig(coef=0.3, estimator=estimator)
     options = {"gradient_accumulation_steps": 2}
     off = train(make, cls, folder, tmp_path, options, kl=kl, scoring=OFF)
-    on = train(make, cls, folder, tmp_path, options, off, kl=kl)
+    on = train(make, cls, folder, tmp_path, options, off, kl=kl, scoring=ScoringConfig())
     assert logged(on[0], "kl") == pytest.approx(logged(off[0], "kl"), rel=1e-4, abs=1e-6)
     assert logged(on[0], "loss") == pytest.approx(logged(off[0], "loss"), rel=1e-4, abs=1e-5)
     for found, right in zip(on[1].gradients, off[1].gradients, strict=True):

@@ -311,7 +311,7 @@ def _unchanged(reference: Reference) -> Finding:
 
 
 def repadded(batch: TokenBatch, *, left: bool, extra: int) -> TokenBatch:
-    """The same sequences, padded on one side, with `extra` more columns."""
+    """The same sequences, padded on one side, with `extra` more columns: for the model to read as they are."""
     width = batch.input_ids.shape[1] + extra
     rows: list[list[Tensor]] = []
     for ids, attention, scored in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
@@ -320,7 +320,7 @@ def repadded(batch: TokenBatch, *, left: bool, extra: int) -> TokenBatch:
         pad = (missing, 0) if left else (0, missing)
         rows.append([nn.functional.pad(t[real], pad) for t in (ids, attention, scored.long())])
     ids, attention, scored = (torch.stack(column) for column in zip(*rows, strict=True))
-    return TokenBatch(ids, attention, scored.bool(), model_inputs=batch.model_inputs)
+    return TokenBatch(ids, attention, scored.bool(), model_inputs=batch.model_inputs, prefix="off")
 
 
 def _kl(logp: Tensor, ref_logp: Tensor, batch: TokenBatch) -> float:

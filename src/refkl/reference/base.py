@@ -333,7 +333,8 @@ class Reference(ABC):
         """How many to score at once; None for all."""
         if self.config.max_tokens is not None:
             return self.config.max_tokens
-        return None if self._sharded() else free_tokens(model, device)
+        # What is moved for each score is moved once for all tokens.
+        return None if self.one_sweep or self._sharded() else free_tokens(model, device)
 
     def _rounds(self, parts: int) -> int:
         """How often to score, if a batch is in so many parts here: as often as any rank, where they score together."""

@@ -223,6 +223,7 @@ class CloneReference(Reference):
     def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
         with super()._scoring(batch) as (model, moved):
             if self._stream is not None:
+                moved = self._stream.taken(moved)
                 self._stream.learn(moved)
             yield model, moved
 

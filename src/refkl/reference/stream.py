@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -161,6 +161,11 @@ class Stream:
             yield
             if self._now is not None:
                 self._seen[self._before, self._now] = None  # nothing follows the head
+
+    def taken(self, batch: TokenBatch) -> TokenBatch:
+        """The batch as it is to be scored: too large for one chunk, in its rows, since one row has no chunks."""
+        layout = prepare(self._model, batch).layout
+        return replace(batch, prefix="off") if layout is not None and layout.tokens > CHUNK_TOKENS else batch
 
     def learn(self, batch: TokenBatch) -> None:
         """Inside a sweep: if the batch is to be taken in chunks for the first time, see what the layers get for one row

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+from refkl.backend.fsdp import own_class
 from refkl.scoring.head import base_model
 from refkl.scoring.layout import Layout
 from refkl.scoring.shared import BLOCK, Seen, SharedMask
@@ -44,8 +45,9 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
     were found to be the plain ones. Left out are models with a state (Mamba, hybrids), with a bias by distance
     (ALiBi), with attention in chunks or sparse attention of their own, and encoder-decoders.
     """
-    name = type(base).__name__
-    if not type(base).__module__.startswith("transformers.models.") or name not in EXACT:
+    kind = own_class(base)
+    name = kind.__name__
+    if not kind.__module__.startswith("transformers.models.") or name not in EXACT:
         return f"{name} is not among the models for which that is known to be exact"
     config: Any = base.config
     if config._attn_implementation not in ("sdpa", "eager"):

@@ -70,12 +70,13 @@ class Call:
         Of one row it is [1, M or N, …] -> [B, K, …].
         """
         if self.layout is not None:
-            kept = values[0] if "logits_to_keep" in self.inputs else values[0, self.layout.keep]
-            if kept.shape[0] != self.layout.keep.numel():
+            layout, given = self.layout, values.shape[1]
+            if given not in (layout.keep.numel(), layout.tokens):
                 raise ValueError(
-                    f"The model gave {kept.shape[0]} positions where {self.layout.keep.numel()} were to be kept."
+                    f"The model gave {given} positions for {layout.tokens} tokens, so it cannot be scored."
                 )
-            return kept[self.layout.at]
+            kept = values[0] if given == layout.keep.numel() else values[0, layout.keep]
+            return kept[layout.at]
         if values.shape[1] == self.columns.numel():
             return values
         if values.shape[1] != self.ahead + self.batch.input_ids.shape[1]:

@@ -169,7 +169,7 @@ class UnknownAttention(RuntimeError):
     """A model computes its attention in a way that a `SharedMask` cannot stand in for."""
 
 
-_SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.expand, Tensor.bool}
+_SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.expand, Tensor.bool, Tensor.view_as}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
