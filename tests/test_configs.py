@@ -58,12 +58,14 @@ def test_run_configs(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy as deep as the one that the files were made for, and otherwise tiny; and a reward model."""
+    """A policy as deep as the one that the files were made for, and otherwise tiny; a shallow one; a reward model."""
     folder = tmp_path_factory.mktemp("configs")
-    model_folder(folder / "policy", num_hidden_layers=30, hidden_size=16, intermediate_size=16, initializer_range=0.05)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    tokenizer.save_pretrained(folder / "policy")
+    for name, layers in (("policy", 30), ("shallow", 2)):
+        small = {"num_hidden_layers": layers, "hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.05}
+        model_folder(folder / name, **small)
+        tokenizer.save_pretrained(folder / name)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, num_labels=1, **size)
     LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
