@@ -247,8 +247,19 @@ def test_models_for_which_it_would_be_wrong_are_run_plainly(name: str) -> None:
     """ALiBi, a state, chunks, sparse attention."""
     model = tiny(name)
     assert prepare(model, shared_batch()).layout is None
-    falcon = tiny("FalconForCausalLM", alibi=True)
-    assert prepare(falcon, shared_batch()).layout is None
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("FalconForCausalLM", {"alibi": True}),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("MixtralForCausalLM", {"output_router_logits": True}),
+    ],
+)
+def test_settings_with_which_it_would_be_wrong(name: str, settings: dict[str, Any]) -> None:
+    assert prepare(tiny(name), shared_batch()).layout is not None
+    assert prepare(tiny(name, **settings), shared_batch()).layout is None
 
 
 @pytest.mark.parametrize("strategy", ["clone", "adapter", "swap"])

@@ -56,9 +56,20 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
         return "its attention has a bias by distance (ALiBi)"
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of {', '.join(sorted(others))}"
+    if scaled := _rope_types(config) & {"dynamic", "longrope"}:
+        return f"its positions are scaled by the longest row ({', '.join(sorted(scaled))})"
+    if getattr(config, "output_router_logits", False):
+        return "its router's auxiliary loss counts the tokens of the batch as it is"
     if any(m._compiled_call_impl is not None or isinstance(m, OptimizedModule) for m in model.modules()):
         return "it is compiled, for which each batch would be a new shape"
     return None
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers; they may be told apart by their kind."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    each = [settings, *(x for x in settings.values() if isinstance(x, dict))]
+    return {str(x["rope_type"]) for x in each if "rope_type" in x}
 
 
 def shares_prompts(model: nn.Module, batch: TokenBatch) -> bool:

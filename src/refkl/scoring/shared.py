@@ -114,21 +114,21 @@ class Seen:
     def dense(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[1, 1, N, N] what is added to the products of queries and keys: 0, or the least number where not seen."""
         layout = self.layout
-        device, position = layout.input_ids.device, layout.position_ids[0]
-        prompt = torch.empty(layout.tokens, dtype=torch.long)
+        prompt, place = (torch.empty(layout.tokens, dtype=torch.long) for _ in range(2))
         own = torch.full_like(prompt, -1)
-        for number, segment in enumerate(layout.prompts):
-            prompt[segment.start : segment.start + segment.length] = number
-        for number, segment in enumerate(layout.completions):
-            prompt[segment.start : segment.start + segment.length] = segment.parent
-            own[segment.start : segment.start + segment.length] = number
-        prompt, own = prompt.to(device), own.to(device)
+        for number, segment in enumerate((*layout.prompts, *layout.completions)):
+            tokens = slice(segment.start, segment.start + segment.length)
+            before = 0 if segment.parent < 0 else layout.prompts[segment.parent].length
+            prompt[tokens] = number if segment.parent < 0 else segment.parent
+            own[tokens] = -1 if segment.parent < 0 else number
+            place[tokens] = before + torch.arange(segment.length)
+        prompt, own, place = (x.to(layout.input_ids.device) for x in (prompt, own, place))
         seen = (prompt[:, None] == prompt) & ((own == -1) | (own[:, None] == own))
-        distance = position[:, None] - position
+        distance = place[:, None] - place
         seen = seen & (distance >= 0)
         if window is not None:
             seen = seen & (distance < window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         return mask[None, None]
 
 
