@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from refkl.cli import main
 from refkl.cli.inputs import load_data
+from refkl.cli.report import picture
 from refkl.cli.report.runs import running_mean, thinned
 from refkl.cli.report.texts import Scale
 from refkl.cli.run_folder import read_lines
@@ -351,6 +352,22 @@ def test_a_text_with_line_breaks_of_other_kinds_is_one_line(tmp_path: Path) -> N
     assert [line["text"] for line in read_lines(tmp_path / "lines")] == texts
     (tmp_path / "lines").write_text("")
     assert read_lines(tmp_path / "lines") == []
+
+
+def test_a_run_has_one_colour_in_all_panels_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first panel is of a number that the first run does not have."""
+    first, second = write_run(tmp_path / "plain"), write_run(tmp_path / "margins")
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k != "reward"} for line in lines]
+    (first / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    drawn: list[Any] = []
+    monkeypatch.setattr(picture.plt, "close", drawn.append)
+    picture.draw_report(first, second, output=tmp_path / "two.png")
+    reward, kl = drawn[0].axes[:2]
+    assert {line.get_color() for line in reward.lines} == {"C1"}
+    assert {line.get_color() for line in kl.lines} == {"C0", "C1"}
+    assert [text.get_text() for text in reward.get_legend().get_texts()] == ["plain", "margins"]
+    assert [line.get_color() for line in reward.get_legend().get_lines()] == ["C0", "C1"]
 
 
 def test_the_picture_is_drawn_when_asked_for(tmp_path: Path) -> None:

@@ -509,3 +509,18 @@ def test_a_reference_from_elsewhere(tmp_path: Path) -> None:
     trainer = dpo(KLDPOTrainer, llama(), tmp_path, reference=ReferenceConfig(source=folder))
     trainer.train()
     assert logged(trainer, "kl")[0] > 0.01
+
+
+@pytest.mark.parametrize("make, cls", [(grpo, KLGRPOTrainer), (dpo, KLDPOTrainer)])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"kl": 0.1}, "kl= takes a KLConfig, and got a float"),
+        ({"sync": 5}, "sync= takes a SyncConfig, and got a int"),
+        ({"scoring": "off"}, "scoring= takes a ScoringConfig, and got a str"),
+        ({"reference": llama()}, "name of a strategy or a ReferenceConfig, and a LlamaForCausalLM was given"),
+    ],
+)
+def test_what_is_no_configuration_is_told(make: Any, cls: type, given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(cls, llama(), tmp_path, **given)

@@ -248,8 +248,9 @@ class RunRecorder(TrainerCallback):
                 first, last = sum(values[:span]) / span, sum(values[-span:]) / span
                 parts.append(f"{name} {first:.3g} → {last:.3g}{unit}")
         verb = "stopped" if stopped else "finished"
-        steps = self.metrics[-1]["step"] if self.metrics else 0
-        return f"{verb} after {steps} steps, {seconds:.0f} s: {', '.join(parts) or 'nothing was logged'}"
+        steps, every = self.trainer.state.global_step, self.trainer.args.logging_steps
+        said = ", ".join(parts) or f"nothing was logged (trainer.logging_steps is {every:g})"
+        return f"{verb} after {steps} step{'s' if steps != 1 else ''}, {seconds:.0f} s: {said}"
 
     def _by_our_names(self, logs: dict[str, Any]) -> dict[str, Any]:
         """In a run's folder "kl" is per token of the data, whatever TRL calls so: KTO's is of mismatched pairs."""

@@ -45,6 +45,13 @@ def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
     return SyncConfig(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
 
 
+def check_given(kl: Any, sync: Any, scoring: Any) -> None:
+    """Raise ValueError for an argument of a trainer that is no configuration of its kind."""
+    for name, given, kind in (("kl", kl, KLConfig), ("sync", sync, SyncConfig), ("scoring", scoring, ScoringConfig)):
+        if given is not None and not isinstance(given, kind):
+            raise ValueError(f"{name}= takes a {kind.__name__}, and got a {type(given).__name__}.")
+
+
 class KLTrainerMixin(Checkpointing):
     """What a trainer gains: `.reference`, `.penalty`, `.sync`, and KL metrics."""
 

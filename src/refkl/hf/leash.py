@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, logging
 
 from refkl.backend import full_shape
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
-from refkl.hf.common import KLTrainerMixin
+from refkl.hf.common import KLTrainerMixin, check_given
 from refkl.hf.watch import IGNORED, CrossEntropy, Watch, predicts_its_labels
 from refkl.messages import unknown
 from refkl.penalty import global_normalizer
@@ -56,6 +56,7 @@ class SupervisedKL(KLTrainerMixin):
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
+        check_given(kl, sync, scoring)
         kl = (kl or KLConfig()).on_given_text()
         if kl_on not in get_args(KLOn):
             raise unknown("kl_on", str(kl_on), get_args(KLOn))

@@ -76,6 +76,11 @@ def build_reference(
     """
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
+    if not isinstance(config, ReferenceConfig):
+        raise ValueError(
+            f"A reference is asked for by the name of a strategy or a ReferenceConfig, and a {type(config).__name__} "
+            "was given. One with other weights than the policy's is ReferenceConfig(source='folder of that model')."
+        )
     if calibration is not None and config.quantize is None:
         raise ValueError("calibration measures what quantising does, and reference.quantize is not set. Leave it out.")
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)

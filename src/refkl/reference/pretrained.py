@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from refkl.messages import nearest
 from refkl.reference.base import BuildRequest
 from refkl.scoring.forward import base_model
 
@@ -49,6 +50,6 @@ def load_pretrained(request: BuildRequest, folder: str, dtype: torch.dtype | Non
     except OSError as error:
         raise ValueError(
             f"The reference cannot be loaded from {folder!r}: {str(error).splitlines()[0]} Set reference.source to a "
-            "model folder."
+            f"model folder.{nearest(folder, ('policy', 'base', 'pretrained'))}"
         ) from None
     return model

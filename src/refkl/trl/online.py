@@ -19,7 +19,7 @@ from transformers.utils import logging
 from refkl.backend import dropout_rates
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
-from refkl.hf.common import KLTrainerMixin, settled_sync
+from refkl.hf.common import KLTrainerMixin, check_given, settled_sync
 from refkl.reference import Reference
 from refkl.trl.views import PolicyView, ReferenceView, same_tokens
 from refkl.types import KLOutput, TokenBatch, TokenScores
@@ -64,6 +64,7 @@ class OnlineKL(KLTrainerMixin):
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
+        check_given(kl, sync, scoring)
         self._sync, self._kl, self._beta = sync, kl, 0.0
         with self._joining(self.trl_trainer, self._settled):
             super().__init__(*args, **kwargs)

@@ -19,7 +19,7 @@ from trl import BEMACallback
 
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
-from refkl.hf.common import KLTrainerMixin, settled_sync
+from refkl.hf.common import KLTrainerMixin, check_given, settled_sync
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
 from refkl.trl.views import PolicyView, ReferenceView, same_tokens
@@ -51,6 +51,7 @@ class PreferenceKL(KLTrainerMixin):
         on_checkpoint_error: OnCheckpointError = "stop",
         **kwargs: Any,
     ) -> None:
+        check_given(kl, sync, scoring)
         self._sync = sync
         with self._joining(self.trl_trainer, self._settled):
             super().__init__(*args, **kwargs)
