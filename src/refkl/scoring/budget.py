@@ -28,6 +28,8 @@ def free_tokens(model: nn.Module, device: torch.device) -> int:
     text: Any = config.get_text_config() if config is not None else None
     hidden = getattr(text, "hidden_size", None) or 4096
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    if isinstance(inner, list | tuple):  # one for each layer
+        inner = max(inner)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return max(1, int(SHARE * free_bytes(str(device)) / ((10 * hidden + 4 * inner) * max(dtype.itemsize, 2))))
 
