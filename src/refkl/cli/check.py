@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -39,7 +40,7 @@ def check(run: ParsedRun) -> int:
     trainer.create_optimizer()
     set_micro_batch(accelerator, args.per_device_train_batch_size)
     policy, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
-    batch = _batch(tokenizer, data, accelerator.device)
+    batch = replace(_batch(tokenizer, data, accelerator.device), prefix=trainer.scoring.prefix)
     findings = check_reference(policy, trainer.reference, batch, optimizer=optimizer, vocabulary=len(tokenizer))
     if not accelerator.is_main_process:
         accelerator.end_training()

@@ -50,6 +50,7 @@ def sample_texts(trainer: Any, settings: SamplesConfig, prompts: Sequence[Any]) 
         tokens,
         torch.cat([attention, scored.to(attention.dtype)], 1),
         torch.cat([torch.zeros_like(attention, dtype=torch.bool), scored], 1),
+        prefix=trainer.scoring.prefix,
     )
     found = _score(trainer, batch)
     for i, (record, row) in enumerate(zip(records, rows, strict=True)):
@@ -99,7 +100,8 @@ def _score(trainer: Any, batch: TokenBatch) -> dict[str, Tensor]:
     with torch.no_grad(), evaluating(unwrap(trainer.model)):
         for start in range(0, len(batch), rows):
             part = slice(start, start + rows)
-            some = TokenBatch(batch.input_ids[part], batch.attention_mask[part], batch.completion_mask[part])
+            tokens = batch.input_ids[part], batch.attention_mask[part], batch.completion_mask[part]
+            some = TokenBatch(*tokens, prefix=batch.prefix)
             for name, numbers in _score_some(trainer, some).items():
                 parts.setdefault(name, []).append(numbers.float().cpu())
     return {name: torch.cat(numbers) for name, numbers in parts.items()}

@@ -182,6 +182,7 @@ class Stream:
             last,
             None if batch.position_ids is None else batch.position_ids[:1],
             {k: x[:1] if isinstance(x, Tensor) else x for k, x in batch.model_inputs.items()},
+            prefix="off",
         )
         self._learning = True
         try:

@@ -195,6 +195,8 @@ class OnlineKL(KLTrainerMixin):
         found = self._buffered_inputs
         if not self.model.training or found is known or not found or self.scoring.prefix == "off":
             return inputs
+        if any(_ROW not in part for part in found):
+            return inputs  # a subclass makes rollouts of its own
         if getattr(self, "loss_type", None) == "bnpo":
             return inputs  # a mean over each micro-batch's own tokens: it matters which rows are in one
         window = self.args.gradient_accumulation_steps
