@@ -1,11 +1,13 @@
 """What a reference's scores take where completions share prompts, beside one plain pass over the padded batch.
 
 python benchmarks/scoring.py                                                        # P=256 with L=64 and L=32
-python benchmarks/scoring.py --grid --json benchmarks/out/scoring.json --plot docs/images/scoring.png
+python benchmarks/scoring.py --grid --rounds 100 --seconds 12 --json benchmarks/out/scoring_grid.json \
+    --plot docs/images/scoring.png                                                  # an hour on two cores
 python benchmarks/scoring.py --prompts 256 --completions 64 --generations 8 --ragged --policy
 
 One group of G completions of L tokens on a prompt of P. Both ways run in one process, once a round, in random order;
-ratios are taken within a round. The plain pass is refkl's own scorer on the batch as it is (`prefix="off"`), so that
+ratios are taken within a round. --json is written after each case, and cases that it holds of the same settings are not
+measured again. The plain pass is refkl's own scorer on the batch as it is (`prefix="off"`), so that
 the output head, which is the same for both, is fused in both. --ragged draws lengths from L/4 to L. --policy also times
 a forward and backward pass of the policy over the same tokens, all weights and LoRA: how much of a step the reference
 is.
@@ -40,6 +42,10 @@ matplotlib.use("Agg")
 GRID = (16, 64, 256, 1024)
 GENERATIONS = (1, 4, 8, 16)
 WAYS = ("off", "auto")
+SETTINGS = ("ragged", "policy", "rounds", "seconds", "hidden", "layers", "vocabulary")
+"""Options that a case's figures depend on."""
+LEAST = 2
+"""Rounds of a case, however long they take."""
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--policy", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no further round of a case after these")
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--vocabulary", type=int, default=49152)
@@ -122,11 +129,12 @@ def measure(policies: dict[str, nn.Module], size: tuple[int, int, int], options:
     if options.policy:
         for name, policy in policies.items():
             work[name] = lambda policy=policy: stepped(policy, batches["auto"])
-    for run in work.values():
-        run()
     times: dict[str, list[float]] = {name: [] for name in work}
     shuffle = random.Random(0)
-    for _ in range(options.rounds):
+    begun = time.perf_counter()
+    while (done := len(times["off"])) < options.rounds:
+        if done >= LEAST and time.perf_counter() - begun > options.seconds:
+            break
         for name in shuffle.sample(list(work), len(work)):
             times[name].append(seconds(work[name]))
     layout = prepare(model, batches["auto"]).layout
@@ -139,6 +147,21 @@ def measure(policies: dict[str, nn.Module], size: tuple[int, int, int], options:
     for name in policies if options.policy else ():
         row[f"of {name}"] = statistics.median(a / b for a, b in zip(times["auto"], times[name], strict=True))
     return row
+
+
+def measured_before(path: Path | None, here: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cases of an earlier run that was cut off, if it was this run."""
+    if path is None or not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    same = all(before["machine"].get(name) == here[name] for name in ("cpu", "cores", "threads", "torch"))
+    return before["cases"] if same and before["settings"] == settings else []
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
@@ -195,18 +218,21 @@ def main() -> None:
         if options.grid
         else list(product(options.prompts, options.completions, options.generations))
     )
-    rows = []
-    for size in sizes:
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    rows = measured_before(options.json, here, settings)
+    there = {(row["P"], row["L"], row["G"]) for row in rows}
+    if missing := [size for size in sizes if size not in there]:
+        for way in WAYS:  # the first call of a process is slow
+            scored(model, batch_of(64, 64, 4, options, way))
+    for size in missing:
         rows.append(measure(policies, size, options))
         print(f"P={size[0]} L={size[1]} G={size[2]}: {rows[-1]['speedup']:.2f}", flush=True)
-    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+        if options.json is not None:
+            write(options.json, {"machine": here, "settings": settings, "cases": rows})
     console = Console(width=150)
     console.print(here)
     console.print(table(rows, options))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        options.json.write_text(json.dumps({"machine": here, "settings": settings, "cases": rows}, indent=2) + "\n")
     if options.plot is not None:
         draw(rows, options.plot)
 

@@ -8,12 +8,13 @@ python benchmarks/step.py --cases grpo-full grpo-lora --preset 135m --sequences 
 
 Both trainers live in one process, each in its own `train()`, and take turns: a step of one, a step of the other, in
 random order, so that what slows the machine for a while falls on both. GRPO's completions are given (`rollout_func`):
-nothing is generated. A step is all that the loop does from the end of one optimizer step to the end of the next. That
-both do the same work is checked: the largest difference of their losses over the steps, and the KL (DPO: the margins)
-that both report in the end. GRPO is also measured without a KL, in TRL. With --control a second trainer of TRL's takes
-part, and how far its ratio is from 1 is how well this machine measures. The ratio of CPU times is steadier where
-others use the machine. Memory is the resident peak of making a trainer and two steps, above what was there before, in
-a process of its own.
+nothing is generated unless --generate asks for it, and then each side's losses are of its own completions and are not
+compared. A step is all that the loop does from the end of one optimizer step to the end of the next, less what
+generates. That both do the same work is checked: the largest difference of their losses over the steps, and the KL
+(DPO: the margins) that both report in the end. GRPO is also measured without a KL, in TRL. With --control a second
+trainer of TRL's takes part, and how far its ratio is from 1 is how well this machine measures. The ratio of CPU times
+is steadier where others use the machine. Memory is the resident peak of making a trainer and two steps, above what was
+there before, in a process of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 CASES = ("grpo-full", "grpo-lora", "dpo-full", "dpo-lora")
 THEIRS, OURS, AGAIN, WITHOUT = "TRL", "refkl", "TRL again", "TRL without KL"
-PARTS = ("reference", "policy", "backward", "optimizer", "rest")
+PARTS = ("generation", "reference", "policy", "backward", "optimizer", "rest")
 WARM = 2
 """Steps before those that count: optimizer states are made in the first."""
 COEF = 0.05
@@ -79,6 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=4, help="a step; an even number")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--completion", type=int, default=128, help="tokens")
+    parser.add_argument("--generate", action="store_true", help="GRPO's completions are sampled from the policy")
     parser.add_argument("--control", action="store_true", help="TRL twice, to see the noise")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
@@ -108,7 +110,9 @@ def main() -> None:
         peak = cuda_peak if torch.cuda.is_available() else host_peak
         print(f"{MARK}{peak(lambda: build(case, side, folder, options, steps=2).train())}", flush=True)
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {**vars(options), "json": str(options.json)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(Path(scratch, "model"))
         model = make_model(options)
@@ -118,15 +122,18 @@ def main() -> None:
         for case in options.cases:
             rows.append(measure(case, folder, options))
             print(f"{case}: {rows[-1]['ratio']['median']:.3f}", file=sys.stderr, flush=True)
-    console, here = Console(width=190), machine("cuda" if torch.cuda.is_available() else "cpu")
+            if options.json is not None:
+                write(options.json, {"machine": here, "settings": {**settings, "parameters": size}, "cases": rows})
+    console = Console(width=190)
     console.print(f"{here}\n{size / 1e6:.1f}M parameters, fp32, {options.sequences} sequences of "
                   f"{options.prompt} + {options.completion} tokens a step, {options.rounds} rounds")  # fmt: skip
     console.print(table(rows))
     console.print(parts_table(rows))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {**vars(options), "json": str(options.json), "parameters": size}
-        options.json.write_text(json.dumps({"machine": here, "settings": settings, "cases": rows}, indent=2) + "\n")
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
@@ -206,7 +213,7 @@ def grpo(side: str, model: Any, common: dict[str, Any], options: argparse.Namesp
         args=args,
         processing_class=tokenizer,
         train_dataset=prompts,
-        rollout_func=rollout,
+        rollout_func=None if options.generate else rollout,
         **more,
     )
 
@@ -270,10 +277,11 @@ class Turns(TrainerCallback):
         self.done.acquire()
         if self.failure is not None:
             raise self.failure
-        self.seconds.append(time.perf_counter() - start)
-        self.cpu.append(time.process_time() - cpu)
+        total, cpu = time.perf_counter() - start, time.process_time() - cpu
         spent = dict(self.clock.spent)
-        self.parts.append({**spent, "rest": self.seconds[-1] - sum(spent.values())})
+        self.parts.append({**spent, "rest": total - sum(spent.values())})
+        self.seconds.append(total - spent.get("generation", 0.0))
+        self.cpu.append(cpu)
 
     def end(self) -> None:
         self.go.release()
@@ -288,6 +296,7 @@ class Clock:
     def __init__(self) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
         self.started = 0.0
+        self.generating = False
 
     def watch(self, trainer: Any, losses: list[torch.Tensor]) -> None:
         models = {id(m): m for m in (trainer.model, trainer.ref_model, reference_model(trainer)) if m is not None}
@@ -295,6 +304,8 @@ class Clock:
             model.register_forward_pre_hook(self._start)
             model.register_forward_hook(self._forward)
         trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
+        if hasattr(trainer, "_generate"):
+            trainer._generate = self._generated(trainer._generate)
         create, training_step = trainer.create_optimizer, trainer.training_step
 
         def created(*args: Any, **kwargs: Any) -> Any:
@@ -310,6 +321,8 @@ class Clock:
         trainer.create_optimizer, trainer.training_step = created, kept
 
     def _start(self, *_: Any) -> None:
+        if self.generating:
+            return
         synchronize()
         self.started = time.perf_counter()
 
@@ -318,7 +331,8 @@ class Clock:
         self.spent[part] += time.perf_counter() - self.started
 
     def _forward(self, *_: Any) -> None:
-        self._add("policy" if torch.is_grad_enabled() else "reference")
+        if not self.generating:
+            self._add("policy" if torch.is_grad_enabled() else "reference")
 
     def _timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -328,6 +342,19 @@ class Clock:
             return result
 
         return timed
+
+    def _generated(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def generated(*args: Any, **kwargs: Any) -> Any:
+            self._start()
+            self.generating = True
+            try:
+                result = work(*args, **kwargs)
+            finally:
+                self.generating = False
+            self._add("generation")
+            return result
+
+        return generated
 
 
 def reference_model(trainer: Any) -> nn.Module | None:
@@ -373,18 +400,21 @@ def timed(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
             name: {part: [p.get(part, 0.0) for p in side.parts[WARM:]] for part in PARTS}
             for name, side in sides.items()
         },
-        "loss": {
+        "loss": None
+        if options.generate
+        else {
             "largest": float(losses[THEIRS].abs().max()),
             "difference": float((losses[OURS] - losses[THEIRS]).abs().max()),
         },
         "reports": {name: side.trainer.state.log_history[-1].get(reported) for name, side in sides.items()},
         "ratio": compared(seconds, OURS),
-        "cpu_ratio": compared(cpu, OURS),
+        "cpu_ratio": None if options.generate else compared(cpu, OURS),
     }
     if WITHOUT in seconds:
         row["without"] = compared(seconds, OURS, WITHOUT)
     if options.control:
-        row |= {"control": compared(seconds, AGAIN), "cpu_control": compared(cpu, AGAIN)}
+        row["control"] = compared(seconds, AGAIN)
+        row["cpu_control"] = None if options.generate else compared(cpu, AGAIN)
     return row
 
 
@@ -426,9 +456,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         ratios = ["" if r is None else f"{r['median']:.3f} ({r['low']:.3f} .. {r['high']:.3f})" for r in found]
         mib = ", ".join(f"{size / 2**20:,.0f}" for size in row.get("memory", {}).values())
         said = ", ".join(f"{row['reports'][side]:.4g}" for side in (THEIRS, OURS))
-        view.add_row(
-            f"{row['case']} ({row['strategy']})", *medians, *ratios, mib, f"{row['loss']['difference']:.0e}", said
-        )
+        differ = f"{row['loss']['difference']:.0e}" if row["loss"] else ""
+        view.add_row(f"{row['case']} ({row['strategy']})", *medians, *ratios, mib, differ, said)
     return view
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import batch
+from support import batch, shared_batch
 from torch import Tensor, nn
 
 from refkl import Reference, TokenBatch, score_pair, score_tokens
 from refkl.backend import local_shard, named_weights, reshard, unwrap, weights_of
-from refkl.scoring import completion_logits
+from refkl.scoring import completion_logits, prepare
+from refkl.scoring.prompt import learned_prompt
 
 
 @dataclass
@@ -162,19 +163,39 @@ def check_policy_gradients_do_not_change(case: Case) -> None:
 
 def check_a_step_with_a_score_in_it(case: Case) -> None:
     """Forward, reference, backward, step: as gradient descent on a plain copy that no reference was scored beside."""
-    tokens, twin = batch(seed=5), copy.deepcopy(case.start or case.plain)
+
+    def score() -> None:
+        case.reference.score(batch())
+        case.reference.score(batch(padding="left"), entropy=True)
+
+    tokens = batch(seed=5)
+    _step_is_gradient_descent(case, tokens, tokens, score)
+
+
+def check_prompts_run_once(case: Case) -> None:
+    """Completions of a prompt share it: the scores, and the step, of the batch as it is."""
+    inner, plain, shared = unwrap(case.policy), shared_batch(prefix="off"), shared_batch()
+    assert (prepare(inner, shared).layout is None) == (learned_prompt(inner) is not None)
+    found, right = case.reference.score(shared).logp, case.reference.score(plain).logp
+    rounding = 1e-5 if next(case.plain.parameters()).dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found, right, rtol=0, atol=max(rounding, case.tolerance))
+    _step_is_gradient_descent(case, shared, plain, lambda: case.reference.score(shared))
+
+
+def _step_is_gradient_descent(case: Case, tokens: TokenBatch, plain: TokenBatch, between: Callable[[], Any]) -> None:
+    """A step on `tokens`, with something between its forward and backward, is that of a plain copy on `plain`."""
+    twin = copy.deepcopy(case.start or case.plain)
     trains = {name for name, t in named_weights(unwrap(case.policy)) if t.requires_grad}
     leaves = [p.requires_grad_(True) for name, p in named_weights(twin) if name in trains]
-    grads = torch.autograd.grad(score_tokens(twin, tokens).logp.sum(), leaves)
+    grads = torch.autograd.grad(score_tokens(twin, plain).logp.sum(), leaves)
     scale = 0.9 / torch.cat([g.flatten() for g in grads]).norm()  # below what the launched runs clip at
     for parameter, grad in zip(leaves, grads, strict=True):
         parameter.data -= case.rate * scale * grad
     loss = score_tokens(case.policy, tokens).logp.sum() * scale
-    case.reference.score(batch())
-    case.reference.score(batch(padding="left"), entropy=True)
+    between()
     case.step(loss)
     with torch.no_grad():
-        right, before = score_tokens(twin, tokens).logp, case.as_built(tokens)
+        right, before = score_tokens(twin, plain).logp, case.as_built(plain)
         found = score_tokens(case.policy, tokens).logp
     assert (right - before).abs().max() > 1e-3
     rounding = 2e-5 if next(twin.parameters()).dtype == torch.float32 else 0.1

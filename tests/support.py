@@ -76,6 +76,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SHARED = ((0, 5), (1, 3), (0, 2), (1, 6), (0, 1), (2, 4))
+"""Rows, as (which prompt, tokens of its completion)."""
+
+
 def batch(
     lengths: Sequence[int] = (9, 6, 4),
     completion: int | Sequence[int] = 3,
@@ -107,6 +111,34 @@ def batch(
         attention[row, start : start + length] = 1
         scored[row, start + length - count : start + length] = True
     return TokenBatch(ids, attention, scored, **fields)
+
+
+def shared_batch(
+    rows: Sequence[tuple[int, int]] = SHARED, lengths: Sequence[int] = (7, 4, 1), *, left: bool = True, **options: Any
+) -> TokenBatch:
+    """Completions of a few prompts: left-padded prompts and right-padded completions, as GRPO has them, or all padding
+    on the right.
+
+    Args:
+        rows: of each, which prompt and how many tokens of its completion.
+        lengths: of the prompts.
+        left: where prompts are padded.
+        options: fields of the batch.
+    """
+    source = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, VOCABULARY, (n,), generator=source) for n in lengths]
+    ahead = max(lengths) + 2 if left else 0
+    width = max(lengths) + 2 + max(c for _, c in rows) + 1
+    ids, attention, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+    for row, (which, count) in enumerate(rows):
+        prompt = prompts[which]
+        at = ahead - len(prompt) if left else 0
+        end = at + len(prompt)
+        ids[row, at:end] = prompt
+        ids[row, end : end + count] = torch.randint(2, VOCABULARY, (count,), generator=source)
+        attention[row, at : end + count] = 1
+        scored[row, end : end + count] = 1
+    return TokenBatch(ids, attention, scored, **options)
 
 
 def scored(values: Tensor, like: TokenBatch) -> Tensor:

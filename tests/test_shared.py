@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, classes, tiny
+from families import classes, tiny
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from support import gpt2, llama
+from support import SHARED as ROWS
+from support import gpt2, llama, shared_batch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,28 +25,6 @@ USUAL = (
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "OPTForCausalLM", "PhiForCausalLM",
     "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
 )  # fmt: skip
-# Rows, as (which prompt, tokens of its completion); prompts are of 7, 4 and 1 tokens.
-ROWS = ((0, 5), (1, 3), (0, 2), (1, 6), (0, 1), (2, 4))
-
-
-def shared_batch(
-    rows: Sequence[tuple[int, int]] = ROWS, lengths: Sequence[int] = (7, 4, 1), *, left: bool = True, **options: Any
-) -> TokenBatch:
-    """Left-padded prompts and right-padded completions, as GRPO has them, or all padding on the right."""
-    source = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(2, VOCABULARY, (n,), generator=source) for n in lengths]
-    ahead = max(lengths) + 2 if left else 0
-    width = max(lengths) + 2 + max(c for _, c in rows) + 1
-    ids, attention, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
-    for row, (which, count) in enumerate(rows):
-        prompt = prompts[which]
-        at = ahead - len(prompt) if left else 0
-        end = at + len(prompt)
-        ids[row, at:end] = prompt
-        ids[row, end : end + count] = torch.randint(2, VOCABULARY, (count,), generator=source)
-        attention[row, at : end + count] = 1
-        scored[row, end : end + count] = 1
-    return TokenBatch(ids, attention, scored, **options)
 
 
 def weighted(logp: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from test_trl import dpo, grpo, kto, logged, rloo, saved
 from test_trl_parity import train
 from transformers import LlamaForCausalLM
 
-from refkl import KLConfig, ScoringConfig
+from refkl import KLConfig, ReferenceConfig, ScoringConfig
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
 TRAINERS = {"grpo": (grpo, KLGRPOTrainer), "rloo": (rloo, KLRLOOTrainer)}
@@ -80,6 +80,39 @@ def test_gradients_are_the_same(method: str, estimator: str, tmp_path: Path) -> 
     assert logged(on[0], "loss") == pytest.approx(logged(off[0], "loss"), rel=1e-4, abs=1e-5)
     for found, right in zip(on[1].gradients, off[1].gradients, strict=True):
         torch.testing.assert_close(found, right, rtol=0, atol=1e-5 * max(1.0, float(right.abs().max())))
+
+
+def test_a_limit_of_tokens_takes_the_place_of_the_micro_batch(tmp_path: Path) -> None:
+    """With reference.max_tokens a rollout is scored in parts of so many tokens; else in the loss's micro-batches."""
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1}
+    found: dict[int | None, tuple[list[int], torch.Tensor]] = {}
+    for limit in (None, 10_000):
+        torch.manual_seed(0)
+        policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
+        reference = ReferenceConfig(strategy="clone", max_tokens=limit)
+        trainer = grpo(KLGRPOTrainer, policy, tmp_path, options, reference=reference)
+        sizes: list[int] = []
+        embedding = trainer.reference.model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(args[0].numel()))
+        micro = micro_batches(trainer)
+        scores = torch.cat([x["ref_per_token_logps"] for x in micro])
+        found[limit] = sizes[-4:] if limit is None else sizes[-1:], scores
+        assert len(sizes) == (5 if limit is None else 2)  # the first is the look for the head
+    assert sum(found[10_000][0]) <= sum(found[None][0])  # less where micro-batches have a prompt in common
+    torch.testing.assert_close(found[None][1], found[10_000][1], rtol=0, atol=1e-5)
+
+
+def test_rollouts_of_a_subclass_are_left_as_they_are(tmp_path: Path) -> None:
+    """Without the numbers that refkl gives its rows nothing is regrouped, and training goes on."""
+
+    class Own(KLGRPOTrainer):
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            rollout = super()._generate_and_score_completions(inputs)
+            return {name: value for name, value in rollout.items() if name != "refkl_row"}
+
+    policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
+    seen = micro_batches(grpo(Own, policy, tmp_path, {"gradient_accumulation_steps": 4, "max_steps": 1}))
+    assert len(seen) == 4 and any(len(set(prompts(micro))) > 1 for micro in seen)
 
 
 @pytest.mark.parametrize("method", ["grpo", "dpo"])

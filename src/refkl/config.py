@@ -68,7 +68,8 @@ class ReferenceConfig:
     "nf4", bitsandbytes). Puts a floor under the KL, which is measured before the first score: Reference.kl_floor."""
     max_tokens: int | None = None
     """Tokens that are scored at once; of more, rows are scored in parts, long ones with long ones. None for as many as
-    the memory that is free allows; but where weights are sharded, for all of them, which moves the weights once."""
+    the memory that is free allows; but where weights are sharded, for all of them, which moves the weights once. GRPO
+    and RLOO then score a whole rollout in such parts, and otherwise in the micro-batches of its losses."""
     averages: Literal["device", "host"] = "device"
     """For a reference in 16 bits, or in fewer, that moves with alpha < 1: where the fp32 averages that it is written
     from are kept. Sharded as the reference is."""

@@ -173,7 +173,8 @@ def main() -> None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 3
     strategies = set()
     # These train or move the plain copy, which is sharded itself there.
-    unfit = ("check_update_mixes_weights", "check_a_step_with_a_score_in_it") if "bf16" in backend else ()
+    stepping = ("check_update_mixes_weights", "check_a_step_with_a_score_in_it", "check_prompts_run_once")
+    unfit = stepping if "bf16" in backend else ()
     for check in CHECKS:
         if check.__name__ in unfit:
             continue

@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from refkl.backend import full_shape
 from refkl.checkpoint import disk_failure
 from refkl.cli.samples import sample_texts
+from refkl.cli.tables import first_to_last
 from refkl.config import RunConfig
 from refkl.freeze import trainable_parameters
 from refkl.messages import RunError
@@ -244,8 +245,7 @@ class RunRecorder(TrainerCallback):
         ):
             values = [m[key] for m in self.metrics if m.get(key) is not None]
             if values:
-                span = min(10, max(1, len(values) // 2))
-                first, last = sum(values[:span]) / span, sum(values[-span:]) / span
+                first, last = first_to_last(values)
                 parts.append(f"{name} {first:.3g} → {last:.3g}{unit}")
         verb = "stopped" if stopped else "finished"
         steps, every = self.trainer.state.global_step, self.trainer.args.logging_steps

@@ -1,6 +1,8 @@
-"""Tables as the commands print them."""
+"""Tables as the commands print them, and how a run's numbers are put in one."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
@@ -15,3 +17,9 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
     return table
+
+
+def first_to_last(values: Sequence[float], most: int = 10) -> tuple[float, float]:
+    """The means of the first and of the last values: of `most` each, or of half of them if there are fewer."""
+    span = min(most, max(1, len(values) // 2))
+    return sum(values[:span]) / span, sum(values[-span:]) / span

@@ -41,39 +41,54 @@ def parts(batch: TokenBatch, max_tokens: int, *, shares: bool) -> Iterator[tuple
     Where prompts are shared, rows of one prompt come together first, it counts once in a part, and padding does not. A
     row that is longer than that by itself is a part.
     """
-    if batch.model_inputs or int(batch.attention_mask.sum()) <= max_tokens:
+    whole = int(batch.attention_mask.sum()) if shares else batch.input_ids.numel()
+    if batch.model_inputs or whole <= max_tokens:
         yield torch.arange(len(batch)), batch
         return
+    for rows in _by_prompt(batch, max_tokens) if shares else _by_length(batch, max_tokens):
+        yield _of_rows(batch, rows)
+
+
+def _by_prompt(batch: TokenBatch, max_tokens: int) -> Iterator[list[int]]:
     real, scored = batch.attention_mask.bool().cpu(), batch.completion_mask.cpu()
-    ids = batch.input_ids.cpu()
     first = torch.where(scored.any(1), scored.long().argmax(1), real.shape[1])
     before = real & (torch.arange(real.shape[1]) < first[:, None])
-    prompts = [tuple(row[mask].tolist()) for row, mask in zip(ids, before, strict=True)]
+    numbers: dict[tuple[int, ...], int] = {}
+    texts = (tuple(row[mask].tolist()) for row, mask in zip(batch.input_ids.cpu(), before, strict=True))
+    prompt = [numbers.setdefault(text, len(numbers)) for text in texts]
+    shared, total = before.sum(1).tolist(), real.sum(1).tolist()
+    longest = [0] * len(numbers)
+    for number, length in zip(prompt, total, strict=True):
+        longest[number] = max(longest[number], length)
+    rows: list[int] = []
+    count = 0
+    for row in sorted(range(len(total)), key=lambda r: (-longest[prompt[r]], prompt[r], -total[r])):
+        again = bool(rows) and prompt[row] == prompt[rows[-1]]
+        count += total[row] - (shared[row] if again else 0)
+        if rows and count > max_tokens:
+            yield rows
+            rows, count = [], total[row]
+        rows.append(row)
+    yield rows
+
+
+def _by_length(batch: TokenBatch, max_tokens: int) -> Iterator[list[int]]:
+    real = batch.attention_mask.bool().cpu()
     total = real.sum(1).tolist()
-    longest: dict[tuple[int, ...], int] = {}
-    for prompt, length in zip(prompts, total, strict=True):
-        longest[prompt] = max(length, longest.get(prompt, 0))
-    if shares:
-        order = sorted(range(len(total)), key=lambda row: (-longest[prompts[row]], prompts[row], -total[row]))
-    else:
-        order = sorted(range(len(total)), key=lambda row: -total[row])
     begins = real.long().argmax(1).tolist()
     ends = (real.shape[1] - real.flip(1).long().argmax(1)).tolist()
     rows: list[int] = []
-    for row in order:
-        grown = [*rows, row]
-        held = sum(total[r] for r in grown)
-        if shares:
-            different = {prompts[r] for r in grown}
-            count = held - sum(len(prompts[r]) for r in grown) + sum(map(len, different))
-        else:
-            count = len(grown) * (max(ends[r] for r in grown) - min(begins[r] for r in grown))
-        wasteful = not shares and count > _FILLED * held and count > max_tokens / 8
+    begin = end = held = 0
+    for row in sorted(range(len(total)), key=lambda r: -total[r]):
+        wide, far = (min(begin, begins[row]), max(end, ends[row])) if rows else (begins[row], ends[row])
+        count = (len(rows) + 1) * (far - wide)
+        wasteful = count > _FILLED * (held + total[row]) and count > max_tokens / 8
         if rows and (count > max_tokens or wasteful):
-            yield _of_rows(batch, rows)
-            grown = [row]
-        rows = grown
-    yield _of_rows(batch, rows)
+            yield rows
+            rows, held, wide, far = [], 0, begins[row], ends[row]
+        rows.append(row)
+        begin, end, held = wide, far, held + total[row]
+    yield rows
 
 
 def in_parts(

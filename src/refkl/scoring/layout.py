@@ -70,44 +70,64 @@ def lay_out(batch: TokenBatch, columns: Tensor) -> Layout | None:
     if bool((inside & ~real).any()):
         return None
     positions = real.long().cumsum(1) - 1 if batch.position_ids is None else batch.position_ids[rows]
-    prompt = (within >= begin[:, None]) & (within < first[:, None])
-
-    # Prompts to the right edge, so that equal ones are equal rows whatever is around them.
-    shift = (within[None] + first[:, None] - width).clamp(min=0)
-    there = prompt.gather(1, shift) & (within[None] + first[:, None] - width >= 0)
-    keys = torch.cat([x.gather(1, shift).masked_fill(~there, -1) for x in (ids, positions)], 1)
-    _, parent = torch.unique(keys, dim=0, return_inverse=True)
+    parent = _same_prompts((ids, positions), begin, first)
     order = torch.argsort(parent, stable=True)
-    rows, parent = rows[order], parent[order]
-    count = int(parent[-1]) + 1
-    begin, first, last = begin[order], first[order], last[order]
-    of_prompt = torch.searchsorted(parent, torch.arange(count, device=ids.device))  # each prompt's first row
-    spans = torch.stack([begin, first, last, parent], 1).tolist()
-    chosen = of_prompt.tolist()
-
-    prompts, completions, at_row, at_column = [], [], [], []
-    start = 0
-    for row in chosen:
-        prompts.append(Segment(start, spans[row][1] - spans[row][0]))
-        at_row.append(torch.full((prompts[-1].length,), row))
-        at_column.append(torch.arange(spans[row][0], spans[row][1]))
-        start += prompts[-1].length
-    for row, (_, one, two, of) in enumerate(spans):
-        completions.append(Segment(start, two - one, of))
-        at_row.append(torch.full((two - one,), row))
-        at_column.append(torch.arange(one, two))
-        start += two - one
-    source, column = torch.cat(at_row).to(ids.device), torch.cat(at_column).to(ids.device)
-    source = order[source]
+    rows, parent, begin, first, last = (x[order] for x in (rows, parent, begin, first, last))
+    prompts, completions, source, column = _segments(torch.stack([begin, first, last, parent], 1).tolist())
+    source, column = order[source.to(ids.device)], column.to(ids.device)
 
     # keep: prompts' ends, then completions' tokens; `own[r]` is where those of row r begin.
+    tokens, count = len(source), len(prompts)
+    after = prompts[-1].start + prompts[-1].length
     ends = torch.tensor([p.start + p.length - 1 for p in prompts], device=ids.device)
-    tokens = start
-    first_completion = tokens - sum(c.length for c in completions)
-    keep = torch.cat([ends, torch.arange(first_completion, tokens, device=ids.device)])
-    own = torch.tensor([c.start for c in completions], device=ids.device) - first_completion + count
+    keep = torch.cat([ends, torch.arange(after, tokens, device=ids.device)])
+    own = torch.tensor([c.start for c in completions], device=ids.device) - after + count
     offset = columns[None] - first[:, None]  # 0 is predicted by the prompt
     predicts = torch.where(offset == 0, parent[:, None], own[:, None] + offset - 1)
     at = torch.zeros(batch.input_ids.shape[0], len(columns), dtype=torch.long, device=ids.device)
     at[rows] = torch.where(scored[rows][:, columns], predicts, 0)
     return Layout(ids[source, column][None], positions[source, column][None], keep, at, prompts, completions)
+
+
+def _same_prompts(values: tuple[Tensor, ...], begin: Tensor, first: Tensor) -> Tensor:
+    """[B] the number of each row's prompt, equal where the prompts are.
+
+    Args:
+        values: [B, T] each, what is to be equal: tokens, positions.
+        begin, first: [B] where the prompt and the scored tokens begin.
+    """
+    width = values[0].shape[1]
+    # Prompts to the right edge, so that equal ones are equal rows whatever is around them.
+    shifted = torch.arange(width, device=first.device)[None] + first[:, None] - width
+    there = shifted >= begin[:, None]
+    shift = shifted.clamp(min=0)
+    keys = torch.cat([x.gather(1, shift).masked_fill(~there, -1) for x in values], 1)
+    return torch.unique(keys, dim=0, return_inverse=True)[1]
+
+
+def _segments(spans: list[list[int]]) -> tuple[list[Segment], list[Segment], Tensor, Tensor]:
+    """Prompts and completions in their order, and for each token of the one row its row and column, [N] each.
+
+    Args:
+        spans: of each row where it begins, where its first and last scored tokens are, and the number of its prompt,
+            which rises from 0.
+    """
+    prompts: list[Segment] = []
+    completions: list[Segment] = []
+    source: list[Tensor] = []
+    column: list[Tensor] = []
+    start = 0
+
+    def run(row: int, one: int, two: int) -> int:
+        source.append(torch.full((two - one,), row))
+        column.append(torch.arange(one, two))
+        return start + two - one
+
+    for row, (begin, first, _, number) in enumerate(spans):
+        if number == len(prompts):
+            prompts.append(Segment(start, first - begin))
+            start = run(row, begin, first)
+    for row, (_, first, last, number) in enumerate(spans):
+        completions.append(Segment(start, last - first, number))
+        start = run(row, first, last)
+    return prompts, completions, torch.cat(source), torch.cat(column)

@@ -231,12 +231,14 @@ class OnlineKL(KLTrainerMixin):
                 hidden.append(scores.hidden[:, -keep:])
             return scores
 
-        if self.reference.one_sweep:
-            batch_size = None
+        media = self._media(rollout)
+        limited = self.reference.config.max_tokens is not None and all(x is None for x in media.values())
+        if self.reference.one_sweep or limited:
+            batch_size = None  # the reference cuts the rollout itself, by tokens
         view = ReferenceView(score, self.scoring.prefix)
         with torch.no_grad(), self.reference.several():
             logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
-                view, input_ids, attention_mask, keep, batch_size, **self._media(rollout)
+                view, input_ids, attention_mask, keep, batch_size, **media
             )
         found = {"ref_per_token_logps": logp, "reference_updates": torch.full((len(logp),), self.reference.updates)}
         return found | ({"reference_hidden": torch.cat(hidden)} if hidden else {})

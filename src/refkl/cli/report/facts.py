@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from refkl.cli.report.runs import Run, flat
+from refkl.cli.tables import first_to_last
 
 _UNKNOWN = "—"
 
@@ -150,8 +151,7 @@ def _course(run: Run, key: str, most: int = 10) -> str:
     values = run.series(key)[1]
     if not values:
         return _UNKNOWN
-    span = min(most, max(1, len(values) // 2))
-    first, last = (f"{sum(part) / span:.3g}" for part in (values[:span], values[-span:]))
+    first, last = (f"{mean:.3g}" for mean in first_to_last(values, most))
     return first if first == last else f"{first} → {last}"
 
 

@@ -66,10 +66,9 @@ def page(runs: Sequence[Run]) -> str:
 
 def _caption(runs: Sequence[Run]) -> str:
     """How to read the plots, and what is not in them."""
-    said = [
-        "Pale: what was logged. Strong: the mean of five logged steps.",
-        "Against KL, a run goes from its ring to its large dot.",
-    ]
+    said = ["Against KL, a run goes from its ring to its large dot."]
+    if any(len(run.steps) > 5 for run in runs):
+        said.insert(0, "Pale: what was logged. Strong: the mean of a logged step and the four before it.")
     if any(run.updates for run in runs):
         said.append("Dotted upright lines, and ticks where there are many: the reference moved.")
     if any("kl" in update for run in runs for update in run.updates):
