@@ -71,6 +71,7 @@ def test_scaling_goes_over_all_token_counts(tmp_path):
     assert {row["peer"] for row in saved["cases"][0]["rows"]} == {"refkl", "refkl token_loss"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_read_in_a_process_of_its_own(tmp_path):
     arguments = ("--shapes", "4096x8x500", "--ops", "logp", "--heads", "frozen", "--only", "full logits")

@@ -134,6 +134,19 @@ def test_defaults_penalise_with_the_true_gradient():
     assert KLPenalty().coef == config.coef
 
 
+@pytest.mark.parametrize("way", ["file", "option", "option with ="])
+def test_a_value_that_is_not_offered_is_told_with_those_that_are(way, tmp_path):
+    import yaml
+
+    from refkl.cli.settings import parse_run
+
+    section = {"estimator": "k4" if way == "file" else "k3", "coef": 0.1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"path": "x"}, "kl": section, "sync": None}))
+    options = {"file": [], "option": ["--kl.estimator", "k4"], "option with =": ["--kl.estimator=k4"]}[way]
+    with pytest.raises(ValueError, match=r"^Unknown kl\.estimator 'k4'\. Did you mean 'k[123]'\? Known: .*exact, k1"):
+        parse_run([str(tmp_path / "run.yaml"), *options])
+
+
 @pytest.mark.parametrize(
     "options",
     [

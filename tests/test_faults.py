@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "sync": {"every": 2, "alpha": 0.5},
     },
 }
-KILLS = [("dpo", "file", 1), ("dpo in bf16", "sync", 2), ("grpo", "time", 3)] + [
+KILLS = [("dpo in bf16", "sync", 2), ("grpo", "file", 1), ("dpo", "time", 3)] + [
     (list(RUNS)[seed % 3], ("file", "file", "sync", "time")[seed % 4], seed) for seed in range(4, 21)
 ]
 
@@ -97,7 +97,7 @@ def _end(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "kind", "seed"),
-    [pytest.param(*kill, marks=[pytest.mark.faults] * (number >= 3)) for number, kill in enumerate(KILLS)],
+    [pytest.param(*kill, marks=[pytest.mark.faults] * (number >= 2)) for number, kill in enumerate(KILLS)],
     ids=str,
 )
 def test_a_killed_run_comes_to_the_same_end(

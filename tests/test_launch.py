@@ -45,6 +45,7 @@ LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
 }
 MARKS: dict[str, list[Any]] = {
     "zero2": [pytest.mark.slow],
+    "deepspeed zero3": [pytest.mark.slow],  # a configuration is launched so in test_configs.py
     "deepspeed zero3, offloaded": [pytest.mark.slow, pytest.mark.timeout(1300)],
 }
 
@@ -132,9 +133,8 @@ def test_sync_of_a_sharded_policy_is_sync_in_one_process(sharded: str, alone: tu
     assert kl[sharded][2] < kl[sharded][1]  # the reference came nearer
 
 
-@pytest.mark.parametrize(
-    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two processes", "zero2", "zero3"])
 def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
     """Mixed precision (DDP) casts in autocast, DeepSpeed casts the policy: the reference must follow it in both."""
     _inputs(tmp_path, max_steps=3, learning_rate=0.01)
@@ -154,9 +154,8 @@ def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     assert len((tmp_path / name.replace(" ", "-") / "samples.jsonl").read_text().splitlines()) == 3 * 2
 
 
-@pytest.mark.parametrize(
-    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3", "fsdp2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two processes", "zero2", "zero3", "fsdp2"])
 def test_kto_trains_the_same(name: str, tmp_path: Path) -> None:
     """With a KL in the loss, a mean over the tokens of both ranks; the loss type is one without a term of the batch."""
     _inputs(tmp_path, "kto", loss_type="apo_zero_unpaired", train_sampling_strategy="sequential")
@@ -170,9 +169,8 @@ def test_kto_trains_the_same(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found["weights"][weight], expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero2", "zero3", "fsdp2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two processes", "zero2", "zero3", "fsdp2"])
 def test_rloo_on_two_processes(name: str, tmp_path: Path) -> None:
     """The penalty of each completion is gathered with its group's rewards, which are on both ranks."""
     _inputs(tmp_path, "rloo", max_steps=3, learning_rate=0.01)
@@ -258,7 +256,7 @@ WRONG_LAUNCHES: dict[str, tuple[str, dict[str, str], list[str], str]] = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ("FSDP that became DDP", "another size") else ())
+        pytest.param(n, marks=() if n in ("DDP that would train apart", "ZeRO that became DDP") else pytest.mark.slow)
         for n in WRONG_LAUNCHES
     ],
 )

@@ -200,6 +200,28 @@ def test_positions_that_are_given_are_kept_and_equal_tokens_at_others_are_not_sh
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("length", [3, 9])
+def test_what_cannot_gain_is_not_laid_out(count: int, length: int) -> None:
+    """The quick look before it never keeps back a batch that the costs would take."""
+    model = llama()
+    for left in (True, False):
+        for prompts in ((2, 2), (9, 2), (30, 30)):
+            batch = shared_batch([(row % 2, length) for row in range(count)], prompts, left=left)
+            tight = batch.attention_mask.any(0).nonzero()[:, 0]
+            cut = TokenBatch(*(x[:, tight] for x in (batch.input_ids, batch.attention_mask, batch.completion_mask)))
+            for tokens in (batch, cut):
+                layout = lay_out(tokens, tokens.completion_mask.any(0).nonzero()[:, 0])
+                assert layout is not None
+                taken = choice.masks_for(model, layout, tokens) is not None
+                assert choice.may_gain(model, tokens) or not taken
+    alone = shared_batch(((0, 100),))
+    one = alone.attention_mask[0].nonzero()[:, 0]
+    assert not choice.may_gain(
+        model, TokenBatch(*(x[:, one] for x in (alone.input_ids, alone.attention_mask, alone.completion_mask)))
+    )
+
+
 def test_where_it_is_not_done() -> None:
     batch = shared_batch()
     assert prepare(llama(), shared_batch(prefix="off")).layout is None

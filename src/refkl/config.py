@@ -29,11 +29,15 @@ OnCheckpointError = Literal["stop", "continue"]
 Prefix = Literal["auto", "off"]
 
 
+def choices(hint: Any) -> list[Any]:
+    """What a Literal type lists, alone or in a union; nothing for other types."""
+    return [x for h in (hint, *get_args(hint)) if get_origin(h) is Literal for x in get_args(h)]
+
+
 def _offered(section: str, config: Any) -> None:
     """Raise ValueError for a field whose value is not among those that its Literal type lists."""
     for name, hint in get_type_hints(type(config)).items():
-        options = [x for h in (hint, *get_args(hint)) if get_origin(h) is Literal for x in get_args(h)]
-        value = getattr(config, name)
+        options, value = choices(hint), getattr(config, name)
         if options and value is not None and value not in options:
             raise unknown(f"{section}.{name}", str(value), options)
 

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
-from refkl.config import RunConfig
+from refkl.config import RunConfig, choices
 from refkl.messages import nearest, unknown
 
 TRAINER_CONFIGS: dict[str, type] = {
@@ -73,7 +73,10 @@ def parse_run(arguments: list[str]) -> ParsedRun:
         raise ValueError("refkl train needs a configuration file, as in: refkl train configs/quickstart.yaml")
     given |= set(_flat(values))
     for key in sorted(given):
-        _check_key(key, TRAINER_CONFIGS[method])
+        hint = _check_key(key, TRAINER_CONFIGS[method])
+        value = _option(options, f"--{key}") or _at(values, key)
+        if (known := choices(hint)) and isinstance(value, str) and value not in ("null", *map(str, known)):
+            raise unknown(key, value, map(str, known))
     try:
         namespace = parser.parse_args(["--config", str(path), *options])
         if "trainer.output_dir" not in given:
@@ -188,13 +191,24 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _flat(value, f"{prefix}{key}.")
 
 
-def _check_key(key: str, trainer: type) -> None:
-    """Raise ValueError for a key that no section has. Free-form sections (peft, kwargs) are checked where used."""
+def _at(values: Any, key: str) -> Any:
+    """What a file has under a dotted path; None where it has nothing."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _check_key(key: str, trainer: type) -> Any:
+    """The type of a key, None in free-form sections (peft, kwargs), which are checked where they are used.
+
+    Raises:
+        ValueError: no section has it.
+    """
     cls: type | None = RunConfig
     walked: list[str] = []
     for part in key.split("."):
         if cls is None:
-            return
+            return None
         hints = typing.get_type_hints(cls) if cls is not trainer else {f.name: Any for f in dataclasses.fields(cls)}
         if part not in hints:
             paths = [".".join((*walked, name)) for name in hints]
@@ -205,6 +219,7 @@ def _check_key(key: str, trainer: type) -> None:
             )
         walked.append(part)
         cls = trainer if walked == ["trainer"] else _dataclass_of(hints[part])
+    return hints[part]
 
 
 def _dataclass_of(hint: Any) -> type | None:

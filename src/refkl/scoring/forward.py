@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from refkl.scoring.choice import masks_for, why_not
+from refkl.scoring.choice import masks_for, may_gain, why_not
 from refkl.scoring.head import base_model
 from refkl.scoring.layout import Layout, lay_out
 from refkl.scoring.prompt import OF_PROMPTS, active_prompt, learned_prompt
@@ -151,7 +151,7 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
 
 def _in_one_row(model: nn.Module, base: nn.Module, call: Call) -> Call | None:
     """The same call with prompts that rows share run once; None where that is not exact, or not quicker."""
-    layout = lay_out(call.batch, call.columns)
+    layout = lay_out(call.batch, call.columns) if may_gain(base, call.batch) else None
     if layout is None:
         return None
     if (why := why_not(model, base)) is not None:
