@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import time
@@ -42,6 +43,7 @@ matplotlib.use("Agg")
 GRID = (16, 64, 256, 1024)
 GENERATIONS = (1, 4, 8, 16)
 WAYS = ("off", "auto")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 SETTINGS = ("ragged", "policy", "rounds", "seconds", "hidden", "layers", "vocabulary")
 """Options that a case's figures depend on."""
 LEAST = 2
@@ -186,19 +188,26 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over P/L; dashed, what it would be if only tokens cost."""
+    """Speed-up over P/L; dashed, what it would be if only tokens cost; hollow, where both are the same pass."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for colour, group in zip(
-        ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), sorted({r["G"] for r in rows}), strict=False
-    ):
-        points = sorted((r["P"] / r["L"], r["speedup"]) for r in rows if r["G"] == group)
-        axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"G = {group}", alpha=0.8)
-        ratios = sorted({x for x, _ in points})
-        axes.plot(ratios, [group * (x + 1) / (x + group) for x in ratios], "--", color=colour, linewidth=1)
+    ratios = [row["P"] / row["L"] for row in rows]
+    steps = range(math.floor(math.log2(min(ratios))), math.ceil(math.log2(max(ratios))) + 1)
+    fine = [2 ** (steps[0] + (steps[-1] - steps[0]) * i / 100) for i in range(101)]
+    counts = sorted({row["G"] for row in rows})
+    for number, (colour, group) in enumerate(zip(COLOURS, counts, strict=False)):
+        aside = 1.06 ** (number - (len(counts) - 1) / 2)  # so that points do not hide each other
+        for shared in (True, False):
+            some = [r for r in rows if r["G"] == group and (r["tokens"]["one row"] is not None) == shared]
+            at, fast = [r["P"] / r["L"] * aside for r in some], [r["speedup"] for r in some]
+            axes.plot(at, fast, "o", color=colour, markerfacecolor=colour if shared else "white", alpha=0.85)
+        axes.plot([], [], "o", color=colour, label=f"{group}")
+        axes.plot(fine, [group * (x + 1) / (x + group) for x in fine], "--", color=colour, linewidth=1)
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt : of a completion", ylabel="times as fast")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt : tokens of a completion", ylabel="times as fast")
+    ticks = [2.0**step for step in steps if step % 2 == 0]
+    axes.set_xticks(ticks, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in ticks])
     axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.minorticks_off()
     axes.legend(title="completions of a prompt")

@@ -57,8 +57,6 @@ from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 CASES = ("grpo-full", "grpo-lora", "dpo-full", "dpo-lora")
 THEIRS, OURS, AGAIN, WITHOUT = "TRL", "refkl", "TRL again", "TRL without KL"
 PARTS = ("generation", "reference", "policy", "backward", "optimizer", "rest")
-WARM = 2
-"""Steps before those that count: optimizer states are made in the first."""
 COEF = 0.05
 REPORTED = {"grpo": "kl", "dpo": "rewards/margins"}
 """What both sides say of the whole training, and what is far from 0 only if policy and reference have come apart."""
@@ -71,6 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=2, help="rounds before those that count: states are made in them")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="of the three sizes that follow")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--layers", type=int)
@@ -251,7 +250,7 @@ class Turns(TrainerCallback):
         self.parts: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []
         self.clock = Clock()
-        self.trainer = build(case, side, folder, options, WARM + options.rounds, callbacks=[self])
+        self.trainer = build(case, side, folder, options, options.warm + options.rounds, callbacks=[self])
         self.clock.watch(self.trainer, self.losses)
         self.thread = threading.Thread(target=self._train, daemon=True)
         self.thread.start()
@@ -381,14 +380,14 @@ def timed(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
     names = [THEIRS, OURS, *([WITHOUT] if case.startswith("grpo") else []), *([AGAIN] if options.control else [])]
     sides = {name: Turns(case, name, folder, options) for name in names}
     shuffle = random.Random(options.seed)
-    for _ in range(WARM + options.rounds):
+    for _ in range(options.warm + options.rounds):
         shuffle.shuffle(names)
         for name in names:
             sides[name].step()
     for side in sides.values():
         side.end()
-    seconds = {name: side.seconds[WARM:] for name, side in sides.items()}
-    cpu = {name: side.cpu[WARM:] for name, side in sides.items()}
+    seconds = {name: side.seconds[options.warm :] for name, side in sides.items()}
+    cpu = {name: side.cpu[options.warm :] for name, side in sides.items()}
     losses = {name: torch.stack(side.losses).double().cpu() for name, side in sides.items()}
     reported = REPORTED[case.split("-")[0]]
     row: dict[str, Any] = {
@@ -397,7 +396,7 @@ def timed(case: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
         "seconds": seconds,
         "cpu": cpu,
         "parts": {
-            name: {part: [p.get(part, 0.0) for p in side.parts[WARM:]] for part in PARTS}
+            name: {part: [p.get(part, 0.0) for p in side.parts[options.warm :]] for part in PARTS}
             for name, side in sides.items()
         },
         "loss": None
