@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from support import batch, llama
+from support import batch, llama, shared_batch
 
-from refkl import ReferenceConfig, build_reference, kl, score_pair
+from refkl import ReferenceConfig, build_reference, kl, score_pair, score_tokens
 from refkl.reference.stream import largest_pair, unit_bytes
+from refkl.scoring import prepare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,3 +119,26 @@ def test_a_quantised_reference_scores_as_on_the_cpu(kind: str) -> None:
         assert reference.memory().device == held and reference.memory().host == 0
     assert built.kl_floor is not None and host.kl_floor is not None
     assert built.kl_floor.mean == pytest.approx(host.kl_floor.mean, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left", [True, False])
+def test_prompts_that_are_shared_give_the_scores_of_the_batch_as_it_is(dtype: torch.dtype, left: bool) -> None:
+    """In one row, by torch's own choice of attention kernels: values and gradients of the padded batch, in fp32."""
+    right = llama().cuda()
+    model = copy.deepcopy(right).to(dtype)
+    found = {}
+    for name, scored, prefix in (("plain", right, "off"), ("one row", model, "auto"), ("rounded", model, "off")):
+        tokens = shared_batch(left=left, prefix=prefix).to("cuda")
+        assert (prepare(scored, tokens).layout is not None) == (prefix == "auto")
+        scored.zero_grad()
+        logp = score_tokens(scored, tokens).logp
+        logp.sum().backward()
+        gradient = torch.cat([p.grad.flatten().float() for p in scored.parameters()])
+        found[name] = logp.detach().float(), gradient
+    for value, plain, rounded in zip(found["one row"], found["plain"], found["rounded"], strict=True):
+        error = (value - plain).abs().max()
+        if dtype == torch.float32:
+            assert error <= 1e-4 * max(1.0, float(plain.abs().max()))
+        else:  # no further from it than the batch as it is
+            assert error <= 1.5 * (rounded - plain).abs().max() + 1e-3
