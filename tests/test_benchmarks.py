@@ -45,6 +45,7 @@ def benchmark(folder: Path, *arguments: str) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_every_installed_kernel_is_measured_and_right(tmp_path):
     saved = benchmark(tmp_path, "--shapes", SHAPE, "--no-memory", "--masked", "0", "50", "--ops", *ALWAYS)
     assert len(saved["cases"]) == len(ALWAYS) * 2 * 2
@@ -158,7 +159,8 @@ def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strat
     assert row["reports"]["refkl"] == pytest.approx(row["reports"]["TRL"], rel=0.02)
     assert row["reports"]["TRL again"] == pytest.approx(row["reports"]["TRL"], rel=0.02)
     for side in ("TRL", "refkl", "TRL again"):
-        parts = row["parts"][side]
+        parts = dict(row["parts"][side])
+        assert all((seconds > 0) == case.startswith("grpo") for seconds in parts.pop("generation"))
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in parts.values()), side
         for each, whole in zip(zip(*parts.values(), strict=True), row["seconds"][side], strict=True):
             assert sum(each) == pytest.approx(whole)

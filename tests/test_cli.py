@@ -298,7 +298,7 @@ def test_rewards_may_abstain_and_are_checked_one_by_one() -> None:
     assert checked(completions=["ab", "aa"], prompts=["", ""]) == [0.25, 0.125]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_usable_run_folder(number: int, tmp_path: Path) -> None:
     config = write_config(tmp_path, trainer={"max_steps": 10_000})
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}

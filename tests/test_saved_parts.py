@@ -81,7 +81,8 @@ def moved(folder: Path | None = None) -> Reference:
     return reference
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_two_processes_save_parts_that_one_loads(backend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "model")

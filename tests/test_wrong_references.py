@@ -211,7 +211,7 @@ def test_a_copy_of_a_patched_policy() -> None:
     assert torch.equal(swap.score(BATCH).logp, right)
 
 
-@pytest.mark.parametrize("launch", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("launch", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
 def test_sharded(launch: str, tmp_path: Path) -> None:
     """Copies, updates and syncs that see placeholders, or shards that the next forward does not read."""
     llama().save_pretrained(tmp_path / "model")
