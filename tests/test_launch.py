@@ -105,8 +105,7 @@ def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, An
     assert prints == {expected["reference"]["before"]["fingerprint"]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("sharded", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
 def test_a_sharded_reference_is_scored_in_parts(sharded: str, alone: tuple[Path, dict[str, Any]]) -> None:
     """Ranks have unequally many parts, and each part moves the weights of all."""
     folder, expected = alone

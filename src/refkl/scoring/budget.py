@@ -109,8 +109,9 @@ def in_parts(
             rank with the most has. The last is then scored again.
     """
     cut = list(parts(batch, max_tokens, shares=shares))
+    again = rounds(len(cut)) - len(cut)  # agreed on before the first: a score is collective itself
     found = [score(part) for _, part in cut]
-    for _ in range(rounds(len(cut)) - len(cut)):
+    for _ in range(again):
         score(cut[-1][1])
     if len(cut) == 1:
         return found[0]
