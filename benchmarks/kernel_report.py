@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -46,6 +47,13 @@ def machine(device: str) -> dict:
     if device == "cuda":
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def write(path: Path, found: dict) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 def _number(value: float | None, form: str) -> str:

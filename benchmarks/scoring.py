@@ -28,7 +28,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from kernel_report import machine
+from kernel_report import machine, write
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -158,12 +158,6 @@ def measured_before(path: Path | None, here: dict[str, Any], settings: dict[str,
     before = json.loads(path.read_text())
     same = all(before["machine"].get(name) == here[name] for name in ("cpu", "cores", "threads", "torch"))
     return before["cases"] if same and before["settings"] == settings else []
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
-    path.with_suffix(".tmp").replace(path)
 
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
 import random
@@ -41,7 +40,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of rollout_func
 import torch
 from datasets import Dataset, disable_progress_bars
 from kernel_measure import cuda_peak, host_peak
-from kernel_report import machine
+from kernel_report import machine, write
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -128,11 +127,6 @@ def main() -> None:
                   f"{options.prompt} + {options.completion} tokens a step, {options.rounds} rounds")  # fmt: skip
     console.print(table(rows))
     console.print(parts_table(rows))
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def make_model(options: argparse.Namespace) -> LlamaForCausalLM:

@@ -83,27 +83,31 @@ def may_gain(base: nn.Module, batch: TokenBatch) -> bool:
     run = batch.attention_mask.bool() & (scored.flip(1).cumsum(1).flip(1) > 0)  # no further than the last scored token
     prompts, lengths = (run & (scored.cumsum(1) == 0)).sum(1), run.sum(1)
     own = (lengths - prompts - 1).clamp(min=0)
-    config: Any = getattr(base, "config", None)
-    pairs = (own * (lengths - 1)).sum() / (6 * (getattr(config, "hidden_size", None) or 1))
-    return float(own.sum() + prompts.max() + pairs) <= GAIN * _plainly(base, batch)
+    pairs = (own * (lengths - 1)).sum()
+    return float(own.sum() + prompts.max() + pairs / _scale(base)) <= GAIN * _plainly(base, batch)
 
 
 def _plainly(base: nn.Module, batch: TokenBatch) -> float:
     """What the batch as it is costs, in tokens that pass the model."""
     config: Any = getattr(base, "config", None)
     rows, size = batch.input_ids.shape
-    eager, width = getattr(config, "_attn_implementation", None) == "eager", getattr(config, "hidden_size", None)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
     whole = eager or not bool(batch.attention_mask.bool().all())
-    return rows * size + rows * size**2 * (1.0 if whole else 0.5) / (6 * (width or 1))
+    return rows * size + rows * size**2 * (1.0 if whole else 0.5) / _scale(base)
+
+
+def _scale(base: nn.Module) -> int:
+    """Pairs of a query and a key that cost as much as a token in all else that a layer does."""
+    return 6 * (getattr(getattr(base, "config", None), "hidden_size", None) or 1)
 
 
 def masks_for(base: nn.Module, layout: Layout, batch: TokenBatch) -> Any:
     """What the model is to be given as attention mask, or None where the batch as it is costs less."""
     config: Any = base.config
-    eager, width = config._attn_implementation == "eager", config.hidden_size
-    seen = Seen(layout, width)
+    eager = config._attn_implementation == "eager"
+    seen = Seen(layout, _scale(base))
     pairs = layout.tokens**2 if eager else seen.pairs()
-    here = layout.tokens + len(seen.blocks) * (0 if eager else BLOCK / 8) + pairs / (6 * width)
+    here = layout.tokens + len(seen.blocks) * (0 if eager else BLOCK / 8) + pairs / _scale(base)
     if here > GAIN * _plainly(base, batch):
         return None
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

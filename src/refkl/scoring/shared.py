@@ -58,13 +58,16 @@ class Block:
 
 
 class Seen:
-    """Who sees whom in a layout."""
+    """Who sees whom in a layout.
 
-    def __init__(self, layout: Layout, hidden_size: int) -> None:
+    Args:
+        scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
+    """
+
+    def __init__(self, layout: Layout, scale: int) -> None:
         device = layout.input_ids.device
         self.layout = layout
         prompts, completions = layout.prompts, [c for c in layout.completions if c.length]
-        scale = 6 * hidden_size
         alone = _alike(prompts, lambda p: p.length, scale)
         following = _alike(completions, lambda c: c.length + prompts[c.parent].length, scale)
         self.blocks = [Block(_filled(part, device)) for part in alone]
