@@ -382,7 +382,7 @@ def test_qlora_has_the_quantised_base_and_says_so(tmp_path: Path) -> None:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised)
-    policy = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).train()
     full = score_tokens(LlamaForCausalLM.from_pretrained(tmp_path / "model"), batch()).logp
     right = score_tokens(policy, batch()).logp
     assert not torch.allclose(right, full, atol=1e-3)
@@ -394,6 +394,33 @@ def test_qlora_has_the_quantised_base_and_says_so(tmp_path: Path) -> None:
         assert reference.strategy == strategy
         assert torch.equal(reference.score(batch()).logp, expected)
         assert "its base is quantised (bitsandbytes)" in reference.source
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_policy_trains_on_after_it_was_scored(bits: int, tmp_path: Path) -> None:
+    """bitsandbytes rewrites 4-bit weights in eval mode on some processors, here on all, and they then pass no gradient;
+    its 8-bit layers compute something else in eval mode."""
+    bnb = pytest.importorskip("bitsandbytes")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised)
+    policy = moved(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))).train()
+    layers = [m for m in policy.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+    assert layers
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    leaves = trainable_parameters(policy)
+    ids = batch().input_ids
+
+    def gradient() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(policy(ids).logits.log_softmax(-1)[..., 3].mean(), leaves)
+
+    right, weights = gradient(), [layer.weight.data.clone() for layer in layers]
+    pair = score_pair(policy, build_reference(policy, "swap"), batch())
+    assert torch.equal(pair.policy.logp, pair.reference.logp)
+    assert all(torch.equal(layer.weight.data, weight) for layer, weight in zip(layers, weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradient(), right, strict=True))
+    assert all(layer.training for layer in layers)
 
 
 def test_kl_is_zero_at_step_zero_and_its_gradient_too() -> None:

@@ -61,14 +61,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Each submodule's own mode comes back afterwards, so that one that was left in eval inside a training model stays so.
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    changed = [(module, module.training) for module in model.modules() if module.training != _evaluates_as(module)]
+    for module, training in changed:
+        module.training = not training
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in changed:
+            module.training = training
+
+
+def _evaluates_as(module: nn.Module) -> bool:
+    """What `training` is to be while a module is evaluated: False, but for quantised layers of bitsandbytes.
+
+    Its 4-bit layers in eval mode, without gradients, on a processor with AVX-512 BF16, rewrite their weight in place, in
+    a form that passes no gradient, also when they train again. Its 8-bit layers compute another product on a CPU in eval
+    mode than in training, which would be a KL at step 0. Neither has dropout.
+    """
+    names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ == "bitsandbytes.nn.modules"}
+    return "Linear4bit" in names or ("Linear8bitLt" in names and module.training)
 
 
 def dropout_rates(module: nn.Module) -> dict[str, float]:
