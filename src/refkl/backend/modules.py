@@ -74,9 +74,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _evaluates_as(module: nn.Module) -> bool:
     """What `training` is to be while a module is evaluated: False, but for quantised layers of bitsandbytes.
 
-    Its 4-bit layers in eval mode, without gradients, on a processor with AVX-512 BF16, rewrite their weight in place, in
-    a form that passes no gradient, also when they train again. Its 8-bit layers compute another product on a CPU in eval
-    mode than in training, which would be a KL at step 0. Neither has dropout.
+    Its 4-bit layers in eval mode, without gradients, on a processor with AVX-512 BF16, rewrite their weight in place,
+    in a form that passes no gradient, also when they train again. Its 8-bit layers compute another product on a CPU in
+    eval mode than in training, which would be a KL at step 0. Neither has dropout.
     """
     names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ == "bitsandbytes.nn.modules"}
     return "Linear4bit" in names or ("Linear8bitLt" in names and module.training)
