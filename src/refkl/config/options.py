@@ -1,0 +1,36 @@
+"""What a field of a configuration may say, and how it is told that it may not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from refkl.messages import unknown
+
+BackendName = Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4", "nf4"]
+ResumedReference = Literal["recorded", "initial"]
+OnCheckpointError = Literal["stop", "continue"]
+Prefix = Literal["auto", "off"]
+
+
+def choices(hint: Any) -> list[Any]:
+    """What a Literal type lists, alone or in a union; nothing for other types."""
+    return [x for h in (hint, *get_args(hint)) if get_origin(h) is Literal for x in get_args(h)]
+
+
+def check_offered(section: str, config: Any) -> None:
+    """Raise ValueError for a field whose value is not among those that its Literal type lists."""
+    for name, hint in get_type_hints(type(config)).items():
+        options, value = choices(hint), getattr(config, name)
+        if options and value is not None and value not in options:
+            raise unknown(f"{section}.{name}", str(value), options)
+
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_import_path(text: str) -> bool:
+    """True for "package.module:function"."""
+    return _IMPORT_PATH.fullmatch(text) is not None

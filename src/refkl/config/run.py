@@ -1,0 +1,176 @@
+"""A whole run of `refkl train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from refkl.config.kl import KLConfig
+from refkl.config.options import (
+    BackendName,
+    DtypeName,
+    OnCheckpointError,
+    ResumedReference,
+    check_offered,
+    is_import_path,
+)
+from refkl.config.reference import ReferenceConfig, ScoringConfig
+from refkl.config.reward import RewardConfig
+from refkl.config.sync import SyncConfig
+
+Method = Literal["grpo", "rloo", "dpo", "kto", "sft"]
+REWARDED = ("grpo", "rloo")
+"""The methods that maximise a reward."""
+
+
+def _unsettled() -> KLConfig:
+    """A KLConfig whose open fields are still None: as a default for the command line it is merged with what is given
+    there, and an estimator that was settled for the loss would be taken for one that was asked for."""
+    config = KLConfig()
+    config.estimator = None
+    return config
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy to start from."""
+
+    path: str
+    """A model folder (or hub name), or "package.module:function" for a function that returns one."""
+    dtype: DtypeName = "float32"
+    """Kind of number the weights are loaded in. Mixed precision is the trainer's (`trainer.bf16`)."""
+    freeze: list[str] = field(default_factory=list)
+    """Module paths that do not train, such as "model.embed_tokens" or "model.layers.0"; see refkl.freeze."""
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of transformers' from_pretrained, such as attn_implementation."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Prompts for GRPO (column "prompt"), preferences for DPO ("prompt", "chosen", "rejected"), or texts for SFT
+    ("prompt" and "completion", of which the completion is learnt; or "text", or "messages")."""
+
+    source: str
+    """A .jsonl, .json, .csv or .parquet file, a folder written by datasets.save_to_disk, "package.module:function" for
+    a function that returns a datasets.Dataset, or "reasoning_gym:TASK" for the questions of a task of that package."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the function; for a task `size`, `seed`, `instructions`, `chat` and the task's own settings."""
+    limit: int | None = None
+    """Take this many rows at most."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"data.limit must be at least 1, got {self.limit}.")
+        if self.kwargs and not is_import_path(self.source):
+            raise ValueError(f"data.kwargs are arguments for a function, but data.source is {self.source!r}.")
+
+
+@dataclass(kw_only=True)
+class SamplesConfig:
+    """Texts generated at fixed prompts before, during and after training, to see what the numbers mean."""
+
+    prompts: int = 8
+    """How many prompts, from the start of the data; 0 for none."""
+    every: int = 0
+    """Optimizer steps between two rounds; 0 for one round at the middle of the run."""
+    max_new_tokens: int | None = None
+    """Length of a sample; None takes the trainer's max_completion_length, or 32."""
+    temperature: float = 0.7
+    """Of these samples alone (training samples at the trainer's); 0 takes the likeliest token each time."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0 or self.every < 0:
+            raise ValueError(f"samples.prompts and samples.every cannot be negative: {self.prompts}, {self.every}.")
+        if self.temperature < 0:
+            raise ValueError(f"samples.temperature cannot be negative, got {self.temperature}.")
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """What the run expects of its launcher. A launch that gives something else is refused before it trains."""
+
+    backend: BackendName | None = None
+    """The backend that must be found, or None for any."""
+    processes: int | None = None
+    """The number of processes that must be found, or None for any."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What happens when a checkpoint cannot be written. How often one is, and how many are kept, are `trainer`'s
+    save_strategy, save_steps and save_total_limit."""
+
+    on_error: OnCheckpointError = "stop"
+    """When a disk is full or fails: "stop" ends the run with an error, "continue" goes on without that checkpoint. What
+    there is of it is deleted, and the last whole one stays. "continue" is for one process and for DDP."""
+
+    def __post_init__(self) -> None:
+        check_offered("checkpoint", self)
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """Where a run goes on that was stopped or killed; on the command line, `--resume` and `--resume PATH`."""
+
+    checkpoint: str | None = None
+    """"newest": the newest whole checkpoint of the run folder; or a checkpoint's folder. None starts anew."""
+    reference: ResumedReference = "recorded"
+    """"recorded": the reference that the checkpoint was trained against, or none. "initial": the one that the
+    configuration gives, whatever the checkpoint says."""
+
+    def __post_init__(self) -> None:
+        check_offered("resume", self)
+        if self.checkpoint == "":
+            raise ValueError("resume.checkpoint is empty: use 'newest', name a checkpoint's folder, or leave it out.")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run of `refkl train`: a YAML file, any key of which can be overridden on the command line."""
+
+    method: Method = "grpo"
+    """"grpo" or "rloo" (a reward), "dpo" (preference pairs), "kto" (completions that are wanted or not) or "sft" (texts
+    to learn). It says which of TRL's configurations `trainer` is."""
+    model: ModelConfig
+    """The policy."""
+    data: DataConfig
+    """What it is trained on."""
+    peft: dict[str, Any] | None = None
+    """A PEFT configuration: `peft_type` (LORA, IA3, …) and that type's own fields. None trains the model itself."""
+    reward: list[RewardConfig] = field(default_factory=list)
+    """For GRPO and RLOO: one or more rewards, summed with their weights and logged apart: functions, reward models,
+    verifiable tasks. --reward.help lists what an entry takes."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """How the reference is held."""
+    kl: KLConfig = field(default_factory=_unsettled)
+    """The penalty."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What is run once for several rows."""
+    sync: SyncConfig | None = None
+    """When the reference moves; None never."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Texts to look at."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """What the launcher must have given."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What happens when a checkpoint cannot be written."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """Where the run goes on."""
+    trainer: Any = None
+    """TRL's configuration (GRPOConfig, RLOOConfig, DPOConfig, KTOConfig, SFTConfig), with all of its fields;
+    `trainer.output_dir` is the run folder."""
+
+    def __post_init__(self) -> None:
+        self.kl = self.kl.on_given_text() if self.method == "sft" else replace(self.kl)
+        if self.method in REWARDED and not self.reward:
+            raise ValueError(f"method {self.method!r} maximises a reward, and `reward` lists none.")
+        if self.method not in REWARDED and self.reward:
+            raise ValueError(f"method {self.method!r} takes no reward; leave `reward` out.")
+        names = [reward.name for reward in self.reward]
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"Two entries of `reward` are called {' and '.join(map(repr, twice))}, and the logs tell rewards apart "
+                "by name alone. Set reward.name."
+            )
+        if self.peft is not None and "peft_type" not in self.peft:
+            raise ValueError("peft needs peft_type, such as LORA, beside that type's fields.")
