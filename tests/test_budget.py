@@ -39,6 +39,11 @@ def test_parts_hold_each_row_once_and_no_more_than_they_may(prefix: Any, limit: 
     assert (len(cut) == 1) == (limit >= (real(batch) if prefix == "auto" else batch.input_ids.numel()))
 
 
+def test_a_prompt_counts_once_in_a_part() -> None:
+    batch = shared_batch([(0, 2)] * 4 + [(1, 2)] * 4, (12, 12))
+    assert [rows.tolist() for rows, _ in parts(batch, 20, shares=True)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_little_is_filled_up() -> None:
     """Lengths as answers have them, log-normal: in parts of 4096 tokens under 10 % of what is run is padding."""
     source = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -202,9 +203,10 @@ def test_positions_that_are_given_are_kept_and_equal_tokens_at_others_are_not_sh
 
 @pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("length", [3, 9])
-def test_what_cannot_gain_is_not_laid_out(count: int, length: int) -> None:
+@pytest.mark.parametrize("width", [32, 512])
+def test_what_cannot_gain_is_not_laid_out(count: int, length: int, width: int) -> None:
     """The quick look before it never keeps back a batch that the costs would take."""
-    model = llama()
+    model = llama(hidden_size=width)
     for left in (True, False):
         for prompts in ((2, 2), (9, 2), (30, 30)):
             batch = shared_batch([(row % 2, length) for row in range(count)], prompts, left=left)
@@ -220,6 +222,15 @@ def test_what_cannot_gain_is_not_laid_out(count: int, length: int) -> None:
     assert not choice.may_gain(
         model, TokenBatch(*(x[:, one] for x in (alone.input_ids, alone.attention_mask, alone.completion_mask)))
     )
+
+
+def test_a_mask_in_full_costs_more() -> None:
+    """Models that form their attention by hand get every pair of the one row, and long completions not in one row."""
+    batch = shared_batch([(0, 60)] * 6, (40,))
+    assert prepare(llama(), batch).layout is not None
+    assert prepare(llama(attn_implementation="eager"), batch).layout is None
+    short = shared_batch([(0, 3)] * 6, (60,))
+    assert prepare(llama(attn_implementation="eager"), short).layout is not None
 
 
 def test_where_it_is_not_done() -> None:
@@ -243,10 +254,16 @@ def test_where_it_is_not_done() -> None:
 
 
 @pytest.mark.parametrize("name", ["BloomForCausalLM", "JambaForCausalLM", "Llama4ForCausalLM", "DeepseekV4ForCausalLM"])
-def test_models_for_which_it_would_be_wrong_are_run_plainly(name: str) -> None:
-    """ALiBi, a state, chunks, sparse attention."""
+def test_models_for_which_it_would_be_wrong_are_run_plainly(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """ALiBi, a state, chunks, sparse attention. It is said once."""
     model = tiny(name)
-    assert prepare(model, shared_batch()).layout is None
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING, "refkl.scoring.forward"):
+        assert prepare(model, shared_batch(prefix="off")).layout is None and not caplog.records
+        for _ in range(2):
+            assert prepare(model, shared_batch()).layout is None
+    (record,) = caplog.records
+    assert "the model is run on all of it: " in record.message and "prefix 'off'" in record.message
 
 
 @pytest.mark.parametrize(
@@ -285,3 +302,14 @@ def test_a_model_that_does_something_else_with_its_mask_is_told() -> None:
         mask + 1.0
     with pytest.raises(UnknownAttention):
         mask[:, :, 1:]
+
+
+def test_masks_are_equal_where_the_same_tokens_are_seen() -> None:
+    """A trunk's states are used again only under an equal mask, and all of these are as large and hold the same numbers."""
+    one, again, other = ([(0, 5), (0, 3)], [(0, 5), (0, 3)], [(0, 4), (0, 4)])
+    masks = [prepare(llama(), shared_batch(rows, (7,))).inputs["attention_mask"] for rows in (one, again, other)]
+    assert all(isinstance(mask, SharedMask) and mask.shape == masks[0].shape for mask in masks)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    narrow = SharedMask.of(masks[0].seen, 4)
+    assert not torch.equal(masks[0], narrow) and torch.equal(narrow, SharedMask.of(masks[1].seen, 4))
+    assert not torch.equal(masks[0], torch.ones(masks[0].shape, dtype=torch.bool))

@@ -17,6 +17,8 @@ from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 TRAINERS = {"grpo": (grpo, KLGRPOTrainer), "rloo": (rloo, KLRLOOTrainer)}
 PAIRED = {"dpo": (dpo, KLDPOTrainer), "kto": (kto, KLKTOTrainer)}
 OFF = ScoringConfig(prefix="off")
+WHOLE = {"grpo": ("prompt_ids", "completion_ids"), "dpo": ("input_ids",)}
+"""What a micro-batch as it is has for tokens."""
 
 
 def micro_batches(trainer: Any) -> list[dict[str, Any]]:
@@ -53,6 +55,18 @@ def test_completions_of_one_prompt_meet(method: str, tmp_path: Path) -> None:
         assert sorted(p for micro in kept[step] for p in prompts(micro)) == sorted(
             p for micro in dealt[step] for p in prompts(micro)
         )
+
+
+def test_a_loss_that_depends_on_its_micro_batch_keeps_it(tmp_path: Path) -> None:
+    """bnpo is a mean over each micro-batch's own tokens: which rows are in one stays TRL's."""
+    policy = saved(tmp_path)
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1, "loss_type": "bnpo"}
+    kept, dealt = (
+        micro_batches(grpo(KLGRPOTrainer, LlamaForCausalLM.from_pretrained(policy), tmp_path, options, scoring=scoring))
+        for scoring in (None, OFF)
+    )
+    assert any(len(set(prompts(micro))) > 1 for micro in kept)
+    assert [micro["refkl_row"].tolist() for micro in kept] == [micro["refkl_row"].tolist() for micro in dealt]
 
 
 def test_two_optimizer_steps_of_a_rollout_keep_their_rows(tmp_path: Path) -> None:
@@ -116,10 +130,13 @@ def test_rollouts_of_a_subclass_are_left_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["grpo", "dpo"])
-def test_each_token_runs_once(method: str, tmp_path: Path) -> None:
-    """Counted in the embedding of policy and reference: prompts once each, completions without their last token."""
+@pytest.mark.parametrize("scoring", [None, OFF], ids=["auto", "off"])
+def test_each_token_runs_once(method: str, scoring: ScoringConfig | None, tmp_path: Path) -> None:
+    """Counted in the embedding of policy and reference: prompts once each, completions without their last token; or
+    with scoring.prefix "off" all there is."""
     make, cls = (TRAINERS | PAIRED)[method]
-    trainer = make(cls, LlamaForCausalLM.from_pretrained(saved(tmp_path)), tmp_path, {"max_steps": 1})
+    policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
+    trainer = make(cls, policy, tmp_path, {"max_steps": 1}, scoring=scoring)
     counts: dict[str, list[int]] = {"policy": [], "reference": []}
 
     def watch(name: str, model: Any) -> None:
@@ -131,7 +148,9 @@ def test_each_token_runs_once(method: str, tmp_path: Path) -> None:
     compute = trainer._compute_loss
 
     def watched(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
-        if method == "grpo":
+        if scoring is OFF:
+            seen.append(sum(inputs[name].numel() for name in WHOLE[method]))
+        elif method == "grpo":
             lengths = inputs["completion_mask"].sum(1) - 1
             seen.append(int(inputs["prompt_mask"][0].sum() + lengths.sum()))
         else:  # a chosen and a rejected completion of each prompt; some prompts are in several pairs
