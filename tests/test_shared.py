@@ -305,7 +305,7 @@ def test_a_model_that_does_something_else_with_its_mask_is_told() -> None:
 
 
 def test_masks_are_equal_where_the_same_tokens_are_seen() -> None:
-    """A trunk's states are used again only under an equal mask, and all of these are as large and hold the same numbers."""
+    """A trunk's states are used again only under an equal mask; all of these are as large and hold the same numbers."""
     one, again, other = ([(0, 5), (0, 3)], [(0, 5), (0, 3)], [(0, 4), (0, 4)])
     masks = [prepare(llama(), shared_batch(rows, (7,))).inputs["attention_mask"] for rows in (one, again, other)]
     assert all(isinstance(mask, SharedMask) and mask.shape == masks[0].shape for mask in masks)
