@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -78,8 +79,16 @@ def _evaluates_as(module: nn.Module) -> bool:
     in a form that passes no gradient, also when they train again. Its 8-bit layers compute another product on a CPU in
     eval mode than in training, which would be a KL at step 0. Neither has dropout.
     """
-    names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ == "bitsandbytes.nn.modules"}
-    return "Linear4bit" in names or ("Linear8bitLt" in names and module.training)
+    # mypy holds the instances' __hash__ against the class.
+    kind = _of_bitsandbytes(type(module))  # type: ignore[arg-type]
+    return kind == "Linear4bit" or (kind == "Linear8bitLt" and module.training)
+
+
+@cache
+def _of_bitsandbytes(cls: type) -> str | None:
+    """Which of its quantised layers a class is, by name: it need not be installed."""
+    names = {base.__name__ for base in cls.__mro__ if base.__module__ == "bitsandbytes.nn.modules"}
+    return next((name for name in ("Linear4bit", "Linear8bitLt") if name in names), None)
 
 
 def dropout_rates(module: nn.Module) -> dict[str, float]:
