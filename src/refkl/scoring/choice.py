@@ -79,8 +79,6 @@ def shares_prompts(model: nn.Module, batch: TokenBatch) -> bool:
 
 def may_gain(base: nn.Module, batch: TokenBatch) -> bool:
     """Whether one row could cost less, even if all prompts were the same: few operations, before it is laid out."""
-    if not len(batch):
-        return False
     scored = batch.completion_mask.long()
     run = batch.attention_mask.bool() & (scored.flip(1).cumsum(1).flip(1) > 0)  # no further than the last scored token
     prompts, lengths = (run & (scored.cumsum(1) == 0)).sum(1), run.sum(1)
