@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from refkl import TokenBatch, build_reference, score_pair, score_tokens
 from refkl.scoring import choice, prepare
 from refkl.scoring.layout import lay_out
-from refkl.scoring.shared import SharedMask, UnknownAttention
+from refkl.scoring.shared import Seen, SharedMask, UnknownAttention
 
 # Of the models that are most used, in CI; of all others with --slow.
 USUAL = (
@@ -166,6 +166,20 @@ def test_every_token_once_and_no_padding() -> None:
     assert layout.tokens == 7 + 4 + 1 + sum(count - 1 for _, count in ROWS)
     assert sorted(p.length for p in layout.prompts) == [1, 4, 7]
     assert layout.longest() == 7 + 4 or layout.longest() == max(n + c - 1 for n, c in ((7, 5), (4, 6), (1, 4)))
+
+
+def test_completions_of_one_length_are_not_copied() -> None:
+    """In attention they and their prompt are views of the one row, and so is what comes out of it."""
+    batch = shared_batch([(0, 5)] * 4, (7,))
+    layout = lay_out(batch, batch.completion_mask.any(0).nonzero()[:, 0])
+    assert layout is not None
+    seen = Seen(layout, 192)
+    rows = torch.arange(layout.tokens)[:, None, None]
+    prompt, completions = seen.blocks
+    first, rest = prompt.queries.take(rows), completions.queries.take(rows)
+    assert first.flatten().tolist() == list(range(7)) and rest.flatten().tolist() == list(range(7, 7 + 4 * 4))
+    assert first.data_ptr() == rows.data_ptr() and rest.data_ptr() == rows[7:].data_ptr() and seen.place is None
+    assert completions.keys.take(rows)[1].flatten().tolist() == [*range(7), *range(11, 15)]
 
 
 @pytest.mark.usefixtures("always")

@@ -30,27 +30,57 @@ BLOCK = 24.0
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """Segments of like length that are attended to in one call, filled up to the longest."""
+class Tokens:
+    """Which tokens of the one row n segments hold, filled up to the longest with the last of each."""
 
-    queries: Tensor
-    """[n, L] tokens of the one row; a short segment's last is repeated."""
-    prompts: Tensor | None = None
-    """[n, P] of completions: the tokens before; a short prompt's last is repeated."""
+    index: Tensor
+    """[n, L]"""
+    start: int | None = None
+    """Where they begin if they lie one after the other as they are: then they are a view, and nothing is copied."""
+
+    @classmethod
+    def of(cls, segments: list[Segment], device: torch.device) -> Tokens:
+        size = max(s.length for s in segments)
+        begin = torch.tensor([s.start for s in segments])[:, None]
+        ends = torch.tensor([s.start + s.length - 1 for s in segments])[:, None]
+        index = (begin + torch.arange(size)).minimum(ends)
+        start = segments[0].start
+        in_a_row = bool((index.flatten() == start + torch.arange(index.numel())).all())
+        return cls(index.to(device), start if in_a_row else None)
+
+    def then(self, other: Tokens) -> Tokens:
+        """[n, L + M] these, and then those of the other."""
+        return Tokens(torch.cat([self.index, other.index], 1))
+
+    def take(self, rows: Tensor) -> Tensor:
+        """[N, heads, width] -> [n, L, heads, width]."""
+        if self.start is None:
+            return rows.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+        return rows.narrow(0, self.start, self.index.numel()).unflatten(0, self.index.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Segments of like length that are attended to in one call."""
+
+    queries: Tokens
+    """[n, L]"""
+    keys: Tokens
+    """[n, P + L] the queries, and before them those of a completion's prompt."""
     ahead: Tensor | None = None
-    """[n] how long these prompts are, or [1] if all are as long."""
+    """Of completions: [n] how long their prompts are, which are filled up to P, or [1] if all are as long."""
 
     def allowed(self, window: int | None) -> Tensor | None:
         """[n or 1, 1, L, P + L] True = seen; None where causality says all."""
-        size = self.queries.shape[1]
-        steps = torch.arange(size, device=self.queries.device)
+        size = self.queries.index.shape[1]
+        steps = torch.arange(size, device=self.queries.index.device)
         distance = steps[:, None] - steps[None]
         own = distance >= 0
         if window is not None:
             own = own & (distance < window)
-        if self.prompts is None or self.ahead is None:
+        if self.ahead is None:
             return None if window is None or size <= window else own[None, None]
-        lengths, there = self.ahead[:, None, None], torch.arange(self.prompts.shape[1], device=own.device)
+        lengths, there = self.ahead[:, None, None], torch.arange(self.keys.index.shape[1] - size, device=own.device)
         before = (there < lengths).expand(-1, size, -1)
         if window is not None:
             before = before & (lengths + steps[:, None] - there < window)
@@ -70,12 +100,14 @@ class Seen:
         prompts, completions = layout.prompts, [c for c in layout.completions if c.length]
         alone = _alike(prompts, lambda p: p.length, scale)
         following = _alike(completions, lambda c: c.length + prompts[c.parent].length, scale)
-        self.blocks = [Block(_filled(part, device)) for part in alone]
+        self.blocks = [Block(tokens, tokens) for tokens in (Tokens.of(part, device) for part in alone)]
         for part in following:
             parents = [prompts[c.parent] for c in part]
             lengths = torch.tensor([p.length for p in parents], device=device)
             even = len({p.length for p in parents}) == 1
-            self.blocks.append(Block(_filled(part, device), _filled(parents, device), lengths[:1] if even else lengths))
+            own = Tokens.of(part, device)
+            keys = Tokens.of(parents, device).then(own)
+            self.blocks.append(Block(own, keys, lengths[:1] if even else lengths))
         # Where the blocks' outputs, one after the other with their filling, hold each token of the one row.
         place = torch.empty(layout.tokens, dtype=torch.long)
         done = 0
@@ -85,16 +117,16 @@ class Seen:
                 begin = done + number * size
                 place[segment.start : segment.start + segment.length] = torch.arange(begin, begin + segment.length)
             done += size * len(part)
-        self.place = place.to(device)
+        as_it_is = done == layout.tokens and bool((place == torch.arange(done)).all())
+        self.place = None if as_it_is else place.to(device)
         self._allowed: dict[int | None, list[Tensor | None]] = {}
 
     def pairs(self) -> int:
         """Query-key pairs that the blocks compute."""
         total = 0
         for block in self.blocks:
-            count, size = block.queries.shape
-            ahead = 0 if block.prompts is None else block.prompts.shape[1]
-            total += count * size * (ahead + (size if ahead else size // 2))
+            count, size = block.queries.index.shape
+            total += count * size * (size // 2 if block.ahead is None else block.keys.index.shape[1])
         return total
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any) -> Tensor:
@@ -104,15 +136,13 @@ class Seen:
         rows = [x[0].transpose(0, 1) for x in (query, key, value)]
         found = []
         for block, allowed in zip(self.blocks, self._allowed[window], strict=True):
-            q, k, v = (_take(x, block.queries) for x in rows)
-            if block.prompts is not None:
-                before = (_take(x, block.prompts) for x in rows[1:])
-                k, v = (torch.cat([ahead, own], 1) for ahead, own in zip(before, (k, v), strict=True))
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            taken = zip((block.queries, block.keys, block.keys), rows, strict=True)
+            q, k, v = (tokens.take(x).transpose(1, 2) for tokens, x in taken)
             causal = allowed is None
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, **options)
             found.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(found).index_select(0, self.place).transpose(0, 1)[None]
+        together = torch.cat(found)
+        return (together if self.place is None else together.index_select(0, self.place)).transpose(0, 1)[None]
 
     def dense(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[1, 1, N, N] what is added to the products of queries and keys: 0, or the least number where not seen."""
@@ -206,11 +236,6 @@ def _attend(
     return attn_mask.seen.attend(query, key, value, attn_mask.window, **options)
 
 
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """[N, heads, width] -> [n, L, heads, width]."""
-    return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
-
-
 def _alike(segments: list[Segment], size: Callable[[Segment], int], scale: int) -> list[list[Segment]]:
     """Cut into groups of like size, where filling up to the largest would cost more than a further group.
 
@@ -228,10 +253,3 @@ def _alike(segments: list[Segment], size: Callable[[Segment], int], scale: int) 
                 continue
         parts.append([segment])
     return [sorted(part, key=lambda s: s.start) for part in parts]
-
-
-def _filled(segments: list[Segment], device: torch.device) -> Tensor:
-    size = max(s.length for s in segments)
-    index = torch.tensor([s.start for s in segments])[:, None] + torch.arange(size)
-    ends = torch.tensor([s.start + s.length - 1 for s in segments])[:, None]
-    return index.minimum(ends).to(device)
