@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support import batch, llama, shared_batch
+from transformers.utils import is_flash_attn_2_available
 
 from refkl import ReferenceConfig, build_reference, kl, score_pair, score_tokens
 from refkl.reference.stream import largest_pair, unit_bytes
@@ -121,12 +122,25 @@ def test_a_quantised_reference_scores_as_on_the_cpu(kind: str) -> None:
     assert built.kl_floor.mean == pytest.approx(host.kl_floor.mean, rel=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        ("sdpa", torch.float32),
+        ("sdpa", torch.bfloat16),
+        ("flex_attention", torch.bfloat16),
+        ("flash_attention_2", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("left", [True, False])
-def test_prompts_that_are_shared_give_the_scores_of_the_batch_as_it_is(dtype: torch.dtype, left: bool) -> None:
+def test_prompts_that_are_shared_give_the_scores_of_the_batch_as_it_is(
+    attention: str, dtype: torch.dtype, left: bool
+) -> None:
     """In one row, by torch's own choice of attention kernels: values and gradients of the padded batch, in fp32."""
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
     right = llama().cuda()
     model = copy.deepcopy(right).to(dtype)
+    model.set_attn_implementation(attention)
     found = {}
     for name, scored, prefix in (("plain", right, "off"), ("one row", model, "auto"), ("rounded", model, "off")):
         tokens = shared_batch(left=left, prefix=prefix).to("cuda")

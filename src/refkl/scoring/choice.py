@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from refkl.backend.fsdp import own_class
+from refkl.scoring.attention import give_masks, no_masks
 from refkl.scoring.head import base_model
 from refkl.scoring.layout import Layout
 from refkl.scoring.shared import BLOCK, Seen, SharedMask
@@ -50,8 +51,8 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
     if not kind.__module__.startswith("transformers.models.") or name not in EXACT:
         return f"{name} is not among the models for which that is known to be exact"
     config: Any = base.config
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation!r}; 'sdpa' and 'eager' can"
+    if (attention := no_masks(base)) is not None:
+        return attention
     if getattr(config, "alibi", False):
         return "its attention has a bias by distance (ALiBi)"
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
@@ -91,8 +92,9 @@ def _plainly(base: nn.Module, batch: TokenBatch) -> float:
     """What the batch as it is costs, in tokens that pass the model."""
     config: Any = getattr(base, "config", None)
     rows, size = batch.input_ids.shape
-    eager = getattr(config, "_attn_implementation", None) == "eager"
-    whole = eager or not bool(batch.attention_mask.bool().all())
+    attention = getattr(config, "_attn_implementation", None)
+    # Torch's attention computes what a mask hides; other kernels do not.
+    whole = attention == "eager" or (attention == "sdpa" and not bool(batch.attention_mask.bool().all()))
     return rows * size + rows * size**2 * (1.0 if whole else 0.5) / _scale(base)
 
 
@@ -115,6 +117,8 @@ def masks_for(base: nn.Module, layout: Layout, batch: TokenBatch) -> Any:
     short = window is None or layout.longest() <= window
     if kinds == {"full_attention"} and not short and "layer_types" not in vars(config):
         return None
+
+    give_masks(base)
 
     def mask(window: int | None) -> Tensor:
         dtype = base.get_input_embeddings().weight.dtype  # type: ignore[operator]
