@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from refkl import build_reference, score_tokens
 from refkl.scoring import choice, prepare
 from refkl.scoring.head import base_model
+from refkl.scoring.shared import Seen, UnknownAttention
 
 NOT = {
     "FalconForCausalLM": "calls 'flash_attention_2' itself",
@@ -129,6 +130,39 @@ def test_flex_attention_gives_the_scores_and_attends_to_all_else(monkeypatch: py
     # What was registered is behind one function, however often a batch was scored.
     wrapped = ALL_ATTENTION_FUNCTIONS["flex_attention"]
     assert wrapped.__wrapped__ is flex_attention.flex_attention_forward
+
+
+@pytest.mark.usefixtures("always")
+def test_keys_and_values_are_not_copied_for_each_head_of_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = []
+    attend = Seen.attend
+
+    def count(self: Seen, query: Any, key: Any, *rest: Any, **options: Any) -> Any:
+        heads.append((query.shape[1], key.shape[1]))
+        return attend(self, query, key, *rest, **options)
+
+    monkeypatch.setattr(Seen, "attend", count)
+    model = llama(num_attention_heads=4, num_key_value_heads=2)
+    score_tokens(model, shared_batch())
+    assert heads == [(4, 2)] * model.config.num_hidden_layers
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_dropout_reaches_attention(attention: str) -> None:
+    """Of all of it nothing is left, which is not random."""
+    model = llama(attention_dropout=1.0).train()
+    right = score_tokens(model, shared_batch(prefix="off")).logp
+    found = score_tokens(loaded_with(model, attention), shared_batch()).logp
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, score_tokens(model.eval(), shared_batch()).logp, atol=1e-3)
+
+
+@pytest.mark.usefixtures("always")
+def test_what_attention_is_given_beside_its_mask_is_not_lost() -> None:
+    model = loaded_with(tiny("Gemma2ForCausalLM"), "sdpa")  # which takes no soft cap either
+    with pytest.raises(UnknownAttention, match=r"softcap.*prefix='off'"):
+        score_tokens(model, shared_batch())
 
 
 @pytest.mark.usefixtures("always")

@@ -119,7 +119,7 @@ class Seen:
             done += size * len(part)
         as_it_is = done == layout.tokens and bool((place == torch.arange(done)).all())
         self.place = None if as_it_is else place.to(device)
-        self._allowed: dict[int | None, list[Tensor | None]] = {}
+        self._allowed: dict[tuple[int | None, int], list[Tensor | None]] = {}
 
     def pairs(self) -> int:
         """Query-key pairs that the blocks compute."""
@@ -130,16 +130,26 @@ class Seen:
         return total
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any) -> Tensor:
-        """[1, heads, N, width] each, as torch's attention takes them, and what it gives."""
-        if window not in self._allowed:
-            self._allowed[window] = [block.allowed(window) for block in self.blocks]
+        """[1, heads, N, width] each, as torch's attention takes them, and what it gives.
+
+        Keys and values may have fewer heads, each for so many heads of queries, one after the other.
+        """
+        fold = query.shape[1] // key.shape[1]
+        if (window, fold) not in self._allowed:
+            each = [block.allowed(window) for block in self.blocks]
+            self._allowed[window, fold] = [None if x is None else x.repeat(1, 1, fold, 1) for x in each]
         rows = [x[0].transpose(0, 1) for x in (query, key, value)]
         found = []
-        for block, allowed in zip(self.blocks, self._allowed[window], strict=True):
+        for block, allowed in zip(self.blocks, self._allowed[window, fold], strict=True):
             taken = zip((block.queries, block.keys, block.keys), rows, strict=True)
             q, k, v = (tokens.take(x).transpose(1, 2) for tokens, x in taken)
-            causal = allowed is None
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, **options)
+            if allowed is None:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=fold > 1, **options)
+            else:
+                # Not enable_gqa, which with a mask copies keys and values for each head of the queries on CUDA.
+                heads = q.unflatten(1, (-1, fold)).flatten(2, 3)
+                out = F.scaled_dot_product_attention(heads, k, v, attn_mask=allowed, **options)
+                out = out.unflatten(2, (fold, -1)).flatten(1, 2)
             found.append(out.transpose(1, 2).flatten(0, 1))
         together = torch.cat(found)
         return (together if self.place is None else together.index_select(0, self.place)).transpose(0, 1)[None]
@@ -178,6 +188,20 @@ class SharedMask(Tensor):
         mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens).as_subclass(cls)
         mask.seen, mask.window = seen, window
         return mask
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention under this mask, as `Seen.attend`.
+
+        Raises:
+            UnknownAttention: the tokens are not those of the mask.
+        """
+        tokens = self.seen.layout.tokens
+        if query.shape[0] != 1 or query.shape[-2] != tokens or key.shape[-2] != tokens:
+            raise UnknownAttention(
+                f"Attention of {query.shape[-2]} queries to {key.shape[-2]} keys of {query.shape[0]} rows, where "
+                f"{tokens} tokens of one row were given."
+            )
+        return self.seen.attend(query, key, value, self.window, **options)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -225,15 +249,7 @@ def _attend(
 ) -> Tensor:
     if not isinstance(attn_mask, SharedMask) or is_causal:
         raise UnknownAttention("A mask with shared prompts was given to attention as something else than its mask.")
-    if query.shape[0] != 1 or query.shape[-2] != attn_mask.shape[-1] or key.shape[-2] != attn_mask.shape[-1]:
-        raise UnknownAttention(
-            f"Attention of {query.shape[-2]} queries to {key.shape[-2]} keys of {query.shape[0]} rows, where "
-            f"{attn_mask.shape[-1]} tokens of one row were given."
-        )
-    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
-    if enable_gqa:
-        options["enable_gqa"] = True
-    return attn_mask.seen.attend(query, key, value, attn_mask.window, **options)
+    return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale)
 
 
 def _alike(segments: list[Segment], size: Callable[[Segment], int], scale: int) -> list[list[Segment]]:
