@@ -416,8 +416,15 @@ def test_a_quantised_policy_trains_on_after_it_was_scored(bits: int, tmp_path: P
         return torch.autograd.grad(policy(ids).logits.log_softmax(-1)[..., 3].mean(), leaves)
 
     right, weights = gradient(), [layer.weight.data.clone() for layer in layers]
-    pair = score_pair(policy, build_reference(policy, "swap"), batch())
-    assert torch.equal(pair.policy.logp, pair.reference.logp)
+    # A copy too, but for 8 bits, where it would not have what its layers compute with.
+    strategies = ("swap", "clone") if bits == 4 else ("swap",)
+    for strategy in strategies:
+        pair = score_pair(policy, build_reference(policy, strategy), batch())
+        assert torch.equal(pair.policy.logp, pair.reference.logp)
+    if bits == 8:
+        for strategy in ("clone", "shared_trunk"):
+            with pytest.raises(ValueError, match=r"q_proj\S* is in 8 bits .* Use 'swap' instead"):
+                build_reference(policy, strategy)
     assert all(torch.equal(layer.weight.data, weight) for layer, weight in zip(layers, weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(gradient(), right, strict=True))
     assert all(layer.training for layer in layers)

@@ -13,7 +13,7 @@ from refkl.backend.layout import (
     weights_of,
     whole,
 )
-from refkl.backend.modules import canonical_name, dropout_rates, evaluating, named_weights, unwrap
+from refkl.backend.modules import canonical_name, dropout_rates, eight_bit_layer, evaluating, named_weights, unwrap
 from refkl.backend.ranks import peer_gone
 from refkl.backend.zero import (
     check_can_save,
@@ -38,6 +38,7 @@ __all__ = [
     "communicating_device",
     "detect",
     "dropout_rates",
+    "eight_bit_layer",
     "evaluating",
     "full_shape",
     "gathered",

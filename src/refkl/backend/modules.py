@@ -84,6 +84,12 @@ def _evaluates_as(module: nn.Module) -> bool:
     return kind == "Linear4bit" or (kind == "Linear8bitLt" and module.training)
 
 
+def eight_bit_layer(model: nn.Module) -> str | None:
+    """The name of a layer that bitsandbytes holds in 8 bits; None if there is none."""
+    found = (n for n, module in model.named_modules() if _of_bitsandbytes(type(module)) == "Linear8bitLt")  # type: ignore[arg-type]
+    return next(found, None)
+
+
 @cache
 def _of_bitsandbytes(cls: type) -> str | None:
     """Which of its quantised layers a class is, by name: it need not be installed."""

@@ -18,7 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from refkl.backend import Weight, Whole, canonical_name, is_sharded, named_weights, unwrap, weights_of
+from refkl.backend import (
+    Weight,
+    Whole,
+    canonical_name,
+    eight_bit_layer,
+    is_sharded,
+    named_weights,
+    unwrap,
+    weights_of,
+)
 from refkl.messages import size
 from refkl.reference.base import BuildRequest, Reference, held_in_place
 from refkl.reference.copying import foreign_forward, frozen_copy
@@ -88,6 +97,11 @@ class CloneReference(Reference):
             except ValueError as error:
                 return str(error)
             return None
+        if (layer := eight_bit_layer(request.policy)) is not None:
+            return (
+                f"{layer} is in 8 bits (bitsandbytes): a copy that shares its weight has not what it computes with, "
+                "and in eval mode it computes something else."
+            )
         return foreign_forward(unwrap(request.policy))
 
     @classmethod
