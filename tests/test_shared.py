@@ -45,7 +45,11 @@ def assert_equal(model: nn.Module, **options: Any) -> None:
     plain = shared_batch(prefix="off", **options)
     one = shared_batch(**options)
     assert prepare(model, plain).layout is None and prepare(model, one).layout is not None
-    (right, gradients), (found, ours) = scored(model, plain), scored(model, one)
+    assert_alike(scored(model, one), scored(model, plain))
+
+
+def assert_alike(one: tuple[Tensor, dict[str, Tensor]], plain: tuple[Tensor, dict[str, Tensor]]) -> None:
+    (found, ours), (right, gradients) = one, plain
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     largest = max(float(g.abs().max()) for g in gradients.values())
     for name, gradient in gradients.items():
