@@ -245,7 +245,7 @@ def _attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False,  # which the numbers of heads say
 ) -> Tensor:
     if not isinstance(attn_mask, SharedMask) or is_causal:
         raise UnknownAttention("A mask with shared prompts was given to attention as something else than its mask.")
