@@ -9,8 +9,8 @@ One group of G completions of L tokens on a prompt of P. Both ways run in one pr
 ratios are taken within a round. --json is written after each case, and cases that it holds of the same settings are not
 measured again. The plain pass is refkl's own scorer on the batch as it is (`prefix="off"`), so that
 the output head, which is the same for both, is fused in both. --ragged draws lengths from L/4 to L. --policy also times
-a forward and backward pass of the policy over the same tokens, all weights and LoRA: how much of a step the reference
-is.
+a forward and backward pass of the policy over the same tokens, all weights and LoRA, and a score of its reference (a
+clone; the policy with its adapter off): how much of a step that is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from refkl import TokenBatch, score_tokens
+from refkl import TokenBatch, build_reference, score_tokens
 from refkl.scoring import prepare
 
 matplotlib.use("Agg")
@@ -128,9 +128,10 @@ def measure(policies: dict[str, nn.Module], size: tuple[int, int, int], options:
     work: dict[str, Callable[[], Any]] = {
         way: (lambda way=way: found.update({way: scored(model, batches[way])})) for way in WAYS
     }
-    if options.policy:
-        for name, policy in policies.items():
-            work[name] = lambda policy=policy: stepped(policy, batches["auto"])
+    for name, policy in policies.items() if options.policy else ():
+        work[name] = lambda policy=policy: stepped(policy, batches["auto"])
+        reference = build_reference(policy)
+        work[f"reference of {name}"] = lambda reference=reference: reference.score(batches["auto"])
     times: dict[str, list[float]] = {name: [] for name in work}
     shuffle = random.Random(0)
     begun = time.perf_counter()
@@ -147,7 +148,8 @@ def measure(policies: dict[str, nn.Module], size: tuple[int, int, int], options:
         "difference": float((found["off"] - found["auto"]).abs().max()),
     }  # fmt: skip
     for name in policies if options.policy else ():
-        row[f"of {name}"] = statistics.median(a / b for a, b in zip(times["auto"], times[name], strict=True))
+        pairs = zip(times[f"reference of {name}"], times[name], strict=True)
+        row[f"of {name}"] = statistics.median(a / b for a, b in pairs)
     return row
 
 

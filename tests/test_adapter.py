@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from support import batch, llama, qwen2
 from torch import nn
 
 from refkl import ReferenceConfig, build_reference, score_tokens
+from refkl.reference import adapter
+from refkl.reference.peft_layers import switched_off
 
 
 def _lora(**options: object) -> PeftModel:
@@ -136,6 +140,57 @@ def test_what_the_user_froze_in_the_adapter_stays_frozen() -> None:
         parameter.requires_grad_(False)
     build_reference(policy, "adapter").score(batch())
     assert not any(p.requires_grad for p in frozen)
+
+
+def test_what_the_user_switched_off_in_the_adapter_stays_off() -> None:
+    """disable_adapter() turns the whole adapter on afterwards."""
+    policy = _lora()
+    layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+    layer.enable_adapters(False)
+    build_reference(policy, "adapter").score(batch())
+    layers = [m for m in policy.modules() if isinstance(m, LoraLayer)]
+    assert [m for m in layers if m.disable_adapters] == [layer] and len(layers) > 1
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained and not any("layers.0.self_attn.q_proj" in name for name in trained)
+
+
+def test_several_scores_switch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, parts = _lora(), [batch(seed=seed) for seed in range(3)]
+    reference = build_reference(policy, "adapter")
+    right = [reference.score(part).logp for part in parts]
+    trained = score_tokens(_trained(policy), parts[0]).logp.detach()
+    switched = []
+    monkeypatch.setattr(adapter, "switched_off", lambda policy: switched.append(1) or switched_off(policy))
+    with reference.several():
+        found = [reference.score(part).logp for part in parts]
+    assert len(switched) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    assert torch.equal(score_tokens(policy, parts[0]).logp, trained)
+    with pytest.raises(RuntimeError, match="in the middle"), reference.several():
+        raise RuntimeError("in the middle")
+    assert torch.equal(score_tokens(policy, parts[0]).logp, trained)
+    assert torch.equal(reference.score(parts[0]).logp, right[0])
+
+
+def test_it_does_not_move_between_several_scores(tmp_path: Path) -> None:
+    policy = _lora()
+    saved = build_reference(policy, "adapter")
+    saved.update(policy)
+    saved.save(tmp_path)
+    reference = build_reference(policy, "adapter")
+    right = reference.score(batch()).logp
+    _trained(policy)
+    for move in (lambda: reference.update(policy), lambda: reference.load(tmp_path)):
+        with pytest.raises(ValueError, match="leave that first"), reference.several():
+            move()
+        assert reference.strategy == "adapter" and torch.equal(reference.score(batch()).logp, right)
+    reference.keep_first()
+    reference.update(policy)
+    with pytest.raises(ValueError, match="leave that first"), reference.several(), reference.first():
+        pass
+    with reference.first():
+        assert torch.equal(reference.score(batch()).logp, right)
+    assert torch.equal(reference.score(batch()).logp, score_tokens(policy, batch()).logp)
 
 
 def test_merging_later_is_an_error_not_another_reference() -> None:

@@ -13,7 +13,16 @@ from refkl.backend.layout import (
     weights_of,
     whole,
 )
-from refkl.backend.modules import canonical_name, dropout_rates, eight_bit_layer, evaluating, named_weights, unwrap
+from refkl.backend.modules import (
+    canonical_name,
+    dropout_rates,
+    eight_bit_layer,
+    evaluating,
+    named_weights,
+    parameters_in,
+    submodules,
+    unwrap,
+)
 from refkl.backend.ranks import peer_gone
 from refkl.backend.zero import (
     check_can_save,
@@ -50,10 +59,12 @@ __all__ = [
     "mixed_precision",
     "named_weights",
     "own_class",
+    "parameters_in",
     "peer_gone",
     "reshard",
     "set_micro_batch",
     "shard_like",
+    "submodules",
     "unwrap",
     "weights_of",
     "whole",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -56,13 +56,30 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield canonical_name(name, prompt=prompt), tensor
 
 
+def submodules(model: nn.Module) -> list[nn.Module]:
+    """The model and every module in it, once each: `modules()`, which makes names too, takes four times as long. A
+    large adapter has thousands, and each score looks at all."""
+    found, seen = [model], {model}
+    for module in found:  # grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def parameters_in(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """The modules' own; one that several of them have comes several times."""
+    return (parameter for m in modules for parameter in m._parameters.values() if parameter is not None)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode: dropout is off, also where it is a float that a layer reads (attention_dropout).
 
     Each submodule's own mode comes back afterwards, so that one that was left in eval inside a training model stays so.
     """
-    changed = [(module, module.training) for module in model.modules() if module.training != _evaluates_as(module)]
+    changed = [(module, module.training) for module in submodules(model) if module.training != _evaluates_as(module)]
     for module, training in changed:
         module.training = not training
     try:

@@ -29,7 +29,9 @@ from refkl.backend import (
     layout_of,
     local_shard,
     named_weights,
+    parameters_in,
     reshard,
+    submodules,
     unwrap,
     weights_of,
     whole,
@@ -38,11 +40,11 @@ from refkl.reference.base import BuildRequest
 from refkl.reference.fingerprint import combined, digests
 from refkl.reference.lora_moves import planned
 from refkl.reference.moving import Move, Pair
-from refkl.reference.peft_layers import adapter_parameters, adapter_tensors
+from refkl.reference.peft_layers import adapter_parameters, adapter_tensors, switched_off
 from refkl.reference.saved import Saved
 from refkl.reference.shape import Cost
 from refkl.reference.swap import SwapReference, snapshot_of
-from refkl.scoring import Head, find_head, learned_prompt, without_prompt
+from refkl.scoring import Head, find_head, learned_prompt
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights that take out of the base what they put into the adapter."""
@@ -137,13 +139,13 @@ class AdapterReference(SwapReference):
 
     @contextmanager
     def _active(self) -> Iterator[nn.Module]:
-        if not self._off:
+        if self._open or not self._off:
             with super()._active() as model:
                 yield model
             return
         if why_not := _merged(self._policy) or _base_trains(self._policy):
             raise ValueError(f"The policy with its adapter off is not the reference: {why_not}")
-        with _switched_off(self._policy):
+        with switched_off(self._policy):
             yield self._policy
 
     def head(self) -> Head | None:
@@ -271,21 +273,8 @@ def _not_provably_off(policy: PeftModel, *, fresh: bool) -> str | None:
     return _base_trains(policy) or (None if fresh else _not_fresh(policy))
 
 
-@contextmanager
-def _switched_off(policy: PeftModel) -> Iterator[None]:
-    """PEFT's disable_adapter, which turns requires_grad off and then on for the whole adapter, without that: what the
-    user froze in the adapter would train afterwards."""
-    trains = [(p, p.requires_grad) for p in policy.parameters()]
-    try:
-        with without_prompt(policy) if learned_prompt(policy) is not None else policy.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
-
-
 def _base_trains(policy: PeftModel) -> str | None:
-    trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    trained = {id(parameter) for parameter in parameters_in(submodules(policy)) if parameter.requires_grad}
     if outside := trained - adapter_parameters(policy):
         name = next(name for name, parameter in policy.named_parameters() if id(parameter) in outside)
         return f"{name} trains and is not part of the adapter, so it would move the reference too."
@@ -293,11 +282,13 @@ def _base_trains(policy: PeftModel) -> str | None:
 
 
 def _dtypes_of(policy: PeftModel) -> list[torch.dtype]:
-    return [tensor.dtype for tensor in (*policy.parameters(), *policy.buffers())]
+    modules = submodules(policy)
+    buffers = (buffer for module in modules for buffer in module._buffers.values() if buffer is not None)
+    return [tensor.dtype for tensor in (*parameters_in(modules), *buffers)]
 
 
 def _merged(policy: PeftModel) -> str | None:
-    if any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules()):
+    if any(isinstance(m, BaseTunerLayer) and m.merged for m in submodules(policy)):
         return "the adapter is merged into the base; switching it off would unmerge it and leave it so."
     return None
 
@@ -319,7 +310,7 @@ def _not_fresh(policy: PeftModel) -> str | None:
     ids = torch.arange(8, device=policy.device)[None] % policy.config.vocab_size
     with evaluating(policy), torch.no_grad():
         on = policy(input_ids=ids).logits
-        with _switched_off(policy):
+        with switched_off(policy):
             off = policy(input_ids=ids).logits
     if not torch.allclose(on, off, rtol=1e-5, atol=1e-5):
         return (

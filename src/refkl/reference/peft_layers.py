@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
@@ -13,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import named_weights
+from refkl.backend import named_weights, parameters_in, submodules
+from refkl.scoring import learned_prompt, without_prompt
 
 _SAME_FORWARD = {"ALoraLinearVariant", "MiCAEmbeddingVariant", "MiCALinearVariant", "VeloraLinearVariant"}
 """Variants of LoRA whose forward outside of training adds the product of the two factors, as plain LoRA's does."""
@@ -151,6 +153,32 @@ def switches(policy: nn.Module) -> dict[str, str]:
         for name, module in policy.named_modules()
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     }
+
+
+@contextmanager
+def switched_off(policy: PeftModel) -> Iterator[None]:
+    """While open the policy's adapter is off, layer by layer, and so is a prompt that it learns.
+
+    PEFT's disable_adapter first makes a report of all layers, which takes several times as long as switching them, and
+    in the end turns on what was off before, and requires_grad of all that the user froze in the adapter.
+    """
+    modules = submodules(policy)
+    trains = [(p, p.requires_grad) for p in parameters_in(modules)]
+    with ExitStack() as stack:
+        stack.callback(_let_train, trains)
+        if learned_prompt(policy) is not None:
+            stack.enter_context(without_prompt(policy))
+        for layer in modules:
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) and not layer.disable_adapters:
+                stack.callback(layer.enable_adapters, True)
+                layer.enable_adapters(False)
+        yield
+
+
+def _let_train(before: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in before:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
 
 
 def quantised(policy: nn.Module) -> str:

@@ -20,7 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refkl.backend.fsdp import own_class
+from refkl.backend import own_class, submodules
 from refkl.scoring.shared import SharedMask, UnknownAttention
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -44,7 +44,7 @@ def no_masks(base: nn.Module) -> str | None:
         return f"its code calls {name!r} itself; 'sdpa' and 'eager' can"
     if getattr(config, "attn_logit_softcapping", None):
         return f"its attention {name!r} caps its logits, which torch's does not; 'eager' can"
-    if any(hasattr(module, "sinks") for module in base.modules()):
+    if any(hasattr(module, "sinks") for module in submodules(base)):
         return f"its attention {name!r} has sinks, which torch's has not; 'eager' can"
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from refkl.backend.fsdp import own_class
+from refkl.backend import own_class, submodules
 from refkl.scoring.attention import give_masks, no_masks
 from refkl.scoring.head import base_model
 from refkl.scoring.layout import Layout
@@ -61,7 +61,7 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
         return f"its positions are scaled by the longest row ({', '.join(sorted(scaled))})"
     if getattr(config, "output_router_logits", False):
         return "its router's auxiliary loss counts the tokens of the batch as it is"
-    if any(m._compiled_call_impl is not None or isinstance(m, OptimizedModule) for m in model.modules()):
+    if any(m._compiled_call_impl is not None or isinstance(m, OptimizedModule) for m in submodules(model)):
         return "it is compiled, for which each batch would be a new shape"
     return None
 

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
-from refkl.backend import unwrap
+from refkl.backend import submodules, unwrap
 from refkl.types import TokenBatch
 
 _CACHED = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -54,7 +54,7 @@ class Prompt:
                     f"that {self.kind} puts before them: PEFT drops it, or the model cannot use it. Leave it out."
                 )
         # As its layers decide; transformers' property for it has another name in each version.
-        checkpointing = any(m.training and getattr(m, "gradient_checkpointing", False) for m in base.modules())
+        checkpointing = any(m.training and getattr(m, "gradient_checkpointing", False) for m in submodules(base))
         if self.cached and checkpointing:
             raise ValueError(
                 f"{self.kind} puts its prompt into the model's cache, which gradient checkpointing drops: the policy "
