@@ -9,10 +9,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
+from refkl.backend.modules import submodules
+
 
 def reshard(model: nn.Module) -> None:
     """Free what a forward left gathered, so that every parameter is its shard again: FSDP2 keeps the root's own."""
-    for module in model.modules():
+    for module in submodules(model):
         if isinstance(module, FSDPModule):
             module.reshard()
 

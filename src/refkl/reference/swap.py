@@ -193,8 +193,9 @@ class SwapReference(Reference):
         if self._open:
             yield self._policy
             return
-        self._check_policy()
-        tensors = self._current(self._policy)
+        named = dict(named_weights(self._policy))
+        self._check_policy(named)
+        tensors = {name: tensor for name, tensor in named.items() if name in self._kept}
         release(tensors.values())
         with ExitStack() as stack:
             stack.callback(torch.clear_autocast_cache)
@@ -312,9 +313,9 @@ class SwapReference(Reference):
         tensor.data = kept.to(tensor.device)
         self._kept[name], self._waiting[name] = theirs, kept
 
-    def _check_policy(self) -> None:
+    def _check_policy(self, named: dict[str, Tensor]) -> None:
         """Raise ValueError if the policy with our tensors in it would be something else than what was captured."""
-        for name, tensor in named_weights(self._policy):
+        for name, tensor in named.items():
             if tensor.requires_grad and name not in self._kept:
                 raise ValueError(
                     f"{name} trains now, but did not when the reference was built, so the reference "
