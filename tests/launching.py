@@ -15,20 +15,26 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from refkl.backend import compile_lock
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 280
-_BUILDING = 1200.0
-"""Seconds after which nobody compiles an op of DeepSpeed's any more."""
+TORCH_EXTENSIONS = ROOT / ".cache" / "torch_extensions"
+"""Where DeepSpeed's ops are compiled: a folder of this checkout, so that another one's tests are not waited for."""
 
 
-def run(command: list[str], *, timeout: int = TIMEOUT, fails: bool = False, **environment: str) -> str:
-    """Run a command from the repository root; its output. Asserts that it ends in time, with 0 (or not, if `fails`)."""
+def run(
+    command: list[str], *, timeout: int = TIMEOUT, fails: bool = False, cwd: Path = ROOT, **environment: str
+) -> str:
+    """Run a command, from the repository root by default; its output. Asserts that it ends in time, with 0 (or not, if
+    `fails`)."""
     tests = f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     # One thread a process: two processes with two threads each fight for two cores.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
+    env |= {"TORCH_EXTENSIONS_DIR": str(TORCH_EXTENSIONS), **environment}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     with _alone():
-        return _run(command, timeout, fails, env)
+        return _run(command, timeout, fails, env, cwd)
 
 
 @contextmanager
@@ -42,10 +48,10 @@ def _alone() -> Iterator[None]:
     time.sleep(0.2)  # the other worker's turn: it looks every .05 s
 
 
-def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str]) -> str:
-    _unlock(Path(env.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")))
+def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str], cwd: Path) -> str:
+    _unlock(Path(env["TORCH_EXTENSIONS_DIR"]))
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -61,8 +67,8 @@ def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str]) -> 
 
 def _unlock(extensions: Path) -> None:
     """Delete what a killed run has left locked: torch waits for ever for the process that compiles there."""
-    for lock in extensions.glob("*/*/lock"):
-        if time.time() - lock.stat().st_mtime > _BUILDING:
+    for lock in extensions.glob("*/lock"):
+        if compile_lock.holder(lock) is None:
             lock.unlink(missing_ok=True)
 
 

@@ -7,7 +7,9 @@ from peft import LoraConfig, get_peft_model
 from support import llama
 
 import refkl
-from refkl.reference import CloneReference
+from refkl import ReferenceConfig
+from refkl.backend import Backend
+from refkl.reference import BuildRequest, CloneReference, choose
 
 
 def test_auto_says_why() -> None:
@@ -40,3 +42,10 @@ def test_registering_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     refkl.register_strategy("mine", Mine)
     assert refkl.build_reference(llama(), "mine").strategy == "mine"
+
+
+def test_what_auto_leaves_to_a_name_is_named() -> None:
+    """All weights train, so auto takes a copy, which under ZeRO-3 has no device of its own; swap has."""
+    request = BuildRequest(llama(), ReferenceConfig(device="cpu"), Backend("zero3", 2), None)
+    with pytest.raises(ValueError, match=r"'auto' finds no strategy .* on zero3 .*; asked for by name, 'swap' can:"):
+        choose(request)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from support import byte_tokenizer, llama
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 TRAINER: dict[str, Any] = {
     "max_steps": 4,
@@ -45,6 +47,10 @@ def not_a_number(completions: list[str], **columns: Any) -> list[float]:
     return [0.0] * (len(completions) - 1) + [float("nan")]
 
 
+def fails_on_rank_1(completions: list[str], **columns: Any) -> list[float]:
+    return letters(completions) if os.environ["RANK"] == "0" else columns["column that is not there"]
+
+
 _calls = iter(range(1, 1000))
 
 
@@ -56,6 +62,23 @@ def model_folder(folder: Path, **overrides: Any) -> Path:
     """A tiny model with its tokenizer."""
     llama(tie_word_embeddings=True, **overrides).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config_models(folder: Path) -> Path:
+    """Make the tiny models that configs/ can be trained with: `deep`, with as many layers as the files name, `shallow`,
+    and `reward`, a classifier."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    for name, layers in (("deep", 30), ("shallow", 2)):
+        small = {"num_hidden_layers": layers, "hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.05}
+        model_folder(folder / name, **small)
+        tokenizer.save_pretrained(folder / name)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, num_labels=1, **size)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder / "reward")
     return folder
 
 

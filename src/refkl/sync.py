@@ -61,9 +61,15 @@ class ReferenceSync:
 
     def check(self, policy: nn.Module) -> None:
         """Raise ValueError for an update that could not be made."""
-        config = self.config
+        config, reference = self.config, self.reference
         alpha = 0.5 if config.average == "bema" else config.alpha or 1.0
-        self.reference.check_movable(policy, alpha, lora=config.lora, rank=config.lora_rank)
+        try:
+            reference.check_movable(policy, alpha, lora=config.lora, rank=config.lora_rank)
+        except ValueError as error:
+            raise ValueError(
+                f"sync asks for a reference that moves, and this one (strategy {reference.strategy!r}, from "
+                f"{reference.source}) cannot: {error}"
+            ) from None
 
     def step(
         self,

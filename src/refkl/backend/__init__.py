@@ -1,5 +1,7 @@
 """What a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. The only place that knows these wrappers."""
 
+from refkl.backend.compile_lock import watch_compile_locks
+from refkl.backend.deepspeed_settings import given_once
 from refkl.backend.detect import Backend, check_launch, detect
 from refkl.backend.fsdp import is_sharded, mixed_precision, own_class, reshard, shard_like
 from refkl.backend.layout import (
@@ -51,6 +53,7 @@ __all__ = [
     "evaluating",
     "full_shape",
     "gathered",
+    "given_once",
     "is_partitioned",
     "is_sharded",
     "layout_of",
@@ -66,6 +69,7 @@ __all__ = [
     "shard_like",
     "submodules",
     "unwrap",
+    "watch_compile_locks",
     "weights_of",
     "whole",
 ]

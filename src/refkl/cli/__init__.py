@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from refkl.cli.failures import print_failure, print_uncaught_failures
 from refkl.messages import RunError
 
 USAGE = """\
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for an input that cannot be used, 130 for a run that was stopped."""
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    print_uncaught_failures()
     try:
         if command == "train":
             from refkl.cli.settings import parse_run
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ModuleNotFoundError, RunError) as error:
         if os.environ.get("REFKL_TRACEBACK"):
             raise
-        print(f"refkl: error: {error}\n(REFKL_TRACEBACK=1 in the environment shows where)", file=sys.stderr)
+        print_failure(f"refkl: error: {error}\n(REFKL_TRACEBACK=1 in the environment shows where)")
         return 1 if isinstance(error, RunError) else 2
 
 

@@ -18,6 +18,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
+from refkl.backend import given_once, watch_compile_locks
 from refkl.config import RunConfig, choices
 from refkl.messages import nearest, unknown
 
@@ -47,9 +48,11 @@ class ParsedRun:
         """TRL's configuration object.
 
         Raises:
-            ValueError: TRL refuses the combination.
+            ValueError: TRL refuses the combination; DeepSpeed is configured twice, and differently.
         """
-        return TRAINER_CONFIGS[self.config.method](**self.trainer)
+        watch_compile_locks()  # DeepSpeed compiles an op as it is made
+        with given_once(self.trainer):
+            return TRAINER_CONFIGS[self.config.method](**self.trainer)
 
 
 def parse_run(arguments: list[str]) -> ParsedRun:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from refkl.backend import dropout_rates
+from refkl.backend import dropout_rates, watch_compile_locks
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.freeze import trainable_parameters
 from refkl.guards import CHANGED, check_held, check_vocabulary, why_not_zero
@@ -28,6 +28,8 @@ from refkl.sync import SyncReferenceCallback
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
+
+watch_compile_locks()  # now: DeepSpeed compiles its first op when a script makes its TrainingArguments
 
 
 def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:

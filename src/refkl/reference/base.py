@@ -327,7 +327,12 @@ class Reference(ABC):
     def _sharded(self) -> bool:
         """Whether a score is collective: no rank holds all of the weights."""
         several = dist.is_initialized() and dist.get_world_size() > 1 and not self.freed
-        return several and any(weight.layout.sharded for weight in self._weights())
+        return several and self._holds_parts()
+
+    def _holds_parts(self) -> bool:
+        """Return True if this rank holds only a part of some weight. Scores ask this, also inside `several`, where a
+        strategy may refuse to list its weights."""
+        return any(weight.layout.sharded for weight in self._weights())
 
     def _most_tokens(self, model: nn.Module, device: torch.device) -> int | None:
         """How many to score at once; None for all."""

@@ -106,8 +106,11 @@ def choose(request: BuildRequest) -> str:
     refused = {name: cls.supports(request) for name, cls in STRATEGIES.items()}
     able = [name for name, why_not in refused.items() if why_not is None and STRATEGIES[name].auto(request)]
     if not able:
+        by_name = [repr(name) for name, why_not in refused.items() if why_not is None]
         raise ValueError(
-            f"No strategy can hold a reference for this policy on {request.backend}:\n"
+            f"'auto' finds no strategy to hold a reference for this policy on {request.backend}"
+            + (f"; asked for by name, {' or '.join(by_name)} can" if by_name else "")
+            + ":\n"
             + "\n".join(f"  {name}: {why_not}" for name, why_not in refused.items() if why_not is not None)
         )
     return _cheapest(able, request)

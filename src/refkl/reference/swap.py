@@ -233,6 +233,11 @@ class SwapReference(Reference):
             yield Weight(name, kept, self._layouts[name])
         yield from weights_of(self._policy, without={id(t) for t in tensors.values()})
 
+    def _holds_parts(self) -> bool:
+        """As the policy, whose layouts are the same whichever numbers it holds."""
+        reshard(self._policy)
+        return any(weight.layout.sharded for weight in weights_of(self._policy))
+
     def _current(self, policy: nn.Module) -> dict[str, Tensor]:
         """The policy's tensors of which there is a copy here."""
         return {name: tensor for name, tensor in named_weights(policy) if name in self._kept}

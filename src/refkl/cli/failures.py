@@ -1,0 +1,88 @@
+"""What a launched run prints when it fails: the first error of its processes, once.
+
+When one process of a run fails, the others fail too, with errors about the process that is gone. Only the first process
+that fails on a machine prints its error. torchrun, which `accelerate launch` uses, prints last what a process wrote
+into TORCHELASTIC_ERROR_FILE (https://docs.pytorch.org/docs/stable/elastic/errors.html), so the error goes there. For
+other launchers it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import psutil  # type: ignore[import-untyped]
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def print_failure(message: str) -> None:
+    """Print why this process fails, unless it is one of several and another one has failed before it."""
+    if not _launched():
+        print(message, file=sys.stderr)
+        return
+    first = _is_first()
+    if _ERROR_FILE not in os.environ:
+        if first:
+            print(f"[rank {os.environ.get('RANK', '?')}] {message}", file=sys.stderr, flush=True)
+        return
+    # Whole seconds decide which failure is the first, and a killed process has the time at which its end was seen.
+    when = int(time.time()) + (-1 if first else 1)
+    text = message if first else "ended because another process of the run failed"
+    record = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(when)}}}
+    Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
+
+
+def print_uncaught_failures() -> None:
+    """Let errors that nothing catches be reported once, too, in a process that a launcher started."""
+    if _launched():
+        sys.excepthook = _hook
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, Exception):
+        print_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())
+    else:  # Ctrl-C
+        sys.__excepthook__(kind, error, trace)
+
+
+def _launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _is_first() -> bool:
+    """Return True for the first process of this launch, on this machine, that asks."""
+    if file := os.environ.get(_ERROR_FILE):  # .../attempt_0/LOCAL_RANK/error.json, in a folder that torchrun deletes
+        return _made(Path(file).parent.parent / "refkl-failed")
+    folder = Path(tempfile.gettempdir()) / f"refkl-failed-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for left in folder.iterdir():
+        if not _alive(left.name):
+            left.unlink(missing_ok=True)
+    return _made(folder / _name(psutil.Process(os.getppid())))
+
+
+def _made(mark: Path) -> bool:
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _name(process: psutil.Process) -> str:
+    """Return what tells this process from a later one with the same id."""
+    return f"{process.pid}-{process.create_time()}"
+
+
+def _alive(name: str) -> bool:
+    try:
+        return _name(psutil.Process(int(name.split("-")[0]))) == name
+    except psutil.NoSuchProcess:
+        return False
