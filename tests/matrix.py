@@ -233,13 +233,14 @@ def run_cases(
         results = read_results(folder)
         while left := [case for case in wanted if case.backend == backend and case not in results]:
             (folder / "cases.json").write_text(json.dumps([asdict(case) for case in left]))
+            (folder / "running").unlink(missing_ok=True)
             try:
                 output = _launch(backend, folder, timeout)
             except AssertionError as error:
                 output = str(error)
             results = read_results(folder)
-            ended = next((case for case in left if case not in results), None)
-            if ended is not None and f"running {ended}\n" in output:
+            running = (folder / "running").read_text() if (folder / "running").exists() else ""
+            if ended := next((case for case in left if case not in results and str(case) == running), None):
                 results[ended] = Result("failed", output[-3000:])
                 append_result(folder, ended, results[ended])
             tell(f"{backend}: {len(left)} cases to run, {sum(case not in results for case in left)} left")

@@ -1,6 +1,7 @@
 """The demo's data and reward: what they hold, not only that they load."""
 
 import json
+import math
 import threading
 import time
 from importlib import metadata
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from refkl.demo import movies, rewards, smollm2
+from refkl.demo import movies, reward_model, rewards, smollm2
+from refkl.rewards import RewardModel
 
 
 def _installed(package: str) -> bool:
@@ -230,3 +232,67 @@ def test_the_model_is_the_one_of_the_package():
     assert logits.dtype == torch.float32
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     assert json.loads((Path(folder) / "config.json").read_text())["dtype"] == "float32"
+
+
+# reward_model
+
+
+def test_the_head_is_a_regularised_logistic_regression():
+    ones, fresh = torch.ones(4, 1, dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert reward_model.fit_head(ones, fresh, 0.0).item() == pytest.approx(math.log(3), abs=1e-4)  # 3 fresh to 1 rotten
+    # The derivative of the loss, sigmoid(w) - 3/4 + l2 w, is 0 at w = ln 2, where the sigmoid is 2/3.
+    l2 = (3 / 4 - 2 / 3) / math.log(2)
+    assert reward_model.fit_head(ones, fresh, l2).item() == pytest.approx(math.log(2), abs=1e-4)
+    assert reward_model.fit_head(10 * ones, fresh, l2).item() == pytest.approx(math.log(2) / 10, abs=1e-4)
+
+
+def test_a_reward_model_that_is_cut_off_leaves_nothing_that_looks_like_one(monkeypatch, tmp_path):
+    def cut_off(base, target, reviews):
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("REFKL_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2, "model_folder", lambda: str(tmp_path / "base"))
+    monkeypatch.setattr(reward_model, "_make", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        reward_model.model_folder()
+    assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
+
+
+def test_a_reward_model_of_hardly_any_reviews_is_refused():
+    with pytest.raises(ValueError, match="reviews=5: fitting the head takes at least 40"):
+        reward_model.model_folder(reviews=5)
+
+
+@needs_corpus
+@needs_model
+def test_the_reward_model_is_made_once_and_prefers_fresh_reviews(monkeypatch, tmp_path, capfd):
+    base = Path(smollm2.model_folder())
+    (tmp_path / base.name).symlink_to(base)
+    monkeypatch.setenv("REFKL_CACHE", str(tmp_path))
+    folders: list[str] = []
+    threads = [threading.Thread(target=lambda: folders.append(reward_model.model_folder(reviews=60))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    folder = folders[0]
+    assert folders == [folder, folder]
+    assert capfd.readouterr().err.count("Fitting the demo's reward model") == 1
+    assert {entry.name for entry in tmp_path.iterdir() if entry.is_dir()} == {base.name, Path(folder).name}
+
+    monkeypatch.setattr(reward_model, "_make", lambda *_: pytest.fail("made again"))
+    assert reward_model.model_folder(reviews=60) == folder
+    config, tokenizer = (
+        json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("config", "tokenizer_config")
+    )
+    assert (config["num_hidden_layers"], config["pad_token_id"]) == (reward_model.LAYERS, 0)
+    assert tokenizer["pad_token"] == reward_model.PAD != tokenizer["eos_token"]
+    # 0.79 when this was written. The larger class has 0.59 of these 150: chance reaches 0.70 once in 300 draws.
+    assert reward_model.accuracy(folder, limit=150) > 0.70
+    better, worse = RewardModel.load(folder)(
+        prompts=["This film is", "This film is"],
+        completions=[" a delight from its first scene to its last.", " a dull, lifeless mess that wastes its cast."],
+    )
+    assert better > 0 > worse

@@ -106,13 +106,12 @@ def test_a_case_that_ends_its_launch_is_a_failure(tmp_path: Path, monkeypatch: p
 
     def launch(backend: str, folder: Path, timeout: int) -> str:
         launches.append(left := [case for case in cases if case not in matrix.read_results(folder)])
-        said = ""
         for case in left:
-            said += f"running {case}\n"
+            (folder / "running").write_text(str(case))
             if case.policy == "frozen":
-                raise AssertionError(said + "Timeout (0:01:40)!")
+                raise AssertionError("Timeout (0:01:40)!")
             matrix.append_result(folder, case, Result("trained"))
-        return said
+        return ""
 
     import matrix
 

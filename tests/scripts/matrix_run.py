@@ -37,7 +37,7 @@ from refkl.backend import detect, gathered
 
 STEPS, ROWS = 2, 4
 SECONDS = 100
-"""After which a case hangs."""
+"""After which a case hangs; the first one may also compile an op of DeepSpeed's."""
 TEXTS = (" good", " bad one", "!", " yes it is", " no", " perhaps, or not", " it depends", " nothing at all")
 PROMPTS = ("hello", "a b", "what is it", "so")
 CONFIGS: dict[str, Any] = {"grpo": GRPOConfig, "rloo": RLOOConfig, "dpo": DPOConfig, "kto": KTOConfig, "sft": SFTConfig}
@@ -199,12 +199,11 @@ def main() -> None:
     state = PartialState(cpu=True)
     main_process, processes = state.is_main_process, state.num_processes
     assert processes == (1 if backend == "plain" else 2)
-    gc.freeze()  # what was imported is not looked at again: a collection takes 0.7 s with it, three of them a case
-    for fields in json.loads((folder / "cases.json").read_text()):
+    for number, fields in enumerate(json.loads((folder / "cases.json").read_text())):
         case = Case(**fields)
         if main_process:
-            print(f"running {case}", flush=True)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
+            (folder / "running").write_text(str(case))
+        faulthandler.dump_traceback_later(SECONDS if number else 6 * SECONDS, exit=True)
         start = time.perf_counter()
         try:
             result = run(case, folder, processes)
@@ -213,6 +212,7 @@ def main() -> None:
                 raise  # the other rank may wait for this one: the launch ends
             result = Result("failed", traceback.format_exc()[-3000:])
         gc.collect()
+        gc.freeze()  # what is left is not looked at again: a collection takes 0.7 s with it, and a case makes several
         AcceleratorState._reset_state()
         if processes > 1:
             dist.barrier()

@@ -36,7 +36,10 @@ def print_failure(message: str) -> None:
     when = int(time.time()) + (-1 if first else 1)
     text = message if first else "ended because another process of the run failed"
     record = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(when)}}}
-    Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
+    try:
+        Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
+    except OSError:  # a full disk may be what the error is about
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_uncaught_failures() -> None:
@@ -57,23 +60,26 @@ def _launched() -> bool:
 
 
 def _is_first() -> bool:
-    """Return True for the first process of this launch, on this machine, that asks."""
+    """Return True for the first process of this launch, on this machine, that asks; for all if the disk is full."""
+    try:
+        _mark().touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _mark() -> Path:
+    """Return the file that the first process that fails makes; files of launches that have ended are deleted."""
     if file := os.environ.get(_ERROR_FILE):  # .../attempt_0/LOCAL_RANK/error.json, in a folder that torchrun deletes
-        return _made(Path(file).parent.parent / "refkl-failed")
+        return Path(file).parent.parent / "refkl-failed"
     folder = Path(tempfile.gettempdir()) / f"refkl-failed-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     for left in folder.iterdir():
         if not _alive(left.name):
             left.unlink(missing_ok=True)
-    return _made(folder / _name(psutil.Process(os.getppid())))
-
-
-def _made(mark: Path) -> bool:
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+    return folder / _name(psutil.Process(os.getppid()))
 
 
 def _name(process: psutil.Process) -> str:
