@@ -21,7 +21,7 @@ from support import byte_tokenizer, llama
 from refkl import STRATEGIES
 
 BACKENDS = {"plain": "single", "ddp": "multi", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
-"""Names of refkl's, with the launch/accelerate/NAME.yaml that gives each."""
+"""Each backend, as refkl names it, with the NAME of the launch/accelerate/NAME.yaml that gives it."""
 TRAINERS = {"grpo": "KLGRPOTrainer", "rloo": "KLRLOOTrainer", "dpo": "KLDPOTrainer", "kto": "KLKTOTrainer"} | {
     "sft": "KLSFTTrainer"
 }
@@ -50,13 +50,13 @@ ALLOWED = {
     "zero3": ("none", "offload", "cache", "parts", "folder"),
     "fsdp2": ("none", "offload", "cache", "parts"),
 }
-"""docs/strategies.md, "Which option goes with which strategy"; `parts` goes with all."""
+"""The options that each strategy takes (docs/strategies.md has the same table); `parts` goes with all."""
 
 
 AUTO = ("none", "cache", "base", "folder")
 """Options that auto's choice is tried with: those that it may depend on."""
 TOLERANCE = 1e-5
-"""Of losses and KLs, in nats; each is a mean over tokens."""
+"""How far losses, KLs (nats) and gradient norms may be from those of one process; relative to values above 1."""
 
 
 @dataclass(frozen=True, order=True)
@@ -83,11 +83,11 @@ class Result:
     """"trained"; "refused" (a ValueError before the first step); or "failed", with what."""
     message: str = ""
     strategy: str = ""
-    """The one that was built."""
+    """The strategy that was built."""
     losses: tuple[float, ...] = ()
     kls: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
-    """Of the gradients: an RLOO loss is 0 whatever it is a loss of."""
+    """Gradient norms; the value of an RLOO loss is always 0, so it says nothing."""
     before: str = ""
     """The reference's fingerprint before the first step."""
     after: str = ""

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import os
 import re
-import shlex
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -125,14 +124,6 @@ def test_what_getting_started_says_has_to_be_there(key: str | None, tmp_path: Pa
         return
     with pytest.raises(ValueError, match=key):
         parse_run([str(path)])
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)
-def test_commands_that_name_a_shipped_file_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    # Files as they are shipped are in test_configs.py.
-    for line in set(re.findall(r"refkl train (configs/\S+ --[^`\n#]*)", path.read_text(encoding="utf-8"))):
-        parse_run(shlex.split(line))
 
 
 # strategies.md

@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from launching import accelerate_launch, deepspeed_launch
 from train_inputs import write_config
+
+from refkl.cli.failures import print_failure
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process as one of two, whose launcher is no torchrun; the folder for temporary files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_alone_a_process_prints_its_error(capfd: pytest.CaptureFixture[str]) -> None:
+    print_failure("the disk is gone")
+    print_failure("another run")
+    assert capfd.readouterr().err == "the disk is gone\nanother run\n"
+
+
+def test_the_first_process_that_fails_prints(launched: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for message in ("first", "second"):
+        print_failure(message)
+    assert capfd.readouterr().err == "[rank 1] first\n"
+
+
+def test_marks_of_launches_that_have_ended_are_deleted(launched: Path) -> None:
+    print_failure("first")
+    (folder,) = launched.iterdir()
+    (mark,) = folder.iterdir()
+    (folder / "1-0.5").touch()  # process 1 is another by now
+    (folder / "999999999-1.5").touch()
+    print_failure("second")
+    assert list(folder.iterdir()) == [mark]
+
+
+def test_torchrun_takes_the_first_error_for_the_root_cause(
+    launched: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of failures in one second it takes the lowest rank's, which here is the second to fail."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    files = [launched / "attempt_0" / rank / "error.json" for rank in ("0", "1")]
+    for file, message in ((files[1], "first"), (files[0], "second")):
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        print_failure(message)
+    assert capfd.readouterr().err == ""
+    assert json.loads(files[1].read_text())["message"]["message"] == "first" and "second" not in files[0].read_text()
+    error = ChildFailedError("refkl", {rank: ProcessFailure(rank, 1, 1, str(file)) for rank, file in enumerate(files)})
+    assert error.get_first_failure()[0] == 1 and "first" in _last(str(error))
+    killed = ProcessFailure(0, 1, -15, str(launched / "none.json"))
+    error = ChildFailedError("refkl", {0: killed, 1: ProcessFailure(1, 1, 1, str(files[1]))})
+    assert error.get_first_failure()[0] == 1
 
 
 def _train(folder: Path, *options: str) -> tuple[str, ...]:
