@@ -238,12 +238,15 @@ def test_the_model_is_the_one_of_the_package():
 
 
 def test_the_head_is_a_regularised_logistic_regression():
-    ones, fresh = torch.ones(4, 1, dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    assert reward_model.fit_head(ones, fresh, 0.0).item() == pytest.approx(math.log(3), abs=1e-4)  # 3 fresh to 1 rotten
+    ones, fresh, shares = (
+        torch.tensor(v, dtype=torch.float64) for v in ([[1.0]] * 3, [1.0, 1.0, 0.0], [2.0, 1.0, 1.0])
+    )
+    # The fresh rows have 3 of 4 shares.
+    assert reward_model.fit_head(ones, fresh, shares, 0.0).item() == pytest.approx(math.log(3), abs=1e-4)
     # The derivative of the loss, sigmoid(w) - 3/4 + l2 w, is 0 at w = ln 2, where the sigmoid is 2/3.
     l2 = (3 / 4 - 2 / 3) / math.log(2)
-    assert reward_model.fit_head(ones, fresh, l2).item() == pytest.approx(math.log(2), abs=1e-4)
-    assert reward_model.fit_head(10 * ones, fresh, l2).item() == pytest.approx(math.log(2) / 10, abs=1e-4)
+    assert reward_model.fit_head(ones, fresh, shares, l2).item() == pytest.approx(math.log(2), abs=1e-4)
+    assert reward_model.fit_head(10 * ones, fresh, 5 * shares, l2).item() == pytest.approx(math.log(2) / 10, abs=1e-4)
 
 
 def test_a_reward_model_that_is_cut_off_leaves_nothing_that_looks_like_one(monkeypatch, tmp_path):

@@ -1,14 +1,16 @@
 """A small reward model for the demo: its score is the log-odds that a movie review is `fresh` rather than `rotten`.
 
 The model is the lower half of SmolLM2-135M-Instruct (15 of 30 layers, frozen) with a linear head on the last token. The
-head is a logistic regression, fitted to 240 reviews of the training films (`refkl.demo.movies.verdicts`). The first
-call makes the folder, which takes 30 to 40 seconds of one CPU core; later calls return it.
+head is a logistic regression, fitted to 240 reviews of the training films (`refkl.demo.movies.verdicts`). It is fitted
+at each token of their second half, because GRPO also scores texts that are cut off. The first call makes the folder,
+which takes about 33 seconds of CPU time; later calls return it.
 
 The sign of the score is right for 0.80 of the reviews of the test films (n = 1,405; a model that answers `fresh` each
-time is right for 0.59). For reviews that are cut off at a random word of their second half, it is right for 0.63
-(n = 300). GRPO can learn to exploit so weak a judge, as it can exploit a sentiment lexicon.
+time is right for 0.59). It is right for 0.69 when the model reads only the first three quarters of their words
+(`accuracy`). GRPO can learn to exploit so weak a judge.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -27,8 +29,8 @@ from refkl.demo import movies, smollm2
 from refkl.rewards import RewardModel
 
 LAYERS = 15
-"""Number of layers that are kept. A head fitted to 500 reviews of training films is right for 0.68 of the others with 8
-layers, for 0.73 with 12, for 0.81 with 15 and for 0.81 with 16."""
+"""Number of layers that are kept. A head fitted to the last tokens of 500 reviews of training films is right for 0.68
+of 8,186 others with 8 layers, for 0.73 with 12, for 0.81 with 15 and for 0.81 with 16."""
 PAD = "<|endoftext|>"
 """The padding token. It differs from the end-of-text token, so that a text that ends in that one is read to its end."""
 L2 = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -66,46 +68,54 @@ def model_folder(reviews: int = 240) -> str:
     return str(folder)
 
 
-def accuracy(folder: str, limit: int | None = None) -> float:
-    """Return the share of reviews of test films whose score has the right sign: above 0 for a fresh one.
+def accuracy(folder: str, limit: int | None = None, share: float = 1.0) -> float:
+    """Return the fraction of reviews of test films whose score has the right sign: above 0 for a fresh one.
 
     Args:
         folder: what `model_folder` returned.
-        limit: reviews that are scored; None for all 1,405.
+        limit: number of reviews; None for all 1,405.
+        share: fraction of the words of a review that the model reads, from the beginning.
     """
     rows = movies.verdicts(limit, split="test")
-    texts = [text.strip() for text in rows["completion"]]
+    words = [text.split() for text in rows["completion"]]
+    texts = [" ".join(ws[: math.ceil(share * len(ws))]) for ws in words]
     scores = RewardModel.load(folder)(prompts=[""] * len(texts), completions=texts)
     return sum((score > 0) == fresh for score, fresh in zip(scores, rows["label"], strict=True)) / len(rows)
 
 
-def fit_head(features: Tensor, fresh: Tensor, l2: float) -> Tensor:
+def fit_head(features: Tensor, fresh: Tensor, shares: Tensor, l2: float) -> Tensor:
     """Return the weight of a logistic regression without an intercept.
 
-    Features are divided by their root mean square, so that L2 regularisation treats all alike. They are not centred:
-    the model's head has no bias, and some features are nearly constant, which serves instead of one.
+    Features are divided by their root mean square, so that L2 regularisation treats all of them the same. They are not
+    centred: the model's head has no bias, and some features are nearly constant and take its place.
 
     Args:
         features: [N, H] hidden states.
         fresh: [N], 1.0 = fresh, 0.0 = rotten.
-        l2: strength, per review.
+        shares: [N], what each row counts in the loss.
+        l2: strength of the regularisation, for shares that sum to 1.
 
     Returns:
         [H]: `features @ weight` is the log-odds of a fresh verdict.
     """
-    scale = features.pow(2).mean(0).sqrt()
+    shares = shares / shares.sum()
+    scale = (shares[:, None] * features.pow(2)).sum(0).sqrt()
     scaled = features / scale
     weight = torch.zeros_like(scale, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(scaled @ weight, fresh) + l2 / 2 * weight.pow(2).sum()
+        value = _cross_entropy(scaled @ weight, fresh, shares) + l2 / 2 * weight.pow(2).sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     return weight.detach() / scale
+
+
+def _cross_entropy(logits: Tensor, fresh: Tensor, shares: Tensor) -> Tensor:
+    return binary_cross_entropy_with_logits(logits, fresh, weight=shares / shares.sum(), reduction="sum")
 
 
 def _make(base: Path, target: Path, reviews: int) -> None:
@@ -125,33 +135,42 @@ def _make_here(base: Path, target: Path, reviews: int) -> None:
         base, num_hidden_layers=LAYERS, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
     )
     rows = movies.verdicts(reviews)
-    features = _features(model, tokenizer, [text.strip() for text in rows["completion"]])
-    fresh = torch.tensor(rows["label"], dtype=torch.float64)
-    held_out = reviews // 4  # these choose the strength; the final head is fitted to all
+    states = _hidden_states(model, tokenizer, [text.strip() for text in rows["completion"]])
+    features, shares = torch.cat(states), torch.cat([_shares(len(state)) for state in states])
+    fresh = torch.cat([torch.full((len(state),), float(y)) for state, y in zip(states, rows["label"], strict=True)])
+    fresh = fresh.double()
+    held_out = sum(map(len, states[: reviews // 4]))  # these choose the strength; the final head is fitted to all
     losses = {}
     for l2 in L2:
-        weight = fit_head(features[held_out:], fresh[held_out:], l2)
-        losses[l2] = binary_cross_entropy_with_logits(features[:held_out] @ weight, fresh[:held_out]).item()
-    weight = fit_head(features, fresh, min(losses, key=losses.__getitem__))
+        weight = fit_head(features[held_out:], fresh[held_out:], shares[held_out:], l2)
+        losses[l2] = _cross_entropy(features[:held_out] @ weight, fresh[:held_out], shares[:held_out]).item()
+    weight = fit_head(features, fresh, shares, min(losses, key=losses.__getitem__))
     model.score.weight.data = weight[None].float()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
 @torch.no_grad()
-def _features(
+def _hidden_states(
     model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 8
-) -> Tensor:
-    """Return what the head reads of each text, the hidden state of its last token: [N, H] in float64."""
+) -> list[Tensor]:
+    """Return for each text what the head reads at each token of its second half: [T, H] in float64."""
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))  # texts of like length share a forward
-    features = torch.empty(len(texts), model.config.hidden_size, dtype=torch.float64)
-    for start in range(0, len(texts), batch_size):
+    states = [torch.empty(0)] * len(texts)
+    for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = tokenizer([texts[at] for at in rows], padding=True, return_tensors="pt")
-        last = batch["attention_mask"].sum(1) - 1  # padding is on the right
+        batch = tokenizer([texts[at] for at in rows], padding=True, return_tensors="pt")  # on the right
         hidden = model.model(**batch).last_hidden_state
-        features[rows] = hidden[torch.arange(len(rows)), last].double()
-    return features
+        for at, row, length in zip(rows, hidden, batch["attention_mask"].sum(1).tolist(), strict=True):
+            states[at] = row[length // 2 : length].double()
+    return states
+
+
+def _shares(tokens: int) -> Tensor:
+    """Return the share of each token in the loss of its review, [T]: the last counts as much as the others together."""
+    shares = torch.ones(tokens, dtype=torch.float64)
+    shares[-1] = max(tokens - 1, 1)
+    return shares / shares.sum()
 
 
 if __name__ == "__main__":
