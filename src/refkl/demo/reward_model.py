@@ -14,12 +14,9 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrainedTokenizerBase
@@ -55,17 +52,8 @@ def model_folder(reviews: int = 240) -> str:
         raise ValueError(f"reviews={reviews}: fitting the head takes at least 40")
     base = Path(smollm2.model_folder())
     folder = smollm2.cache_folder() / f"{base.name}-fresh-{reviews}"
-    if folder.is_dir():
-        return str(folder)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            console = Console(stderr=True)
-            console.print(f"Fitting the demo's reward model to {reviews} reviews, once, in about 30 seconds ...")
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                _make(base, Path(scratch) / "model", reviews)
-                (Path(scratch) / "model").rename(folder)
-            console.print(f"The reward model is in {folder}", soft_wrap=True)
-    return str(folder)
+    message = f"Fitting the demo's reward model to {reviews} reviews, once, in about 30 seconds ..."
+    return smollm2.made_once(folder, message, lambda target: _make(base, target, reviews))
 
 
 def accuracy(folder: str, limit: int | None = None, share: float = 1.0) -> float:

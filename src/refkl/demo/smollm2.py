@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,15 +40,25 @@ def model_folder() -> str:
     """
     gguf_file, version = _find_gguf()
     folder = cache_folder() / f"smollm2-135m-instruct-{version}-fp32"
+    message = f"Converting {gguf_file.name} to safetensors, once, in about 20 seconds ..."
+    return made_once(folder, message, lambda target: _convert(gguf_file, target))
+
+
+def made_once(folder: Path, message: str, make: Callable[[Path], None]) -> str:
+    """Return the folder, which `make` writes under the name that it is given if it does not exist yet.
+
+    Processes that start together make it once: the others wait. The folder takes its name when it is whole, so a call
+    that was cut off leaves nothing behind that a later one would take for a model.
+    """
     if folder.is_dir():
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             console = Console(stderr=True)
-            console.print(f"Converting {gguf_file.name} to safetensors, once, in about 20 seconds ...")
+            console.print(message)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                _convert(gguf_file, Path(scratch) / "model")
+                make(Path(scratch) / "model")
                 (Path(scratch) / "model").rename(folder)
             console.print(f"The model is in {folder}", soft_wrap=True)
     return str(folder)
