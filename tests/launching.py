@@ -18,7 +18,7 @@ from filelock import FileLock
 from refkl.backend import compile_lock
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 280
+TIMEOUT, COMPILING = 280, 400
 TORCH_EXTENSIONS = ROOT / ".cache" / "torch_extensions"
 """Where DeepSpeed's ops are compiled: a folder of this checkout, so that another one's tests are not waited for."""
 
@@ -34,6 +34,8 @@ def run(
     env |= {"TORCH_EXTENSIONS_DIR": str(TORCH_EXTENSIONS), **environment}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     with _alone():
+        if any("deepspeed" in word or "zero" in word for word in command):
+            _compile(env)
         return _run(command, timeout, fails, env, cwd)
 
 
@@ -63,6 +65,14 @@ def _run(command: list[str], timeout: int, fails: bool, env: dict[str, str], cwd
         _kill(process)
     assert (process.returncode != 0) == fails, f"exit {process.returncode}: {' '.join(command)}\n{output[-6000:]}"
     return output
+
+
+def _compile(env: dict[str, str]) -> None:
+    """Compile the op that DeepSpeed communicates with, once: it takes minutes, which are not the launch's own."""
+    folder = Path(env["TORCH_EXTENSIONS_DIR"])
+    if folder == TORCH_EXTENSIONS and not (folder / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").exists():
+        build = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+        _run([sys.executable, "-c", build], COMPILING, False, env, ROOT)
 
 
 def _unlock(extensions: Path) -> None:

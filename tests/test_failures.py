@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -84,14 +83,12 @@ def test_an_input_error_of_all_ranks(tmp_path: Path) -> None:
 
 
 def test_an_error_that_nothing_catches_on_one_rank(tmp_path: Path) -> None:
-    start = time.monotonic()
     rewards = ("--reward", '[{"function": "train_inputs:fails_on_rank_1"}]')
     output = accelerate_launch("multi", "refkl", *_train(tmp_path, *rewards), module=True, fails=True)
     assert output.count("KeyError: 'column that is not there'") == 1
     assert "KeyError: 'column that is not there'" in _last(output) and "fails_on_rank_1" in _last(output)
     assert "rank      : 1 " in _last(output)
     assert "Another process of this run is gone" not in output  # what rank 0 sees, and would say
-    assert time.monotonic() - start < 120
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """What the shipped configurations train: a small language model, prompts, preference pairs, a reward, a reward model.
 
-All of them are made from installed packages.
-Nothing is downloaded, and nothing here is part of refkl proper: no other module imports this one. The configs name
-its functions (`refkl.demo.smollm2.model_folder`, `refkl.demo.movies.openings`, `refkl.demo.rewards.sentiment`,
-`refkl.demo.reward_model.model_folder`).
+All of them are made from installed packages. Nothing is downloaded, and nothing here is part of refkl proper: no other
+module imports this one. The configs name its functions (`refkl.demo.smollm2.model_folder`,
+`refkl.demo.movies.openings`, `refkl.demo.rewards.sentiment`, `refkl.demo.reward_model.model_folder`).
 """
