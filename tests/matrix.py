@@ -182,7 +182,7 @@ def faults(case: Case, results: dict[Case, Result]) -> list[str]:
         wrong.append("fingerprint changed without a sync" if not case.sync else "the sync changed nothing")
     for what in ("losses", "kls", "norms"):
         ours, theirs = getattr(found, what), getattr(alone, what)
-        tolerance = 1e-3 if case.option == "dtype" else TOLERANCE  # bf16 rounds a batch of other rows otherwise
+        tolerance = 1e-2 if case.option == "dtype" else TOLERANCE  # bf16 rounds a batch of other rows otherwise
         near = (abs(a - b) <= tolerance * max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=False))
         if len(ours) != 2 or not all(near):
             wrong.append(f"{what} {ours} and not {theirs}")
