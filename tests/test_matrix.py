@@ -1,7 +1,7 @@
 """Each trainer, with each strategy and option, on each backend, for each kind of policy (matrix.py says which).
 
-By default a part of the matrix in which each pair of values occurs; with --slow all of it. The whole takes about an
-hour on two cores, and goes on where it was stopped: REFKL_MATRIX names the folder that keeps its results.
+By default a part of the matrix in which each pair of values occurs; with --slow all of it. The whole takes more
+than an hour on two cores, and goes on where it was stopped: REFKL_MATRIX names the folder that keeps its results.
 """
 
 from __future__ import annotations

@@ -53,24 +53,22 @@ _AUTO = {"gradient_accumulation_steps": "gradient_accumulation_steps", "gradient
 
 
 @contextmanager
-def given_once(trainer: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[None]:
+def given_once(trainer: Mapping[str, Any]) -> Iterator[None]:
     """Open while transformers makes its TrainingArguments from `trainer`, so that accelerate takes agreeing settings.
 
     Args:
         trainer: the arguments; `deepspeed` is a JSON file's path, or its content.
-        environment: os.environ, in which accelerate's launcher leaves its settings.
 
     Raises:
         ValueError: the two differ, and in what.
     """
-    env = os.environ if environment is None else environment
-    asked = env.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
     if trainer.get("deepspeed") is None or not asked:
         yield
         return
     given = trainer["deepspeed"]
     name = given if isinstance(given, str) and len(given) < 300 else "trainer.deepspeed"
-    if differences := _differences(HfDeepSpeedConfig(given), trainer, env):
+    if differences := _differences(HfDeepSpeedConfig(given), trainer, os.environ):
         raise ValueError(
             f"DeepSpeed is configured twice, in accelerate's configuration and in {name} (trainer.deepspeed), and they "
             f"differ: {'; '.join(differences)}. Make them equal, or use accelerate's only: --trainer.deepspeed null."
