@@ -12,7 +12,7 @@ import time
 import torch
 
 from refkl.backend import Whole
-from refkl.reference.fingerprint import content_sum
+from refkl.reference.weights.fingerprint import content_sum
 
 
 def main() -> None:

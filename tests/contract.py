@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from refkl import Reference, TokenBatch, score_pair, score_tokens
 from refkl.backend import local_shard, named_weights, reshard, unwrap, weights_of
+from refkl.backend.learned_prompt import learned_prompt
 from refkl.scoring import completion_logits, prepare
-from refkl.scoring.prompt import learned_prompt
 
 
 @dataclass

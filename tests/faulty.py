@@ -93,7 +93,7 @@ def _watch_files(folder: str, counts: dict[str, float], kill: Kill | None) -> No
 
 
 def _watch_updates(counts: dict[str, float], kill: Kill | None) -> None:
-    from refkl.reference.moving import Averages
+    from refkl.reference.moving.average import Averages
 
     move = Averages.move
 

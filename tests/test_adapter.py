@@ -13,8 +13,8 @@ from support import batch, llama, qwen2
 from torch import nn
 
 from refkl import ReferenceConfig, build_reference, score_tokens
+from refkl.backend.adapters import switched_off
 from refkl.reference import adapter
-from refkl.reference.peft_layers import switched_off
 
 
 def _lora(**options: object) -> PeftModel:

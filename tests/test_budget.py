@@ -10,7 +10,7 @@ from support import llama, shared_batch
 
 from refkl import ReferenceConfig, TokenBatch, build_reference, score_tokens
 from refkl.scoring import budget, prepare
-from refkl.scoring.budget import free_tokens, parts
+from refkl.scoring.in_parts import free_tokens, parts
 
 ROWS = ((0, 5), (1, 3), (0, 2), (1, 6), (0, 1), (2, 4), (1, 9), (2, 2))
 LENGTHS = (7, 4, 12)

@@ -30,7 +30,7 @@ from trl import DPOConfig
 
 from refkl import Reference, ReferenceConfig, SyncConfig, TokenBatch, build_reference, score_pair
 from refkl.reference import base, store
-from refkl.reference.cache import row_keys
+from refkl.reference.cached.score_cache import row_keys
 from refkl.sync import SyncReferenceCallback
 from refkl.trl import KLDPOTrainer
 
@@ -564,7 +564,7 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
 def test_a_strategy_of_ones_own_takes_part_and_says_if_it_cannot_be_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refkl.reference.clone.CloneReference._free", Reference._free)
+    monkeypatch.setattr("refkl.reference.strategies.clone.CloneReference._free", Reference._free)
     reference = cached(llama(), tmp_path)
     with pytest.raises(ValueError, match="strategy 'clone' cannot free its weights"):
         reference.fill([TOKENS], free=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from refkl import build_reference
 from refkl.backend import Block, Layout, Weight, Whole
 from refkl.reference import fingerprint
-from refkl.reference.fingerprint import combined, content_sum, digests
+from refkl.reference.weights.fingerprint import combined, content_sum, digests
 
 MASK = 2**64 - 1
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]

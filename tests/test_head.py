@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from refkl import TokenBatch
 from refkl.scoring import Head, HeadError, find_head, score_tokens
-from refkl.scoring.redirect import redirected
+from refkl.scoring.head.redirect import redirected
 
 # What these do to their logits: logit_scale, softcap, vocabulary.
 SPECIAL = {

@@ -26,7 +26,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-import refkl.hf.leash
+import refkl.hf.supervised
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference
 from refkl.hf import KLTrainer, with_reference
 from refkl.trl import KLSFTTrainer

@@ -21,7 +21,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from refkl import Reference, ReferenceConfig, build_reference, score_tokens, trainable_parameters
 from refkl.backend import named_weights
 from refkl.config import SyncConfig
-from refkl.reference.lora import Factors, compressed, packed, stacked, unpacked
+from refkl.reference.moving.lora_algebra import Factors, compressed, packed, stacked, unpacked
 
 HOLDERS: dict[str, ReferenceConfig] = {
     "swap": ReferenceConfig(strategy="swap"),
@@ -557,7 +557,7 @@ def test_an_update_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("no room")
         return packed(*args)
 
-    monkeypatch.setattr("refkl.reference.lora_moves.packed", fail)
+    monkeypatch.setattr("refkl.reference.moving.lora_update.packed", fail)
     with pytest.raises(torch.OutOfMemoryError):
         reference.update(train(policy), 0.5, lora="product")
     assert reference.fingerprint() == before and reference.updates == 0

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from refkl import Reference, ReferenceConfig, build_reference, freeze, score_pair, score_tokens, trainable_parameters
 from refkl.backend import named_weights
 from refkl.reference import moving
-from refkl.reference.parts import Files
+from refkl.reference.weights.shard_files import Files
 
 HELD = {
     "clone": ReferenceConfig(strategy="clone"),

@@ -31,7 +31,7 @@ def test_a_strategy_that_cannot_work_here_names_the_one_that_can() -> None:
 
 
 def test_registering_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refkl.reference.plan.STRATEGIES", dict(refkl.STRATEGIES))
+    monkeypatch.setattr("refkl.reference.registry.STRATEGIES", dict(refkl.STRATEGIES))
     with pytest.raises(ValueError, match="exists already"):
         refkl.register_strategy("clone", CloneReference)
     with pytest.raises(ValueError, match="subclass"):

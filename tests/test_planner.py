@@ -167,7 +167,7 @@ def test_auto_in_a_run_takes_what_the_plan_says() -> None:
 
 
 def test_a_strategy_of_ones_own_is_planned_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refkl.reference.plan.STRATEGIES", strategies := dict(refkl.STRATEGIES))
+    monkeypatch.setattr("refkl.reference.registry.STRATEGIES", strategies := dict(refkl.STRATEGIES))
     monkeypatch.setattr("refkl.planner.STRATEGIES", strategies)
 
     class Free(refkl.reference.CloneReference):

@@ -35,8 +35,8 @@ from refkl import (
 )
 from refkl.backend import canonical_name
 from refkl.reference import Reference
-from refkl.reference.copying import frozen_copy
-from refkl.reference.quantize import FORMATS, linear_layers, matrix_shape
+from refkl.reference.quantized.layers import FORMATS, linear_layers, matrix_shape
+from refkl.reference.strategies.frozen_copy import frozen_copy
 from refkl.trl import KLDPOTrainer
 
 KINDS = list(FORMATS)

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from refkl import Reference, build_reference
 from refkl.backend import Block, Layout, Whole
 from refkl.reference import saved
-from refkl.reference.parts import Files
+from refkl.reference.weights.shard_files import Files
 
 
 class Rectangle(Piece):

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from refkl import TokenBatch, build_reference, score_pair, score_tokens
 from refkl.scoring import choice, prepare
-from refkl.scoring.layout import lay_out
-from refkl.scoring.shared import Seen, SharedMask, UnknownAttention
+from refkl.scoring.packing.packed_batch import lay_out
+from refkl.scoring.packing.prefix_mask import Seen, SharedMask, UnknownAttention
 
 # Of the models that are most used, in CI; of all others with --slow.
 USUAL = (
@@ -276,7 +276,7 @@ def test_models_for_which_it_would_be_wrong_are_run_plainly(name: str, caplog: p
     """ALiBi, a state, chunks, sparse attention. It is said once."""
     model = tiny(name)
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
-    with caplog.at_level(logging.WARNING, "refkl.scoring.forward"):
+    with caplog.at_level(logging.WARNING, "refkl.scoring.call"):
         assert prepare(model, shared_batch(prefix="off")).layout is None and not caplog.records
         for _ in range(2):
             assert prepare(model, shared_batch()).layout is None

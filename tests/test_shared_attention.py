@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refkl import build_reference, score_tokens
 from refkl.scoring import choice, prepare
-from refkl.scoring.head import base_model
-from refkl.scoring.shared import Seen, UnknownAttention
+from refkl.scoring.head.linear_head import base_model
+from refkl.scoring.packing.prefix_mask import Seen, UnknownAttention
 
 NOT = {
     "FalconForCausalLM": "calls 'flash_attention_2' itself",

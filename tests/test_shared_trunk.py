@@ -25,7 +25,7 @@ from refkl import (
 )
 from refkl.backend import Backend
 from refkl.reference import BuildRequest, SharedTrunkReference, Step
-from refkl.reference.shared_trunk import _differs
+from refkl.reference.strategies.shared_trunk import _differs
 from refkl.scoring import decoder_layers
 
 LAYERS, DEPTH = 4, 2

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from refkl import KLConfig
 from refkl.trl import TESTED, KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
-from refkl.trl.probe import check_trl
+from refkl.trl.compat import check_trl
 
 ALL = [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer), (dpo, KLDPOTrainer), (kto, KLKTOTrainer)]
 
@@ -27,7 +27,7 @@ ALL = [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer), (dpo, KLDPOTrainer), (kto, 
 @pytest.mark.parametrize("other", ["1.15.9", TESTED[1] + ".0", "2.0.0"])
 def test_another_version_is_refused(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_trl()
-    monkeypatch.setattr("refkl.trl.probe.version", lambda name: other)
+    monkeypatch.setattr("refkl.trl.compat.version", lambda name: other)
     with pytest.raises(ImportError, match=rf"tested with trl >=1\.16,<1\.17 and found {other}"):
         check_trl()
 
@@ -64,7 +64,7 @@ def test_an_old_trl_that_lacks_what_is_imported_is_named_too(tmp_path: Path) -> 
 
 
 def test_what_the_trainers_are_to_use_is_looked_for_in_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules["refkl.trl.probe"]._USED, "KTOTrainer", ("self.ref_model", "self._no_such_thing"))
+    monkeypatch.setitem(sys.modules["refkl.trl.compat"]._USED, "KTOTrainer", ("self.ref_model", "self._no_such_thing"))
     with pytest.raises(ImportError, match=r"KTOTrainer no longer uses self\._no_such_thing"):
         check_trl()
 

@@ -7,9 +7,9 @@ output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, 
 """
 
 from refkl import kl
+from refkl.checks import Finding, check_reference
 from refkl.config import KLConfig, ReferenceConfig, ScoringConfig, SyncConfig
 from refkl.freeze import freeze, frozen_parameters, trainable_parameters
-from refkl.guards import Finding, check_reference
 from refkl.penalty import KLPenalty, global_normalizer
 from refkl.reference import STRATEGIES, BuildRequest, Reference, build_reference, register_strategy, score_pair
 from refkl.scoring import score_tokens

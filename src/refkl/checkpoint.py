@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
 from refkl.messages import RunError
-from refkl.reference.saved import write_json
+from refkl.reference.weights.saved import write_json
 
 MARK = "refkl_complete.json"
 """In a checkpoint: it is complete, and of these files."""

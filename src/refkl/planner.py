@@ -36,7 +36,7 @@ from refkl.messages import size, unknown
 from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose
 
 if TYPE_CHECKING:
-    from refkl.reference.shape import Spread
+    from refkl.reference.cost import Spread
 
 Tuning = Literal["full", "lora"]
 

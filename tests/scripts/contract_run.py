@@ -33,8 +33,8 @@ from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference, freeze, trainable_parameters
 from refkl.backend import layout_of, unwrap
-from refkl.reference.quantize import FORMATS
-from refkl.scoring.head import base_model
+from refkl.reference.quantized.layers import FORMATS
+from refkl.scoring.head.linear_head import base_model
 
 LR = 0.05
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from refkl.backend import full_shape, gathered, named_weights, unwrap
 from refkl.scoring import HeadError, find_head
-from refkl.scoring.redirect import redirected
+from refkl.scoring.head.redirect import redirected
 
 
 class Logp(torch.autograd.Function):

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from refkl.backend import check_launch, detect, set_micro_batch
+from refkl.checks import check_reference
 from refkl.cli.inputs import PROMPTS, load_data, load_reward, model_path
 from refkl.cli.settings import ParsedRun
 from refkl.cli.train import make_trainer
-from refkl.guards import check_reference
 from refkl.types import TokenBatch
 
 _ROWS, _TOKENS = 4, 64

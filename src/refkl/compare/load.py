@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from refkl.backend import weights_of
 from refkl.config import ReferenceConfig
 from refkl.reference import Reference, build_reference
-from refkl.reference.fingerprint import combined, digests
+from refkl.reference.weights.fingerprint import combined, digests
 from refkl.scoring import learned_prompt
-from refkl.scoring.head import base_model
+from refkl.scoring.head.linear_head import base_model
 
 _OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

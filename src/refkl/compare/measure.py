@@ -18,7 +18,7 @@ from refkl.compare.load import vocabulary
 from refkl.compare.samples import Watch, unwatched
 from refkl.compare.texts import Text
 from refkl.kl import DIVERGENCES, estimate
-from refkl.kl.rows import Divergence
+from refkl.kl.divergence_rows import Divergence
 from refkl.reference import Reference, score_pair
 from refkl.types import PairScores, TokenBatch
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from refkl.backend import evaluating
 from refkl.compare.texts import Row, Text, Texts, prompt_ids
-from refkl.scoring.head import base_model
+from refkl.scoring.head.linear_head import base_model
 
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
 """Goes through items one by one, and may show how far it is; the string says what is being done."""

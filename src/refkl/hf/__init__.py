@@ -5,6 +5,6 @@
 The Trainer's loss stays as it is; coef · KL(policy ‖ reference) is added to it.
 """
 
-from refkl.hf.leash import KLTrainer, with_reference
+from refkl.hf.supervised import KLTrainer, with_reference
 
 __all__ = ["KLTrainer", "with_reference"]

@@ -34,7 +34,7 @@ from refkl.config import OnCheckpointError, ResumedReference
 from refkl.messages import size, unknown
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference
-from refkl.reference.saved import write_json
+from refkl.reference.weights.saved import write_json
 from refkl.sync import SyncReferenceCallback
 
 logger = logging.get_logger(__name__)

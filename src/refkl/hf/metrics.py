@@ -13,7 +13,7 @@ from refkl.kl import Histogram
 from refkl.kl.statistics import quantiles_of
 
 if TYPE_CHECKING:
-    from refkl.hf.common import KLTrainerMixin
+    from refkl.hf.trainer_mixin import KLTrainerMixin
 
 NAME = "kl/log_ratio"
 """What the histogram is logged as."""

@@ -1,6 +1,6 @@
 """Exact divergences between two categorical distributions, from logits that are at hand.
 
-`linear_divergence` gives the same from hidden states, without the logits in memory. The maths is in rows.py.
+`linear_divergence` gives the same from hidden states, without the logits in memory. The maths is in divergence_rows.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refkl.kl.rows import DIVERGENCES, Divergence, blocks, compare, first_order
+from refkl.kl.divergence_rows import DIVERGENCES, Divergence, blocks, compare, first_order
 from refkl.types import require_shape
 
 __all__ = ["DIVERGENCES", "divergence"]

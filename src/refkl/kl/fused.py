@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refkl.kl.rows import first_order
+from refkl.kl.divergence_rows import first_order
 from refkl.kl.tiles import Inputs, Job, Values, Walk, outputs
 
 

@@ -22,10 +22,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from refkl.kl.divergence_rows import Divergence
 from refkl.kl.fused import score
 from refkl.kl.logprobs import check_temperature
 from refkl.kl.projection import Scaling
-from refkl.kl.rows import Divergence
 from refkl.kl.tiles import Inputs, Job, Observer, TokenLoss
 from refkl.types import require_shape
 

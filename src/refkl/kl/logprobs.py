@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refkl.kl.rows import blocks, first_order
-from refkl.kl.tokens import entropy as row_entropies
-from refkl.kl.tokens import entropy_slope, logp_in_place, logp_slope, token_rows
+from refkl.kl.divergence_rows import blocks, first_order
+from refkl.kl.token_rows import entropy as row_entropies
+from refkl.kl.token_rows import entropy_slope, logp_in_place, logp_slope, token_rows
 from refkl.types import require_shape
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from refkl.kl.divergence_rows import Divergence, blocks, compare, reverse_kl_in_place
 from refkl.kl.projection import Projection, Scaling, rows_per_tile
-from refkl.kl.rows import Divergence, blocks, compare, reverse_kl_in_place
-from refkl.kl.tokens import entropy, entropy_slope, logp_in_place, logp_slope, token_rows
+from refkl.kl.token_rows import entropy, entropy_slope, logp_in_place, logp_slope, token_rows
 
 
 class TileScores(NamedTuple):

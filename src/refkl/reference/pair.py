@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from refkl.backend import evaluating, unwrap
 from refkl.kl import divergence as dense_divergence
-from refkl.kl.rows import Divergence
+from refkl.kl.divergence_rows import Divergence
 from refkl.kl.tiles import Observer
-from refkl.reference.base import Reference
+from refkl.reference.contract import Reference
 from refkl.scoring import (
     Against,
     Entropies,

@@ -1,9 +1,9 @@
 """Model + TokenBatch -> TokenScores. The only place where tokens are shifted."""
 
-from refkl.scoring.find import find_head
-from refkl.scoring.forward import Call, ScoredLogits, completion_logits, prepare
-from refkl.scoring.head import Head, HeadError, base_model, decoder_layers
-from refkl.scoring.prompt import Prompt, learned_prompt, without_prompt
+from refkl.backend.learned_prompt import Prompt, learned_prompt, without_prompt
+from refkl.scoring.call import Call, ScoredLogits, completion_logits, prepare
+from refkl.scoring.head.linear_head import Head, HeadError, base_model, decoder_layers
+from refkl.scoring.head.probe import find_head
 from refkl.scoring.score import (
     Against,
     Entropies,

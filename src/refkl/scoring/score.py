@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from refkl.kl import linear_logp, linear_pair, token_logp
 from refkl.kl.tiles import Observer
-from refkl.scoring.find import distrust, find_head
-from refkl.scoring.forward import Call, ScoredLogits, completion_logits, prepare
-from refkl.scoring.head import Head, HeadError
-from refkl.scoring.redirect import redirected
+from refkl.scoring.call import Call, ScoredLogits, completion_logits, prepare
+from refkl.scoring.head.linear_head import Head, HeadError
+from refkl.scoring.head.probe import distrust, find_head
+from refkl.scoring.head.redirect import redirected
 from refkl.types import TokenBatch, TokenScores
 
 Entropies = bool | Literal["detached"]

@@ -6,7 +6,7 @@ TRL's loop, generation, logging and arguments stay as they are. What changes is 
 KL is added, and that policy and reference are scored by one function.
 """
 
-from refkl.trl.probe import TESTED, check_trl
+from refkl.trl.compat import TESTED, check_trl
 
 check_trl()
 

@@ -19,9 +19,9 @@ from transformers.utils import logging
 from refkl.backend import dropout_rates
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
-from refkl.hf.common import KLTrainerMixin, check_given, settled_sync
+from refkl.hf.trainer_mixin import KLTrainerMixin, check_given, settled_sync
 from refkl.reference import Reference
-from refkl.trl.views import PolicyView, ReferenceView, same_tokens
+from refkl.trl.scored_model import PolicyView, ReferenceView, same_tokens
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)

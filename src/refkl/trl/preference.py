@@ -19,10 +19,10 @@ from trl import BEMACallback
 
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
-from refkl.hf.common import KLTrainerMixin, check_given, settled_sync
+from refkl.hf.trainer_mixin import KLTrainerMixin, check_given, settled_sync
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
-from refkl.trl.views import PolicyView, ReferenceView, same_tokens
+from refkl.trl.scored_model import PolicyView, ReferenceView, same_tokens
 from refkl.types import TokenBatch, TokenScores
 
 _TOKENS = ("input_ids", "attention_mask", "completion_mask")

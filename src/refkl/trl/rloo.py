@@ -12,7 +12,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from refkl.config import KLConfig
 from refkl.trl.online import OnlineKL, scored_tokens
-from refkl.trl.views import PolicyView
+from refkl.trl.scored_model import PolicyView
 
 
 class KLRLOOTrainer(OnlineKL, RLOOTrainer):

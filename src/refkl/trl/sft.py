@@ -9,11 +9,11 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from refkl.hf.leash import SupervisedKL
-from refkl.hf.watch import EXACT, Watch, labelled, predicts_its_labels
+from refkl.hf.observed_loss import EXACT, Watch, labelled, predicts_its_labels
+from refkl.hf.supervised import SupervisedKL
 from refkl.reference.pair import Compared, compare
 from refkl.scoring import score_model
-from refkl.trl.views import Statistics
+from refkl.trl.scored_model import Statistics
 from refkl.types import TokenBatch, TokenScores
 
 

@@ -8,7 +8,7 @@ from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 from refkl import hf
-from refkl.hf.common import KLTrainerMixin
+from refkl.hf.trainer_mixin import KLTrainerMixin
 from refkl.trl.dpo import KLDPOTrainer
 from refkl.trl.grpo import KLGRPOTrainer
 from refkl.trl.kto import KLKTOTrainer

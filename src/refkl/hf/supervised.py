@@ -1,0 +1,359 @@
+"""Supervised fine-tuning on a KL leash: the loss of a Trainer as it is, and coef · KL(policy ‖ reference) beside it.
+
+The texts are given, and not sampled from the policy. A token's k1, k2 or k3 is an estimate of the KL only if the policy
+drew that token: on given text their means are something else, that of k1 the reference's loss less the policy's. So the
+KL here is exact, over the whole vocabulary at each position of the texts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import ModelOutput, logging
+
+from refkl.backend import full_shape
+from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
+from refkl.hf.observed_loss import IGNORED, CrossEntropy, Watch, predicts_its_labels
+from refkl.hf.trainer_mixin import KLTrainerMixin, check_given
+from refkl.messages import unknown
+from refkl.penalty import global_normalizer
+from refkl.reference import Reference
+from refkl.reference.pair import Compared
+from refkl.scoring import base_model
+from refkl.types import TokenBatch, TokenScores
+
+logger = logging.get_logger(__name__)
+
+KLOn = Literal["labels", "all"]
+_TEXT = {"input_ids", "attention_mask", "labels"}
+_SCORED = "reference_scores"
+
+
+class SupervisedKL(KLTrainerMixin):
+    """What KLTrainer and KLSFTTrainer share."""
+
+    kl_on: KLOn = "labels"
+    """Which tokens the KL is taken at: those that have a label, or all that are attended to, prompts too."""
+    _count: Tensor | None = None
+    """What each micro-batch's KL is divided by in this optimizer step."""
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: str | ReferenceConfig | Reference = "auto",
+        kl: KLConfig | None = None,
+        kl_on: KLOn = "labels",
+        sync: SyncConfig | None = None,
+        scoring: ScoringConfig | None = None,
+        resume_reference: ResumedReference = "recorded",
+        on_checkpoint_error: OnCheckpointError = "stop",
+        **kwargs: Any,
+    ) -> None:
+        check_given(kl, sync, scoring)
+        kl = (kl or KLConfig()).on_given_text()
+        if kl_on not in get_args(KLOn):
+            raise unknown("kl_on", str(kl_on), get_args(KLOn))
+        self.kl_on = kl_on
+        self._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
+        super().__init__(*args, **kwargs)
+        self._check_trainer()
+        self._takes = frozenset(inspect.signature(type(self._inner()).forward).parameters)
+        self._attach(reference, kl, sync, scoring, resume_reference, on_checkpoint_error)
+
+    def _inner(self) -> nn.Module:
+        return base_model(self.accelerator.unwrap_model(self.model))
+
+    def _check_trainer(self) -> None:
+        """Raise ValueError for a Trainer or a model that this cannot be done with."""
+        name, inner = type(self).__name__, self._inner()
+        kind = type(inner).__name__
+        if vars(self)["model_init"] is not None:
+            raise ValueError(
+                f"{name} builds its reference from the policy, and model_init makes another policy when training "
+                "begins. Pass model=."
+            )
+        if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
+            raise ValueError(
+                f"{name} compares the next-token distributions of causal language models, and {kind} is none. Use "
+                "AutoModelForCausalLM."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{name} does not run in nn.DataParallel, which transformers uses where one process sees "
+                f"{self.args.n_gpu} GPUs. Start it with accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+            )
+
+    def _batch_of(self, inputs: dict[str, Any]) -> TokenBatch:
+        """The tokens of a micro-batch, those that the KL is taken at scored.
+
+        Raises:
+            ValueError: no labels, or other ones than a causal language model's; sequences that are not padded.
+        """
+        ids, labels, attention = (inputs.get(name) for name in ("input_ids", "labels", "attention_mask"))
+        name = type(self).__name__
+        if ids is None or labels is None or labels.shape != ids.shape:
+            raise ValueError(
+                f"{name} needs input_ids and labels of one shape, -100 where there is no label, and got a batch of "
+                f"{sorted(inputs)}. A collator such as DataCollatorForLanguageModeling(tokenizer, mlm=False) makes "
+                "them."
+            )
+        if attention is None:
+            if flat := sorted(inputs.keys() & {"position_ids", "cu_seq_lens_q", "seq_idx", "shift_labels"}):
+                raise ValueError(
+                    f"The batch has {', '.join(flat)} and no attention_mask: its sequences are laid in a row, and "
+                    f"{name} tells them apart by their padding. Use a collator that pads."
+                )
+            attention = torch.ones_like(ids)
+        real = attention.bool()
+        scored = real if self.kl_on == "all" else real & (labels != IGNORED)
+        known = {*_TEXT, "position_ids", "use_cache", "num_items_in_batch", _SCORED}
+        own = {name: value for name, value in inputs.items() if name in self._takes and name not in known}
+        return TokenBatch(ids, attention, scored, inputs.get("position_ids"), own, self.scoring.prefix)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Count the tokens of the optimizer step, over its micro-batches and all ranks."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            parts = [self._batch_of(batch) for batch in batches]
+            masks = [part.completion_mask.to(self.accelerator.device) for part in parts]
+            self._count = global_normalizer(masks, self.penalty.config.aggregation, self.accelerator)
+            self._begin_step(batches, parts)
+        return batches, items
+
+    def _begin_step(self, batches: list[dict[str, Any]], parts: list[TokenBatch]) -> None:
+        """The reference's scores of all micro-batches, where one sweep gives them; each takes its own along."""
+        plain = all(not part.model_inputs and part.position_ids is None for part in parts)
+        if not (self.reference.one_sweep and plain and self._fused()):
+            return
+        width = max(part.input_ids.shape[1] for part in parts)
+
+        def together(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, width - x.shape[1])) for x in tensors])
+
+        whole = TokenBatch(
+            together([part.input_ids for part in parts]),
+            together([part.attention_mask for part in parts]),
+            together([part.completion_mask for part in parts]),
+            prefix=self.scoring.prefix,
+        )
+        scores = self.reference.score(whole.to(self.accelerator.device), hidden=True)
+        assert scores.hidden is not None, "asked for"
+        rows = [len(part) for part in parts]
+        for batch, part, logp, hidden in zip(
+            batches, parts, scores.logp.split(rows), scores.hidden.split(rows), strict=True
+        ):
+            length = part.input_ids.shape[1]
+            batch[_SCORED] = TokenScores(logp[:, :length], hidden=hidden[:, :length])
+
+    def _fused(self) -> bool:
+        """Whether losses are computed inside the policy's forward, as far as the settings say."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's own loss plus coef · KL, from one forward of the policy.
+
+        Raises:
+            ValueError: as `_batch_of`; a loss that does not begin with a forward on the batch.
+        """
+        ready = inputs.pop(_SCORED, None)
+        batch = self._batch_of(inputs)
+        options = {"return_outputs": return_outputs}
+        if num_items_in_batch is not None:
+            options["num_items_in_batch"] = num_items_in_batch
+        own = super().compute_loss
+
+        def loss_of(policy: Any) -> Any:
+            return own(policy, inputs, **options)
+
+        result, found = self._compared(loss_of, model, inputs, batch, ready, return_outputs)
+        if self.model.training:
+            self._last_batch = batch
+        output = self._penalise(
+            found.scored.scores.logp,
+            found.reference.logp,
+            batch.completion_mask,
+            1.0,
+            divergence=found.divergence,
+            normalizer=self._normalizer(num_items_in_batch),
+        )
+        if not self.penalty.coef:
+            return result
+        return (result[0] + output.loss, *result[1:]) if return_outputs else result + output.loss
+
+    def _compared(
+        self,
+        loss_of: Callable[[Any], Any],
+        model: Any,
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        ready: TokenScores | None,
+        return_outputs: bool,
+    ) -> tuple[Any, Compared]:
+        """What `loss_of` gives for the policy, or for what stands in for it, and the comparison."""
+        raise NotImplementedError
+
+    def _normalizer(self, items: Any) -> Tensor | None:
+        if not self.model.training or not self.penalty.coef or self._count is None:
+            return None
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:  # as training_step decides whether it divides by the micro-batches
+            scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+        return self._count if scaled else self._count / self.current_gradient_accumulation_steps
+
+
+class KLTrainer(SupervisedKL, Trainer):
+    """transformers.Trainer with `reference=`, `kl=`, `kl_on=` and `sync=`; all else is the Trainer's.
+
+    Loss and `eval_loss` are the Trainer's own plus coef · KL(policy ‖ reference), a mean over the tokens of the
+    optimizer step. `kl` is logged, so that the Trainer's own is the loss less `kl/coef` · `kl`.
+
+    The policy is run once. Where the loss is the model's own cross-entropy, both come out of the output head, and the
+    logits are never made. A loss of another kind (label smoothing, compute_loss_func, a compute_loss of a subclass, an
+    auxiliary loss of the model) is computed as it would be without the leash, and the KL from the logits it sees.
+
+    Where a batch has padding on the left and no position_ids, positions are counted from the attention mask.
+
+    Args:
+        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
+        kl: the penalty; exact. By default at coefficient 0.05; 0 measures it alone.
+        kl_on: "labels": where a token has a label. "all": at every token that is attended to, prompts too.
+        sync: when the reference moves; by default never.
+        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
+        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
+        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
+
+    Raises:
+        ValueError: an estimator that is for sampled tokens; a model that is no causal language model; a setting of the
+            Trainer's that refkl cannot honour.
+    """
+
+    _alike = True
+    """Whether the labels of this optimizer step are what the scorer scores, on all ranks."""
+    _plain: bool | None = None
+    """Whether the model's own loss is cross-entropy alone; None until it was looked at."""
+    _shows_outputs = True
+    """Whether who asks for the outputs of a loss looks at them."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers' own, with the KL's metrics: means over the steps since the last time."""
+        mode = "train" if self.model.training else "eval"
+        prefix = "" if mode == "train" else "eval_"
+        logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
+        self._metrics[mode].clear()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """As transformers' own, which asks for the outputs also where it drops them."""
+        self._shows_outputs = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._shows_outputs = True
+
+    def _begin_step(self, batches: list[dict[str, Any]], parts: list[TokenBatch]) -> None:
+        self._alike = self._on_all_ranks(all(map(_is_text, batches, parts)))
+        if self._alike:
+            super()._begin_step(batches, parts)
+
+    def _on_all_ranks(self, fits: bool) -> bool:
+        """One rank that scores in another way than the others would wait for their gathers, and they for its."""
+        if self.accelerator.num_processes == 1:
+            return fits
+        misfits = torch.tensor(float(not fits), device=self.accelerator.device)
+        return not bool(self.accelerator.reduce(misfits, reduction="sum"))
+
+    def _fused(self) -> bool:
+        owner = next(c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, KLTrainerMixin))
+        own = owner is Trainer and self.compute_loss_func is None and self.label_smoother is None
+        return own and self._plain is not False
+
+    def _is_plain(self, model: nn.Module) -> bool:
+        """Whether the loss is cross-entropy alone; every rank calls."""
+        if self._plain is None:
+            self._plain = self._fused() and self._shows_plain(model)
+            if not self._plain:
+                logger.warning(
+                    "The loss is not the model's cross-entropy alone, so it is computed as it is, and the KL from the "
+                    "logits of policy and reference in full, which takes memory for both."
+                )
+        return self._plain
+
+    @torch.no_grad()
+    def _shows_plain(self, model: nn.Module) -> bool:
+        """Compare the loss that the model gives for a few tokens with the cross-entropy of the logits that it gives."""
+        weight: Any = base_model(model).get_input_embeddings().weight  # type: ignore[operator]
+        ids = torch.arange(_LOOKED_AT, device=self.accelerator.device)[None] % full_shape(weight)[0]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        divisor = _LOOKED_AT - 1.0
+        if self.model_accepts_loss_kwargs:
+            divisor = 3.0
+            inputs["num_items_in_batch"] = torch.tensor(divisor, device=ids.device)
+        options = {"use_cache": False} if "use_cache" in self._takes else {}
+        outputs = model(**inputs, **options)
+        if not isinstance(outputs, ModelOutput) or outputs.get("loss") is None or outputs.get("logits") is None:
+            return False
+        logits = outputs["logits"][0, -_LOOKED_AT:-1].double()
+        expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum") / divisor
+        return bool(torch.isclose(outputs["loss"].double(), expected, rtol=1e-5, atol=1e-6))
+
+    def _compared(
+        self,
+        loss_of: Callable[[Any], Any],
+        model: Any,
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        ready: TokenScores | None,
+        return_outputs: bool,
+    ) -> tuple[Any, Compared]:
+        alike = self._alike if self.model.training else self._on_all_ranks(_is_text(inputs, batch))
+        if alike and not (return_outputs and self._shows_outputs) and self._is_plain(model):
+            view = CrossEntropy(model, self.reference, batch, ready)
+            return loss_of(view), view.found
+        watch = Watch(self.reference, batch)
+        with watch.open(model):
+            result = loss_of(model)
+        assert watch.found is not None, "it was open"
+        return result, watch.found
+
+
+_LOOKED_AT = 8
+"""Tokens that a model's own loss is looked at with."""
+
+
+def _is_text(inputs: dict[str, Any], batch: TokenBatch) -> bool:
+    return not batch.model_inputs and predicts_its_labels(inputs, batch)
+
+
+_Trainer = TypeVar("_Trainer")
+
+
+def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
+    """The trainer with `reference=`, `kl=`, `kl_on=` and `sync=`, as KLTrainer has them.
+
+        MyKLTrainer = with_reference(MyTrainer)  # class MyTrainer(Trainer)
+
+    Args:
+        trainer: transformers.Trainer or a subclass; for TRL's and theirs there is refkl.trl.with_reference.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(trainer, type) or not issubclass(trainer, Trainer):
+        raise ValueError(f"with_reference takes transformers.Trainer or a subclass, and was given {trainer!r}.")
+    if issubclass(trainer, KLTrainerMixin):
+        return trainer
+    if any(cls.__module__.split(".")[0] == "trl" for cls in trainer.__mro__):
+        raise ValueError(f"{trainer.__name__} is one of TRL's trainers: use refkl.trl.with_reference.")
+    if trainer is Trainer:
+        return KLTrainer  # type: ignore[return-value]
+    body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
+    return type(f"KL{trainer.__name__}", (KLTrainer, trainer), body)

@@ -1,0 +1,284 @@
+"""`reference.cache`: a row that was scored once is not scored again, by this process or another, now or in a later run.
+
+A row's key is made of all that its scores depend on: the reference's fingerprint, how the model computes (`describe`),
+the temperature, its tokens, which of them are scored, and what else is given to the model. Padding is no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refkl.backend import mixed_precision, own_class, unwrap
+from refkl.backend.adapters import switches
+from refkl.backend.layout import communicating_device
+from refkl.messages import size
+from refkl.reference.cached.score_files import KEY_BYTES, Row, ScoreStore
+from refkl.scoring.head.linear_head import base_model
+from refkl.types import TokenBatch, TokenScores
+
+FORMAT = 1
+"""To be raised when refkl's own scores, or what is in a file, become others."""
+_NO_PART = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+}  # fmt: skip
+"""Of a model's configuration: what its scores do not depend on, or (dtype) the fingerprint says."""
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache has done in this process, and what it holds of the reference as it is now."""
+
+    hits: int
+    """Rows that no model was run for."""
+    misses: int
+    """Rows that the reference scored."""
+    rows: int
+    """Rows that are known."""
+    bytes: int
+    """On disk, of the files that were read."""
+
+    def __str__(self) -> str:
+        return f"{self.hits} rows from the cache, {self.misses} scored; it holds {self.rows} rows, {size(self.bytes)}"
+
+
+class ScoreCache:
+    """Scores of a reference in a folder, which other processes may use at the same time.
+
+    Raises:
+        ValueError: no folder that can be written to.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"reference.cache {str(folder)!r} cannot be a folder: {error}.") from None
+        if not os.access(self.folder, os.W_OK):
+            raise ValueError(f"reference.cache {str(folder)!r} cannot be written to.")
+        self._store: ScoreStore | None = None
+        self._about: dict[str, Any] = {}
+        self._hits = self._misses = 0
+
+    @property
+    def stats(self) -> CacheStats:
+        """Hits, misses, rows and bytes so far."""
+        rows, held = (0, 0) if self._store is None else (len(self._store), self._store.bytes)
+        return CacheStats(self._hits, self._misses, rows, held)
+
+    def write(self) -> None:
+        """Write what is not on disk yet; done anyway every half minute of scoring, and at the end of the process."""
+        if self._store is not None:
+            self._store.write()
+
+    def score(
+        self,
+        batch: TokenBatch,
+        about: dict[str, Any],
+        run: Callable[[TokenBatch], TokenScores] | None,
+        *,
+        temperature: float,
+        entropy: bool,
+        together: bool,
+    ) -> TokenScores:
+        """The scores of a batch, of which `run` scores the rows that are not known.
+
+        Args:
+            batch: what to score.
+            about: the reference and how it computes: `describe`, its fingerprint, the autocast.
+            run: scores a batch; None where no weights are left that could.
+            temperature, entropy: as in Reference.score.
+            together: the weights are sharded, so that either all ranks run or none.
+
+        Raises:
+            ValueError: a row that is not known, and no `run`; model_inputs that belong to no row.
+        """
+        store = self._open(about)
+        keys = row_keys(batch, temperature, entropy)
+        first = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
+        rows = store.find(first, scan=run is None)
+        missing = sorted(row for key, row in first.items() if key not in rows)
+        if run is None and missing:
+            raise ValueError(self._not_there(batch, missing, temperature, entropy))
+        if run is not None and (_on_any_rank(bool(missing)) if together else missing):
+            part = rows_of(batch, missing) if missing else _nothing(batch.input_ids.device)
+            scores = run(part).to("cpu")
+            fresh = {}
+            for place, mask in enumerate(part.completion_mask.cpu()[: len(missing)]):
+                key = keys[missing[place]]
+                assert key is not None, "only rows with a key are missed"
+                entropies = scores.logp.new_empty(0) if scores.entropy is None else scores.entropy[place][mask]
+                fresh[key] = Row(scores.logp[place][mask].numpy(), entropies.numpy())
+            store.add(fresh)
+            rows |= fresh
+        self._misses += len(missing)
+        self._hits += sum(key is not None for key in keys) - len(missing)
+        found = [rows[key] for key in keys if key is not None]
+        return TokenScores(
+            logp=_spread([row.logp for row in found], batch),
+            entropy=_spread([row.entropy for row in found], batch) if entropy else None,
+            temperature=temperature,
+        )
+
+    def _open(self, about: dict[str, Any]) -> ScoreStore:
+        if self._store is None or about != self._about:
+            self.write()
+            about = {"format": FORMAT, **about}
+            name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+            self._store = ScoreStore(self.folder / name, about)
+            self._about = {k: v for k, v in about.items() if k != "format"}
+        return self._store
+
+    def _not_there(self, batch: TokenBatch, missing: list[int], temperature: float, entropy: bool) -> str:
+        row = missing[0]
+        tokens, scored = (int(mask[row].sum()) for mask in (batch.attention_mask.bool(), batch.completion_mask))
+        return (
+            f"The reference's weights were freed, and row {row} ({tokens} tokens, {scored} of them scored, at "
+            f"temperature {temperature:g}, {'with' if entropy else 'without'} entropies) is not in the cache "
+            f"{self.folder}; {len(missing)} of the batch's {len(batch)} rows are missing. Fill it with all that will "
+            "be scored, at that temperature, or leave the weights."
+        )
+
+
+def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes | None]:
+    """A key for each row, of its real tokens alone; None for a row of which nothing is scored.
+
+    Raises:
+        ValueError: model_inputs other than single values and [B, T] tensors: they belong to no row.
+    """
+    shared = [struct.pack("<d?", temperature, entropy)]
+    per_token = [("", batch.input_ids), ("completion_mask", batch.completion_mask)]
+    if batch.position_ids is not None:
+        per_token.append(("position_ids", batch.position_ids))
+    for name, value in sorted(batch.model_inputs.items()):
+        if isinstance(value, Tensor) and value.shape == batch.input_ids.shape:
+            per_token.append((name, value))
+        elif value is None or isinstance(value, bool | int | float | str):
+            shared.append(f"{name}={value!r}".encode())
+        else:
+            what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(
+                f"reference.cache keeps scores row by row, and model_inputs[{name!r}] of {what} cannot be told row "
+                "from row. Build the reference without cache."
+            )
+    start = hashlib.blake2b(_framed(shared), digest_size=KEY_BYTES)
+    real, scored = batch.attention_mask.bool().cpu(), batch.completion_mask.any(1).tolist()
+    columns = [(f"{name} {_plain(t).dtype}".encode(), _plain(t).cpu()) for name, t in per_token]
+    keys: list[bytes | None] = []
+    for row in range(len(batch)):
+        key = start.copy()
+        for label, values in columns:
+            key.update(_framed([label, values[row][real[row]].contiguous().view(torch.uint8).numpy().tobytes()]))
+        keys.append(key.digest() if scored[row] else None)
+    return keys
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Integers of one width: that of the ids does not change what they are."""
+    return tensor if tensor.is_floating_point() else tensor.long()
+
+
+def _framed(parts: list[bytes]) -> bytes:
+    """One string that no other parts give."""
+    return b"".join(struct.pack("<q", len(part)) + part for part in parts)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What of a model that is about to run its scores depend on, beside its weights: JSON."""
+    base, inner = base_model(model), unwrap(model)
+    found: dict[str, Any] = {"model": own_class(base).__name__, "transformers": transformers.__version__}
+    if isinstance(base, PreTrainedModel):
+        found["config"] = {k: v for k, v in base.config.to_dict().items() if k not in _NO_PART}
+        found["attention"] = base.config._attn_implementation
+    else:
+        found["config"] = repr(base)
+    if casts := mixed_precision(model):
+        found["mixed_precision"] = casts
+    if on := {name: state for name, state in switches(inner).items() if state.startswith("on")}:
+        found["adapters"] = on
+        layers = {n: m for n, m in inner.named_modules() if n in on and isinstance(m, LoraLayer)}
+        found["scaling"] = {
+            name: {a: layer.scaling.get(a) for a in layer.active_adapters} for name, layer in layers.items()
+        }
+        if isinstance(inner, PeftModel):
+            configs = {name: inner.peft_config[name].to_dict() for name in inner.active_adapters}
+            for config in configs.values():
+                config.pop("base_model_name_or_path", None)
+                config.pop("inference_mode", None)
+            found["peft"] = configs
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=_as_json, sort_keys=True))
+    return plain
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+
+def rows_of(batch: TokenBatch, rows: list[int]) -> TokenBatch:
+    """Some rows of a batch, without the columns at either end that are padding in all of them."""
+    if len(rows) == len(batch):
+        return batch
+    columns = batch.attention_mask[rows].bool().any(0).nonzero()[:, 0]
+    cut = slice(int(columns[0]), int(columns[-1]) + 1)
+    return TokenBatch(
+        batch.input_ids[rows, cut],
+        batch.attention_mask[rows, cut],
+        batch.completion_mask[rows, cut],
+        None if batch.position_ids is None else batch.position_ids[rows, cut],
+        {k: v[rows, cut] if isinstance(v, Tensor) else v for k, v in batch.model_inputs.items()},
+    )
+
+
+def _nothing(device: torch.device) -> TokenBatch:
+    """The smallest batch, of which nothing is scored: for a rank that runs because others do."""
+    ids = torch.zeros((1, 2), dtype=torch.long, device=device)
+    return TokenBatch(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))
+
+
+def _spread(values: list[np.ndarray[Any, Any]], batch: TokenBatch) -> Tensor:
+    """[B, T]: the rows' values at the scored tokens, 0.0 elsewhere."""
+    flat = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *values]))
+    mask = batch.completion_mask
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device).masked_scatter(mask, flat.to(mask.device))
+
+
+def _on_any_rank(yes: bool) -> bool:
+    flag = torch.tensor(float(yes), device=communicating_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def each(batches: Iterable[TokenBatch], *, together: bool) -> Iterator[TokenBatch]:
+    """The batches, with a progress bar in a terminal. Where ranks run together, one that has no more of them goes on
+    with empty ones until all have none."""
+    console = Console(stderr=True)
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    columns = TextColumn("scoring the reference"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not (main and console.is_terminal)) as bar:
+        task = bar.add_task("", total=len(batches) if isinstance(batches, Sized) else None)
+        remaining = iter(batches)
+        while True:
+            batch = next(remaining, None)
+            if not (_on_any_rank(batch is not None) if together else batch is not None):
+                return
+            yield _nothing(communicating_device()) if batch is None else batch
+            bar.advance(task)

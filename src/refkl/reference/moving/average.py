@@ -1,0 +1,252 @@
+"""How a reference moves: its weights are mixed with the policy's in place, part by part on each rank.
+
+Nothing is gathered or sent, and beside one chunk of a weight no memory is taken. Numbers of 16 bits cannot take small
+steps (1 + 0.001 is 1 in bf16), so weights held in them are written from an average in fp32 that is kept beside them.
+
+torch's lerp gives an element the same bits wherever it stands in a tensor, so that a weight comes out the same however
+it is cut: a test holds this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refkl.backend import Layout, Weight, Whole
+from refkl.reference.quantized.layers import QuantizedLinear
+from refkl.reference.weights.tensors import bytes_held, check_pairs
+from refkl.types import MemoryReport
+
+_CHUNK, _CHUNK_OF_A_GPU = 1 << 17, 1 << 24
+"""Elements that are mixed at once where that takes temporaries: these stay in a core's cache, or keep a GPU busy."""
+_FIRST = 1 << 12
+"""Elements in which one that changed is looked for first; nearly always it is there."""
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class Pair(NamedTuple):
+    """A weight of the reference and the policy's of the same name, as far as this rank holds them."""
+
+    own: Weight
+    theirs: Weight
+    packed: QuantizedLinear | None = None
+    """The layer that holds the reference's, where it is quantised; `own.local` is then not to be written."""
+
+    @property
+    def source(self) -> Tensor:
+        """This rank's part of the policy's, cut as the reference's is."""
+        theirs = self.theirs.local.detach()
+        return self.own.layout.cut(theirs) if self.own.layout.sharded and not self.theirs.layout.sharded else theirs
+
+
+class Move(NamedTuple):
+    """One move: theta <- theta + alpha (policy - theta), and what is added to it for its bias."""
+
+    alpha: float
+    bias: float | None = None
+    """BEMA: the reference is the average + bias (policy - start)."""
+    lora: Literal["factors", "product"] = "factors"
+    """What of LoRA layers is averaged; see lora.py."""
+    rank: int | None = None
+    """For "product": what its ranks are cut to."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether what there was does not matter."""
+        return self.alpha == 1.0 and self.bias is None
+
+    def check(self) -> None:
+        """Raise ValueError for what no reference can do."""
+        if not 0.0 < self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in (0, 1], got {self.alpha}.")
+        if self.bias is not None and not 0.0 <= self.bias <= 1.0:
+            raise ValueError(f"bias must be in [0, 1], got {self.bias}.")
+        if self.lora not in ("factors", "product"):
+            raise ValueError(f"lora must be 'factors' or 'product', got {self.lora!r}.")
+        if self.lora == "product" and self.bias is not None:
+            raise ValueError("bias is added to tensors one by one, and has no use with lora='product'. Leave one out.")
+        if self.rank is not None and (self.lora != "product" or self.rank < 1):
+            raise ValueError(
+                f"rank is for lora='product', and at least 1; got rank={self.rank} with lora={self.lora!r}. Leave it "
+                "out, or set lora."
+            )
+
+
+class Probe(NamedTuple):
+    """An element that a move changed: to see that the change can be read."""
+
+    place: int
+    """In the flattened part of this rank."""
+    number: Tensor
+    """[] what it is now."""
+
+
+@dataclass
+class Averages:
+    """What a moving reference keeps beside its weights, by name, this rank's parts."""
+
+    on_host: bool = False
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    """fp32, of weights whose own numbers are too coarse to be averaged."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """The weights when a bias was first given, or first after a copy of the policy."""
+    first: dict[str, Tensor] = field(default_factory=dict)
+    """The weights before the first move, where something asks for them."""
+    layouts: dict[str, Layout] = field(default_factory=dict)
+
+    def prepare(self, pairs: Iterable[Pair], step: Move) -> None:
+        """Take the memory that a move needs, all of it or, where that raises, none."""
+        mean, start = dict(self.mean), dict(self.start)
+        for own, _, packed in pairs:
+            self.layouts[own.name] = own.layout
+            numbers = own.local if packed is None else packed.numbers
+            if not numbers.is_floating_point():
+                continue
+            coarse = step.alpha < 1.0 and (packed is not None or numbers.dtype in SIXTEEN_BITS)
+            if own.name not in mean and (coarse or step.bias is not None):
+                wide = torch.promote_types(numbers.dtype, torch.float32)
+                mean[own.name] = self.place(numbers.to(wide, copy=True))
+            if own.name not in start and step.bias is not None:
+                start[own.name] = self.place(numbers.clone())
+        self.mean, self.start = mean, start
+
+    def settle(self, weights: Iterable[Weight]) -> None:
+        """Cut and cast what is kept as the weights have been since."""
+        for name, local, layout in weights:
+            before = self.layouts.get(name)
+            for kind, kept in self._kinds().items():
+                if before is None or (tensor := kept.get(name)) is None:
+                    continue
+                if type(layout) is not type(before):
+                    tensor = layout.cut(before.join(tensor)).clone()
+                kept[name] = tensor if kind == "mean" else tensor.to(local.dtype)
+            if before is not None:
+                self.layouts[name] = layout
+
+    def keep_first(self, weights: Iterable[Weight]) -> None:
+        """Copy the weights as they are."""
+        for name, local, layout in weights:
+            self.layouts[name] = layout
+            self.first.setdefault(name, self.place(local.clone()))
+
+    def move(self, pair: Pair, step: Move) -> Probe | None:
+        """Move one weight; an element that changed, or None where policy and reference hold the same."""
+        name, source = pair.own.name, pair.source
+        mean, start = self.mean.get(name), self.start.get(name) if step.bias is not None else None
+        if step.bias is None:
+            self.start.pop(name, None)
+        if pair.packed is None:
+            return _move(pair.own.local, source, mean, start, step)
+        numbers = pair.packed.numbers
+        _move(numbers, source, mean, start, step)
+        pair.packed.repack(numbers)
+        return None
+
+    def weights(self) -> Iterator[Weight]:
+        """All that is kept, under names that say what each is; to be saved, and written into."""
+        for kind, kept in self._kinds().items():
+            for name, local in kept.items():
+                layout = self.layouts[name]
+                # The rank of a LoRA layer may be another by now than it was first.
+                yield Weight(f"{kind}:{name}", local, layout if layout.sharded else Whole(local.shape))
+
+    def load(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> None:
+        """Take over what `weights` named; `devices` says where the reference's weights are."""
+        self.mean, self.start, self.first = {}, {}, {}
+        home = next(iter(devices.values()))  # a quantised weight's bytes have other names than its average
+        for full_name, local, layout in saved:
+            kind, name = full_name.split(":", 1)
+            self.layouts[name] = layout
+            held = self.place(local if self.on_host else local.to(devices.get(name, home)))
+            self._kinds()[kind][name] = held
+
+    def memory(self, home: torch.device) -> MemoryReport:
+        """Bytes kept, as where the model runs says."""
+        held = bytes_held((tensor for kept in self._kinds().values() for tensor in kept.values()), home)
+        return MemoryReport(device=0, host=held.total) if self.on_host else held
+
+    def _kinds(self) -> dict[str, dict[str, Tensor]]:
+        return {"mean": self.mean, "start": self.start, "first": self.first}
+
+    def place(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+        """A tensor where averages are kept: in host memory, or on `device`, where the weight is."""
+        return tensor.to("cpu" if self.on_host else tensor.device if device is None else device)
+
+
+def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None, step: Move) -> Probe | None:
+    tensors = [own, theirs, mean, start]
+    flat = all(t is None or t.is_contiguous() for t in tensors)
+    if flat:
+        tensors = [None if t is None else t.view(-1) for t in tensors]
+    # What takes no temporaries is done at once, but for the part in which a changed element is looked for.
+    in_place = mean is None and own.dtype == theirs.dtype and own.device == theirs.device
+    chunk = _CHUNK if own.device.type == "cpu" else _CHUNK_OF_A_GPU
+    found: Probe | None = None
+    scratch = torch.empty(0)
+    place, end = 0, own.numel()
+    while place < end:
+        if not flat or (in_place and found is not None):
+            length = end - place
+        elif place == 0:
+            length = min(_FIRST, chunk)
+        else:
+            length = chunk
+        part, target, average, origin = (
+            None if t is None else t[place : place + length] if flat else t for t in tensors
+        )
+        assert part is not None and target is not None
+        before = part.clone() if found is None else None
+        wide = part if average is None else average
+        if not in_place and step.alpha < 1.0:
+            if scratch.shape != wide.shape:
+                scratch = torch.empty_like(wide)  # made once: a new one for each chunk costs more than the sums
+            target = scratch.copy_(target)
+        if step.alpha < 1.0 and wide.is_floating_point():
+            wide.lerp_(target, step.alpha)
+        else:
+            wide.copy_(target)  # to the bit
+        if average is not None and origin is not None and step.bias is not None:
+            lead = target.to(average.device, average.dtype) - origin.to(average.device, average.dtype)
+            part.copy_(lead.mul_(step.bias).add_(average))
+        elif average is not None:
+            part.copy_(average)
+        if before is not None and bool((changed := (before != part).reshape(-1)).any()):
+            at = int(changed.int().argmax())
+            found = Probe(place + at, part.reshape(-1)[at].clone())
+        place += part.numel()
+    return found
+
+
+def paired_weights(
+    own: Iterable[Weight], theirs: Iterable[Weight], free: Mapping[str, int] | None = None
+) -> list[Pair]:
+    """A reference's weights with the policy's of the same name; in the dimension that `free` names they may differ.
+
+    Raises:
+        ValueError: names or shapes that differ; a part of a weight that is another than the policy's.
+    """
+    ours, found = ({weight.name: weight for weight in weights} for weights in (own, theirs))
+    shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (found, ours)]
+    check_pairs(shapes[0], shapes[1], "the policy", free)
+    for name, weight in ours.items():
+        parts = weight.local.shape, found[name].local.shape
+        if found[name].layout.sharded and type(found[name].layout) is not type(weight.layout):
+            raise ValueError(
+                f"{name} is in parts on the ranks in the policy, and the reference has it whole or cut in another way: "
+                "it was built for another policy. Build it from this one."
+            )
+        if found[name].layout.sharded and parts[0] != parts[1]:
+            raise ValueError(
+                f"This rank's part of {name} is {list(parts[1])} in the policy and {list(parts[0])} in the reference: "
+                "score once after accelerator.prepare, which shards the reference as the policy is."
+            )
+    return [Pair(weight, found[name]) for name, weight in ours.items()]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two numbers are the same; a NaN is the same as a NaN."""
+    return torch.equal(a, b) or bool(a != a and b != b)

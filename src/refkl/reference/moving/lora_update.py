@@ -1,0 +1,192 @@
+"""How a reference with LoRA layers moves: which tensors are mixed one by one, and which layers by their product.
+
+The numbers of a new product are made for all layers before the first is written, so that what raises changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refkl.backend import Whole
+from refkl.backend.adapters import LoraFactors
+from refkl.reference.moving.average import SIXTEEN_BITS, Averages, Move, Pair
+from refkl.reference.moving.lora_algebra import (
+    Factors,
+    compressed,
+    highest_rank,
+    packed,
+    squared_average,
+    squared_difference,
+    squared_norm,
+    stacked,
+    unpacked,
+)
+
+_OR_FACTORS = "Use lora='factors', or alpha 1, which copies the policy."
+
+
+@dataclass(frozen=True)
+class LastUpdate:
+    """What the last `update` did."""
+
+    alpha: float
+    """As it was given."""
+    lora: Literal["factors", "product"]
+    """As it was given."""
+    distance: float | None = None
+    """With alpha < 1, of LoRA layers: how far apart the two averages are, ‖factors' - product's‖ / ‖product's‖ in the
+    Frobenius norm over the changes of weight of all layers together; before `rank` cuts. None if one of the two does
+    not exist (the reference's rank is not the policy's; the layers' weights do not change by B · A alone) or if no rank
+    has all of the numbers (FSDP2, ZeRO-3)."""
+    rank: int | None = None
+    """The highest rank of the reference's LoRA layers after it; None without any."""
+    cut: float = 0.0
+    """What `rank` left out of the average of the products, relative to that, in the same norm."""
+
+
+class LoraPair(NamedTuple):
+    """A LoRA layer's two factors, of reference and policy."""
+
+    layer: LoraFactors
+    a: Pair
+    b: Pair
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The reference's and the policy's."""
+        own, theirs = (weight.layout.shape[0] // self.layer.experts for weight in (self.a.own, self.a.theirs))
+        return own, theirs
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank holds all of it."""
+        return not any(w.layout.sharded for pair in (self.a, self.b) for w in (pair.own, pair.theirs))
+
+    def own(self, averages: Averages) -> Factors:
+        """The reference's numbers, in fp32 at least, where the policy's are."""
+        a, b = (averages.mean.get(pair.own.name, pair.own.local) for pair in (self.a, self.b))
+        return self._factors(a, b)
+
+    def theirs(self) -> Factors:
+        """The policy's, in the same dtype."""
+        return self._factors(self.a.source, self.b.source)
+
+    def _factors(self, a: Tensor, b: Tensor) -> Factors:
+        device, dtype = self.b.source.device, torch.promote_types(self.b.own.local.dtype, torch.float32)
+        return unpacked(a.to(device, dtype), b.to(device, dtype), self.layer.experts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a move is made."""
+
+    step: Move
+    pairs: list[Pair]
+    """What is mixed, tensor by tensor."""
+    layers: list[LoraPair]
+    """All LoRA layers."""
+    replaced: list[LoraPair]
+    """Those of `layers` whose factors become other tensors, and are not in `pairs`."""
+
+    def distance(self, averages: Averages) -> float | None:
+        """LastUpdate.distance; before anything is moved."""
+        known = (p.whole and p.layer.refused is None and p.ranks[0] == p.ranks[1] for p in self.layers)
+        if self.step.alpha == 1.0 or not self.layers or not all(known):
+            return None
+        apart, average = 0.0, 0.0
+        for pair in self.layers:
+            factors, scale = (pair.own(averages), pair.theirs(), self.step.alpha), pair.layer.scaling**2
+            apart += scale * float(squared_difference(*factors))
+            average += scale * float(squared_average(*factors))
+        return _ratio(apart, average)
+
+    def new(self, averages: Averages) -> New:
+        """The factors that replace others, for all layers, and what `rank` cuts away for them."""
+        found, lost, total = New({}, {}), 0.0, 0.0
+        for pair in self.replaced:
+            factors, scale = pair.theirs(), pair.layer.scaling**2
+            if self.step.alpha < 1.0:
+                factors = stacked(pair.own(averages), factors, self.step.alpha)
+                total += 0.0 if self.step.rank is None else scale * float(squared_norm(factors))
+                if (highest := highest_rank(factors, self.step.rank)) < factors.rank:
+                    factors, left_out = compressed(factors, highest)
+                    lost += scale * float(left_out)
+            for (own, _, _), numbers in zip((pair.a, pair.b), packed(factors), strict=True):
+                # Never the policy's memory, which what it has may still be.
+                found.weights[own.name] = numbers.to(own.local.device, own.local.dtype, copy=True)
+                if own.name in averages.mean or (self.step.alpha < 1.0 and own.local.dtype in SIXTEEN_BITS):
+                    found.means[own.name] = averages.place(numbers.clone(), own.local.device)
+        return found._replace(cut=0.0 if self.step.rank is None else _ratio(lost, total))
+
+    def rank(self, new: New) -> int | None:
+        """The highest rank of a layer after the move."""
+        ranks = (
+            new.weights[p.layer.a].shape[0] // p.layer.experts if p.layer.a in new.weights else p.ranks[0]
+            for p in self.layers
+        )
+        return max(ranks, default=None)
+
+
+class New(NamedTuple):
+    """Factors by name, as PEFT holds them."""
+
+    weights: dict[str, Tensor]
+    means: dict[str, Tensor]
+    """What `weights` were rounded from, of those whose averages are kept apart."""
+    cut: float = 0.0
+
+    def keep(self, averages: Averages) -> None:
+        """Let the averages of these be these."""
+        for name, mean in self.means.items():
+            averages.mean[name], averages.layouts[name] = mean, Whole(mean.shape)
+
+
+def planned(step: Move, pairs: list[Pair], layers: Iterable[LoraFactors]) -> Plan:
+    """How to make a move; `layers` are those of which the reference can hold another rank than the policy's.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    by_name = {pair.own.name: pair for pair in pairs}
+    found = [LoraPair(f, by_name[f.a], by_name[f.b]) for f in layers if f.a in by_name and f.b in by_name]
+    if step.lora == "product" and not found:
+        raise ValueError(
+            "lora='product' averages what LoRA layers add to their weights, and the reference has none, or none that "
+            "it can hold with another rank (strategies 'zero3' and 'fsdp2' hold parts). Use lora='factors'."
+        )
+    replaced = [pair for pair in found if pair.ranks[0] != pair.ranks[1]]
+    if step.alpha < 1.0 and step.lora == "product":
+        for pair in found:
+            _check_product(pair)
+        replaced = found
+    elif replaced and (step.alpha < 1.0 or step.bias is not None):
+        own, theirs = replaced[0].ranks
+        raise ValueError(
+            f"{replaced[0].layer.module} has rank {own} in the reference and {theirs} in the policy, so their factors "
+            "have no average, nor a bias. Use lora='product', or alpha 1, which copies the policy and its rank."
+        )
+    apart = {name for pair in replaced for name in (pair.layer.a, pair.layer.b)}
+    return Plan(step, [pair for pair in pairs if pair.own.name not in apart], found, replaced)
+
+
+def _check_product(pair: LoraPair) -> None:
+    if pair.layer.refused is not None:
+        raise ValueError(
+            f"lora='product' cannot average {pair.layer.module}: its adapter {pair.layer.refused}. {_OR_FACTORS}"
+        )
+    if not pair.whole:
+        raise ValueError(
+            f"lora='product' needs whole factors, and each rank holds a part of those of {pair.layer.module} (FSDP2, "
+            f"ZeRO-3). {_OR_FACTORS}"
+        )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Of two norms, given squared."""
+    return 0.0 if part <= 0.0 else sqrt(part / whole) if whole > 0.0 else inf

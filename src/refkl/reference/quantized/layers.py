@@ -1,0 +1,256 @@
+"""Linear layers in 8 or 4 bits: rounded once, and made into floating-point numbers again in each forward.
+
+    int8   torchao        symmetric, a scale for each output row
+    int4   torchao        a scale and a zero point for each group of 64 inputs (of 32 or 16 where 64 do not divide them)
+    nf4    bitsandbytes   the 16 levels of NormalFloat, a scale for each block of 64 (Dettmers et al., arXiv:2305.14314)
+
+The packages round and restore numbers; what is held are plain buffers, which a move, a copy, a fingerprint and a file
+treat like any others, and which run on every device. The packages' own layers do not: torchao's int4 tensors are each
+for one kind of device or take a byte a number, and bitsandbytes' Linear4bit repacks itself in place on some processors.
+Over a batch of tokens those multiply by the restored matrix too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from refkl.backend import full_shape, unwrap
+from refkl.backend.adapters import adapter_parameters
+from refkl.scoring.head.linear_head import base_model
+
+if TYPE_CHECKING:
+    from refkl.reference.contract import BuildRequest
+
+_GROUP, _SMALLEST_GROUP = 64, 16
+"""Numbers that share a scale in 4 bits."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is held in few bits."""
+
+    package: str
+    """What rounds; as pip knows it."""
+    pack: Callable[[Tensor], dict[str, Tensor]]
+    """[out, in] fp32 -> the tensors that are held."""
+    unpack: Callable[[dict[str, Tensor], torch.Size, torch.dtype], Tensor]
+    """The tensors that are held, and a shape -> [out, in] in the dtype."""
+    size: Callable[[int, int], int]
+    """Bytes held for [out, in]."""
+    transient: int
+    """Bytes that `unpack` takes for each number while it runs."""
+
+
+def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
+    return _rounded(weight, weight.shape[1], "SYMMETRIC", torch.int8, -128, 127)
+
+
+def _unpack_int8(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    block = (1, shape[1])
+    restored: Tensor = dequantize_affine(
+        parts["qdata"], block, parts["scale"], None, torch.int8, -128, 127, output_dtype=dtype
+    )
+    return restored
+
+
+def _pack_int4(weight: Tensor) -> dict[str, Tensor]:
+    parts = _rounded(weight, _group(weight.shape[1]), "ASYMMETRIC", torch.uint8, 0, 15)
+    qdata = parts["qdata"]
+    return {**parts, "qdata": qdata[:, ::2] | qdata[:, 1::2] << 4}
+
+
+def _unpack_int4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    pairs, block = parts["qdata"], (1, _group(shape[1]))
+    qdata = torch.stack([pairs & 15, pairs >> 4], -1).view(shape)
+    restored: Tensor = dequantize_affine(
+        qdata, block, parts["scale"], parts["zero_point"], torch.uint8, 0, 15, output_dtype=dtype
+    )
+    return restored
+
+
+def _rounded(weight: Tensor, group: int, mapping: str, dtype: torch.dtype, low: int, high: int) -> dict[str, Tensor]:
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+
+    block, eps = (1, group), torch.finfo(torch.float32).eps
+    scale, zero_point = choose_qparams_affine(
+        weight, MappingType[mapping], block, dtype, low, high, eps, torch.float32, dtype, keepdim=True
+    )
+    qdata = quantize_affine(weight, block, scale, zero_point, dtype, low, high)
+    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point}
+    return {name: part for name, part in parts.items() if mapping == "ASYMMETRIC" or name != "zero_point"}
+
+
+def _pack_nf4(weight: Tensor) -> dict[str, Tensor]:
+    from bitsandbytes.functional import quantize_4bit
+
+    qdata, state = quantize_4bit(weight, blocksize=_GROUP, quant_type="nf4")
+    return {"qdata": qdata, "absmax": state.absmax}
+
+
+def _unpack_nf4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    known = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    # As one row: where blocks run over the ends of rows, its CPU kernel (0.50.2) takes another block's scale.
+    flat = torch.Size([shape.numel()])
+    state = QuantState(parts["absmax"], shape=flat, blocksize=_GROUP, quant_type="nf4", dtype=known)
+    restored: Tensor = dequantize_4bit(parts["qdata"], state)
+    return restored.view(shape).to(dtype)
+
+
+def _group(width: int) -> int:
+    return gcd(width, _GROUP)
+
+
+FORMATS: dict[str, Format] = {
+    "int8": Format("torchao", _pack_int8, _unpack_int8, lambda out, width: out * width + 4 * out, 8),
+    "int4": Format(
+        "torchao", _pack_int4, _unpack_int4, lambda out, width: out * width // 2 + 5 * out * (width // _group(width)), 9
+    ),
+    "nf4": Format(
+        "bitsandbytes",
+        _pack_nf4,
+        _unpack_nf4,
+        lambda out, width: -(-out * width // 2) + 4 * -(-out * width // _GROUP),
+        4,
+    ),
+}
+"""What serves each value of reference.quantize."""
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is held in few bits.
+
+    Its buffers never change dtype: a cast would round the scales a second time.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        weight = layer.weight.detach()  # type: ignore[operator]
+        self.format = name
+        """In FORMATS."""
+        self.shape = matrix_shape(layer)
+        """[out, in]"""
+        self.dtype = weight.dtype
+        """That `weight` comes in."""
+        self._transposed = isinstance(layer, Conv1D)
+        for part, tensor in self._packed(weight).items():
+            self.register_buffer(part, tensor)
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] the numbers that it computes with, made anew: some models read them beside the forward."""
+        return self._restored(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        return nn.functional.linear(x, self._restored(x.dtype), self.bias)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The weight made anew, in the shape that the layer had before: what a moving average goes on from."""
+        return self.weight.t() if self._transposed else self.weight
+
+    @property
+    def numbers_shape(self) -> torch.Size:
+        """Of `numbers`."""
+        return self.shape[::-1] if self._transposed else self.shape
+
+    def repack(self, numbers: Tensor) -> None:
+        """Hold these, in the shape of the layer that was quantised."""
+        for part, tensor in self._packed(numbers).items():
+            self.get_buffer(part).copy_(tensor)
+
+    def _packed(self, numbers: Tensor) -> dict[str, Tensor]:
+        matrix = numbers.t() if self._transposed else numbers
+        return FORMATS[self.format].pack(matrix.float().contiguous())
+
+    def _restored(self, dtype: torch.dtype) -> Tensor:
+        return FORMATS[self.format].unpack(dict(self.named_buffers(recurse=False)), self.shape, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        parts, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        # Bytes are moved, and never cast.
+        self._buffers = {k: fn(t.view(torch.uint8)).view(t.dtype) for k, t in parts.items() if t is not None}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's."""
+        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, {self.format}"
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that can be quantised: nn.Linear and GPT-2's Conv1D, but for the output head, what is tied to an
+    embedding, and adapters; none whose forward was replaced, or whose weight is packed or sharded."""
+    base = base_model(model)
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    looked_up = (m.weight for m in base.modules() if isinstance(m, nn.Embedding))
+    kept = {id(weight) for weight in (*looked_up, *(() if head is None else head.parameters()))}
+    kept |= adapter_parameters(model)
+    for name, layer in base.named_modules():
+        if type(layer).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(layer):
+            continue
+        weight: Any = layer.weight
+        if type(weight) is nn.Parameter and weight.is_floating_point() and id(weight) not in kept:
+            yield name, layer
+
+
+def matrix_shape(layer: nn.Module) -> torch.Size:
+    """[out, in] of one of `linear_layers`."""
+    shape = full_shape(layer.weight)  # type: ignore[arg-type]
+    return shape[::-1] if isinstance(layer, Conv1D) else shape
+
+
+def why_not_quantized(request: BuildRequest) -> str | None:
+    """None if a copy of what the request names can be held as it asks for; else a sentence that says why not."""
+    config, policy = request.config, unwrap(request.policy)
+    assert config.quantize is not None
+    if config.source == "policy" and isinstance(policy, PeftModel):
+        return (
+            "the policy is a PEFT model, whose base the reference shares with it: a quantised copy would only add "
+            "memory. Leave reference.quantize out, or set reference.source to what to compare with."
+        )
+    package = FORMATS[config.quantize].package
+    if not request.planned and find_spec(package) is None:
+        return (
+            f"reference.quantize {config.quantize!r} needs {package}, which is not installed: pip install "
+            "'refkl[quantize]'."
+        )
+    if config.cache is not None and request.backend.processes > 1 and request.calibration is None:
+        return (
+            "the floor of a quantised reference is measured by all processes together, and with reference.cache some "
+            "may have nothing to score. Make it with refkl.build_reference(..., calibration=batch), and give a trainer "
+            "that."
+        )
+    layers = dict(linear_layers(policy))
+    if config.source == "policy" and config.dtype is None and config.device is None:
+        layers = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+    if not layers:
+        return (
+            f"{type(base_model(policy)).__name__} has no linear layer to quantise beside its output head: none that "
+            "trains and that is not quantised already. Leave reference.quantize out."
+        )
+    for name, layer in layers.items():
+        if config.quantize == "int4" and _group(width := matrix_shape(layer)[1]) < _SMALLEST_GROUP:
+            return (
+                f"reference.quantize 'int4' rounds numbers in groups of {_SMALLEST_GROUP} at least, and the {width} "
+                f"inputs of {name} are no multiple of that. Use 'int8' or 'nf4'."
+            )
+    return None

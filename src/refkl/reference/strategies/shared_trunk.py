@@ -1,0 +1,272 @@
+"""`shared_trunk`: where the lowest layers are frozen, policy and reference share them, weights and activations.
+
+The weights are a clone's: a copy of what trains, the rest shared. In `score_pair` the frozen layers below the lowest
+that trains (the trunk) run once, in whichever of the two models comes first; the other takes over what came out of them
+and runs the layers above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refkl.backend import dropout_rates, named_weights, unwrap
+from refkl.backend.adapters import adapter_parameters
+from refkl.reference.contract import BuildRequest
+from refkl.reference.cost import Cost
+from refkl.reference.strategies.clone import CloneReference, must_copy_all
+from refkl.scoring import HeadError, decoder_layers, find_head, score_model
+from refkl.scoring.head.linear_head import base_model
+from refkl.types import TokenBatch
+
+_CLOSE = 1e-4
+"""Nats by which a score through the trunk may differ from one without: layers above it may be cut into other tiles."""
+
+
+class SharedTrunkReference(CloneReference):
+    """A clone of what trains, above layers that are run once for both."""
+
+    strategy = "shared_trunk"
+    _depth = 0
+    """How many layers the trunk has: settled when it is built."""
+    _proven = False
+    """Whether the layers above the trunk were seen to need nothing of it but what comes out of its last layer."""
+
+    @classmethod
+    def supports(cls, request: BuildRequest) -> str | None:
+        policy = unwrap(request.policy)
+        if request.config.source != "policy" or request.config.quantize is not None or must_copy_all(policy, request):
+            return (
+                "its lower layers are the policy's own, as they stand and where they are: reference.source, .dtype, "
+                ".device, .offload and .quantize cannot be set, and no adapter may be merged. Use 'clone'."
+            )
+        if (why_not := super().supports(request)) is not None:
+            return why_not
+        if decoder_layers(policy) is None:
+            return f"{type(base_model(policy)).__name__} has no list of layers to tell a trunk by."
+        if not _trunk(policy):
+            return (
+                "no layer at the bottom is frozen, or the embeddings under it train (tied to a head that trains?): "
+                'freeze them, as in refkl.freeze(policy, ["model.embed_tokens", "model.layers.0"]).'
+            )
+        return None
+
+    @classmethod
+    def auto(cls, request: BuildRequest) -> bool:
+        """It holds what "swap" does, and is quicker in `score_pair` alone: to be asked for by name."""
+        return False
+
+    @classmethod
+    def cost(cls, request: BuildRequest) -> Cost:
+        shape, step = request.shape, request.shape.step
+        below = _trunk(unwrap(request.policy))
+        weights = sum(p.numel() for layer in below for p in layer.parameters() if p.dim() >= 2)
+        saved = 2 * step.tokens * (weights + len(below) * step.length * step.hidden)
+        return replace(super().cost(request), flops=shape.forward() - saved)
+
+    @classmethod
+    def why(cls, request: BuildRequest) -> str:
+        depth = len(_trunk(unwrap(request.policy)))
+        return (
+            f"the {depth} lowest layers are frozen, and run once for policy and reference; above them "
+            f"{super().why(request)}"
+        )
+
+    @classmethod
+    def build(cls, request: BuildRequest, reason: str) -> CloneReference:
+        reference = super().build(request, reason)
+        assert isinstance(reference, cls)
+        reference._depth = len(_trunk(unwrap(request.policy)))
+        return reference
+
+    @contextmanager
+    def paired(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
+        """Open around one score of each: the trunk runs in the first of the two alone.
+
+        It runs in both where the policy's may give something else than the reference's: with dropout in it while the
+        policy trains, or compiled.
+        """
+        own = self._policy()
+        if self.freed or own is None or unwrap(policy) is not own or _differs(policy, self._depth):
+            yield
+            return
+        self.settle()  # refuses a trunk of which something trains by now
+        if not self._proven:
+            self._prove(own, batch)
+        with _Once([self._trunk_of(own), self._trunk_of(self.model)]):
+            yield
+
+    def _trunk_of(self, model: nn.Module) -> list[nn.Module]:
+        return list(_layers(model))[: self._depth]
+
+    def _prove(self, policy: nn.Module, batch: TokenBatch) -> None:
+        """Raise ValueError if the reference's scores are others when the layers above get the trunk's output alone, or
+        if something that trains runs before it."""
+        for model in (policy, self.model):
+            with suppress(HeadError):
+                find_head(model)  # by a forward, which is not one of the two
+        trunk = self._trunk_of(self.model)
+        copied = {n for n, p in named_weights(self.model) if isinstance(p, nn.Parameter) and n not in self._shared}
+        below = _Below(copied, self.model, trunk[-1])
+        with self._scoring(batch) as (model, moved), _Once([trunk]):
+            with below:
+                plain = score_model(model, moved).scores.logp
+            taken = score_model(model, moved).scores.logp
+        name = type(base_model(self.model)).__name__
+        if below.found:
+            raise ValueError(
+                f"{below.found[0]} trains, and runs before the frozen layers of {name} end: they give the policy "
+                "something else than the reference. Freeze it, or use reference.strategy 'swap' or 'clone'."
+            )
+        if not torch.allclose(plain, taken, rtol=0.0, atol=_CLOSE):
+            raise ValueError(
+                f"The layers of {name} need more of those under them than what the last of these gives: "
+                f"log-probabilities differ by up to {float((plain - taken).abs().max()):.2g} nats. Use "
+                "reference.strategy 'swap' or 'clone'."
+            )
+        self._proven = True
+
+
+class _Once:
+    """While open, the first of the trunks to be run keeps what came out of it, and one that is given the same to start
+    from takes that over."""
+
+    def __init__(self, trunks: list[list[nn.Module]]) -> None:
+        self._layers = [layer for trunk in trunks for layer in trunk]
+        self._first = [trunk[0] for trunk in trunks]
+        self._last = [trunk[-1] for trunk in trunks]
+        self._entered: list[Tensor] = []
+        """What the first layer was given: hidden states [B, T, H], masks, positions."""
+        self._output: Any = None
+        """What the last layer gave: a tensor [B, T, H], or a tuple of it and more."""
+        self._taking = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            self._replace(layer)
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _replace(self, layer: nn.Module) -> None:
+        run, own = layer.forward, vars(layer).get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            entering: Tensor = args[0] if args else kwargs["hidden_states"]
+            if layer in self._first:
+                self._begin([t.detach() for t in _tensors((args, kwargs))])
+            if self._taking:
+                return _cut(self._output, grad=entering.requires_grad)
+            result = run(*args, **kwargs)
+            if layer in self._last:
+                self._output = _cut(result, grad=False)
+                self._without_checkpoints()
+            return result
+
+        layer.__dict__["forward"] = forward
+        if own is None:
+            self._stack.callback(layer.__dict__.pop, "forward")
+        else:
+            self._stack.callback(layer.__dict__.__setitem__, "forward", own)
+
+    def _begin(self, entering: list[Tensor]) -> None:
+        # Noise on the embeddings, other tokens or another mask make it another run.
+        before, self._entered = self._entered, entering
+        same = len(before) == len(entering) and all(map(_equal, before, entering))
+        self._taking = same and self._output is not None
+        if not self._taking:
+            self._output = None
+
+    def _without_checkpoints(self) -> None:
+        """What is taken over keeps nothing, and must not be run again in a backward pass."""
+        for layer in self._layers:
+            if vars(layer).get("gradient_checkpointing"):
+                self._stack.callback(setattr, layer, "gradient_checkpointing", True)
+                layer.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+class _Below:
+    """While open, notes which of the named weights are in modules that run before the trunk has."""
+
+    def __init__(self, names: set[str], model: nn.Module, last: nn.Module) -> None:
+        self.found: list[str] = []
+        self._over = False
+        self._stack = ExitStack()
+        self._modules = {
+            name: module
+            for name, weight in named_weights(model)
+            if name in names
+            for module in model.modules()
+            if any(weight is p for p in module.parameters(recurse=False))
+        }
+        self._last = last
+
+    def __enter__(self) -> None:
+        def note(name: str) -> None:
+            if not self._over:
+                self.found.append(name)
+
+        def over() -> None:
+            self._over = True
+
+        self._stack.callback(self._last.register_forward_hook(lambda *_: over()).remove)
+        for name, module in self._modules.items():
+            hook = module.register_forward_pre_hook(lambda *_, name=name: note(name))
+            self._stack.callback(hook.remove)
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def _cut(result: Any, *, grad: bool) -> Any:
+    """A layer's result without its graph. Reentrant checkpoints above need an input that has a gradient if it had."""
+    if isinstance(result, Tensor):
+        return result.detach().requires_grad_(grad and result.is_floating_point())
+    return tuple(_cut(part, grad=grad) for part in result) if isinstance(result, tuple) else result
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, dict):
+        yield from _tensors(tuple(arguments.values()))
+    elif isinstance(arguments, tuple | list):
+        for part in arguments:
+            yield from _tensors(part)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _layers(policy: nn.Module) -> nn.ModuleList:
+    layers = decoder_layers(policy)
+    assert layers is not None, "supports() lets no other policy in"
+    return layers
+
+
+def _trunk(policy: nn.Module) -> list[nn.Module]:
+    """The lowest layers that are frozen, if the embeddings are."""
+    tuned = adapter_parameters(policy)
+    moving = {id(p) for p in policy.parameters() if p.requires_grad or id(p) in tuned}
+
+    def still(module: nn.Module) -> bool:
+        return not any(id(p) in moving for p in module.parameters())
+
+    embeddings: nn.Module = base_model(policy).get_input_embeddings()  # type: ignore[operator]
+    return list(takewhile(still, _layers(policy))) if still(embeddings) else []
+
+
+def _differs(policy: nn.Module, depth: int) -> bool:
+    """Whether what the policy's trunk gives may not be what the reference's does."""
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in policy.modules()):
+        return True  # compiled with the layers' forward as it is
+    above = {id(m) for layer in _layers(policy)[depth:] for m in layer.modules()}
+    return any(m.training and dropout_rates(m) for m in policy.modules() if id(m) not in above)

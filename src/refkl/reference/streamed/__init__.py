@@ -1,0 +1,1 @@
+"""A reference in host memory that visits the device layer by layer."""

@@ -1,0 +1,357 @@
+"""Weights that wait in host memory and pass through the device, unit by unit, while their model runs.
+
+A unit is a decoder layer, or another module that holds weights: embedding, last norm, head. When one begins its forward
+the one before it leaves the device and the one after it is fetched, so that two are there at most, and on a GPU the
+next one's way overlaps with the computation. Nothing is written back: the host's numbers are the weights.
+
+A sweep moves every weight once, however large the batch, so a whole rollout is to be scored in one. Its activations
+stay those of a small batch: a decoder layer takes a large one in chunks of rows. Which of a layer's inputs have rows is
+seen from what the model gives it for one sequence; where that does not settle it, the layer takes all rows at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refkl.backend import named_weights
+from refkl.scoring.call import prepare
+from refkl.types import TokenBatch
+
+CHUNK_TOKENS = 16384
+"""Tokens, padding included, that a decoder layer takes at once; one row at least."""
+
+Path = tuple[Any, ...]
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+"""Arguments of a layer that hold no rows, and no state that one chunk could leave to the next."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What is put on the device together."""
+
+    name: str
+    module: nn.Module
+    tensors: list[Tensor]
+    """Parameters and persistent buffers."""
+    layer: bool
+    """Whether it is one of a list of modules, which takes rows in chunks."""
+
+
+def units_of(model: nn.Module) -> tuple[list[Unit], list[Tensor]]:
+    """The units in the order in which the model registers them, and the weights that are in none of them: those are on
+    the device for a whole sweep. Buffers that no checkpoint holds, such as rotary frequencies, are neither."""
+    weights = {id(tensor): tensor for _, tensor in named_weights(model)}
+    units: dict[nn.Module, Unit] = {}
+    for name, module, layer in _split(model):
+        own = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) in weights}
+        if own and module not in units:
+            units[module] = Unit(name, module, list(own.values()), layer)
+    inside = {id(tensor) for unit in units.values() for tensor in unit.tensors}
+    return list(units.values()), [tensor for key, tensor in weights.items() if key not in inside]
+
+
+def _split(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+    """What a list of modules holds, and beside such lists whatever holds none: an adapted head is one unit."""
+    listed = isinstance(module, _CONTAINERS)
+    for name, child in module.named_children():
+        if isinstance(child, _CONTAINERS) or (
+            not listed and any(isinstance(m, nn.ModuleList) for m in child.modules())
+        ):
+            yield from _split(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child, listed
+
+
+def unit_bytes(model: nn.Module, *, dtype: torch.dtype | None, without: set[int]) -> tuple[list[int], int]:
+    """Bytes of each unit in order, and of the weights in none: floating-point ones in `dtype`, if given, and none of
+    those whose id() is in `without`. For a model on the meta device too."""
+
+    def size(tensors: list[Tensor]) -> int:
+        kept = [t for t in tensors if id(t) not in without]
+        return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in kept)
+
+    units, rest = units_of(model)
+    return [size(unit.tensors) for unit in units], size(rest)
+
+
+def largest_pair(sizes: list[int]) -> int:
+    """Of two units that follow each other."""
+    return max((a + b for a, b in pairwise(sizes)), default=sum(sizes))
+
+
+def unstreamable(model: nn.Module) -> str | None:
+    """A sentence if some weight is more than the one plain tensor that would be moved."""
+    for name, tensor in named_weights(model):
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return (
+                f"{name} is a {type(tensor).__name__}, quantised or packed, which is not moved by its numbers alone. "
+                "Leave reference.offload out, or load the policy without quantisation."
+            )
+    return None
+
+
+class Stream:
+    """The way of a model's weights from host memory through the device. They are on the host when this is made.
+
+    Raises:
+        ValueError: as `unstreamable` says.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if (why_not := unstreamable(model)) is not None:
+            raise ValueError(f"reference.offload cannot work here: {why_not}")
+        self.units, rest = units_of(model)
+        self.fetched: Counter[str] = Counter()
+        """How often each unit was put on the device, by its name."""
+        self._model = model
+        self._rest = Unit("", model, rest, layer=False)
+        self.device = torch.device("cpu")
+        """Where the model runs."""
+        self._side: torch.cuda.Stream | None = None
+        self._resident: dict[Unit, list[Tensor]] = {}
+        self._users: Counter[int] = Counter()
+        """How many resident units have a tensor: tied ones are in several."""
+        self._host: dict[int, Tensor] = {}
+        """By id() of a tensor that is on the device, its numbers on the host."""
+        self._ready: dict[Unit, torch.cuda.Event] = {}
+        self._registered: dict[Unit, Unit | None] = dict(zip(self.units, [*self.units[1:], None], strict=True))
+        self._seen: dict[tuple[Unit | None, Unit], Unit | None] = {}
+        """What followed a unit that came after another; both count, for a module that runs between all layers."""
+        self._first: Unit | None = None
+        self._before: Unit | None = None
+        self._now: Unit | None = None
+        self._one_row: dict[Unit, _OneRow] = {}
+        self._learning = self._learned = self._warned = False
+
+    def settle(self, device: torch.device) -> None:
+        """Run on this device from now on; where it is a GPU, weights on the host are pinned."""
+        self.device, self._side = device, None
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)
+            for _, tensor in named_weights(self._model):
+                if not tensor.is_pinned():
+                    tensor.data = tensor.data.pin_memory()
+
+    @contextmanager
+    def sweep(self) -> Iterator[None]:
+        """While open, the model can run on the device; afterwards every weight is on the host alone, also when it
+        raised."""
+        assert not self._resident, "one sweep at a time"
+        with ExitStack() as stack:
+            stack.callback(self._release)
+            for unit in self.units:
+                stack.callback(unit.module.register_forward_pre_hook(partial(self._enter, unit)).remove)
+                if unit.layer:
+                    stack.enter_context(self._taking_chunks(unit))
+            # The first unit too: a model is taken to be where its first parameter is.
+            for unit in (self._rest, *self.units[:1]):
+                self._fetch(unit)
+                self._await(unit)
+            yield
+            if self._now is not None:
+                self._seen[self._before, self._now] = None  # nothing follows the head
+
+    def taken(self, batch: TokenBatch) -> TokenBatch:
+        """The batch as it is to be scored: too large for one chunk, in its rows, since one row has no chunks."""
+        layout = prepare(self._model, batch).layout
+        return replace(batch, prefix="off") if layout is not None and layout.tokens > CHUNK_TOKENS else batch
+
+    def learn(self, batch: TokenBatch) -> None:
+        """Inside a sweep: if the batch is to be taken in chunks for the first time, see what the layers get for one row
+        of it. With padding, without which some models make no mask."""
+        rows, length = batch.input_ids.shape
+        tensors = [x for x in batch.model_inputs.values() if isinstance(x, Tensor)]
+        if self._learned or rows == 1 or rows * length <= CHUNK_TOKENS or any(x.shape[:1] != (rows,) for x in tensors):
+            return
+        mask, last = torch.ones_like(batch.attention_mask[:1]), torch.zeros_like(batch.completion_mask[:1])
+        mask[:, 0], last[:, -1] = 0, True
+        row = TokenBatch(
+            batch.input_ids[:1],
+            mask,
+            last,
+            None if batch.position_ids is None else batch.position_ids[:1],
+            {k: x[:1] if isinstance(x, Tensor) else x for k, x in batch.model_inputs.items()},
+            prefix="off",
+        )
+        self._learning = True
+        try:
+            self._model(**prepare(self._model, row).inputs)
+        finally:
+            self._learning = False
+        self._learned = True
+
+    def _enter(self, unit: Unit, module: nn.Module, args: Any) -> None:
+        """Before a unit's forward: it, and the one that is expected after it, are on the device, and no other."""
+        for other in [u for u in self._resident if u not in (unit, self._rest)]:
+            self._drop(other)
+        self._fetch(unit)
+        self._await(unit)
+        self._first = self._first or unit
+        if unit is self._first:  # a forward begins
+            self._before = None
+        else:
+            assert self._now is not None
+            self._seen[self._before, self._now] = unit
+            self._before = self._now
+        self._now = unit
+        following = self._seen.get((self._before, unit), self._registered[unit])
+        if following is not None:
+            self._fetch(following)
+
+    def _fetch(self, unit: Unit) -> None:
+        if unit in self._resident:
+            return
+        if unit is not self._rest:
+            self.fetched[unit.name] += 1
+        held = self._resident[unit] = []
+        for tensor in unit.tensors:
+            if not self._users[id(tensor)]:
+                host = tensor.data
+                tensor.data = self._copy(host)
+                self._host[id(tensor)] = host
+            self._users[id(tensor)] += 1
+            held.append(tensor)
+        if self._side is not None:
+            self._ready[unit] = self._side.record_event()
+
+    def _copy(self, host: Tensor) -> Tensor:
+        if self._side is None:
+            return host.to(self.device, copy=True)
+        with torch.cuda.stream(self._side):
+            return host.to(self.device, non_blocking=True)
+
+    def _await(self, unit: Unit) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._ready[unit])
+
+    def _drop(self, unit: Unit) -> None:
+        if self._side is not None:
+            # The memory goes back to the side stream's pool, and what is copied into it next waits for this unit's
+            # computation. (After record_stream the allocator would take new memory, for as far as the host is ahead.)
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        for tensor in self._resident.pop(unit):
+            self._users[id(tensor)] -= 1
+            if not self._users[id(tensor)]:
+                tensor.data = self._host.pop(id(tensor))
+
+    def _release(self) -> None:
+        if self._side is not None:
+            self._side.synchronize()  # the host's numbers may be written from now on
+        for unit in list(self._resident):
+            self._drop(unit)
+        self._ready.clear()
+        self._first = self._before = self._now = None
+
+    @contextmanager
+    def _taking_chunks(self, unit: Unit) -> Iterator[None]:
+        attributes = vars(unit.module)
+        before = attributes.get("forward")
+        attributes["forward"] = partial(self._forward, unit, unit.module.forward)
+        try:
+            yield
+        finally:
+            del attributes["forward"]
+            if before is not None:
+                attributes["forward"] = before
+
+    def _forward(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layer's forward, in chunks of rows where that is needed and can be done."""
+        named = [*enumerate(args), *kwargs.items()]
+        given = {path: leaf for key, value in named for path, leaf in _leaves(value, (key,))}
+        hidden = next((x for x in given.values() if isinstance(x, Tensor) and x.dim() > 1), None)
+        if self._learning:
+            output = forward(*args, **kwargs)
+            if hidden is not None and all(isinstance(x, Tensor | None) for _, x in _leaves(output)):
+                sizes = {path: len(x) for path, x in given.items() if isinstance(x, Tensor) and x.dim()}
+                self._one_row[unit] = _OneRow(hidden.shape[1], sizes)
+            return output
+        if hidden is None or hidden.numel() // hidden.shape[-1] <= CHUNK_TOKENS or hidden.shape[0] == 1:
+            return forward(*args, **kwargs)
+        rows, length = hidden.shape[:2]
+        one = self._one_row.get(unit)
+        having = None if one is None else one.having_rows(given, rows, length)
+        if having is None or not any(given[path] is hidden for path in having):
+            self._warn(unit, hidden.numel() // hidden.shape[-1])
+            return forward(*args, **kwargs)
+        size = max(1, CHUNK_TOKENS // length)
+        outputs = []
+        for start in range(0, rows, size):
+            part = dict(given)
+            for path in having:
+                each = len(given[path]) // rows
+                part[path] = given[path][start * each : (start + size) * each]
+            own_args = [_rebuilt(value, part, (number,)) for number, value in enumerate(args)]
+            own_kwargs = {name: _rebuilt(value, part, (name,)) for name, value in kwargs.items()}
+            outputs.append(forward(*own_args, **own_kwargs))
+        return _joined(outputs, min(size, rows))
+
+    def _warn(self, unit: Unit, tokens: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{unit.name} takes inputs of which it is not known how they divide into rows, so all {tokens} tokens "
+                "of a batch go through it at once. Score fewer sequences at a time if memory runs out.",
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class _OneRow:
+    """What a layer was given for one sequence."""
+
+    tokens: int
+    sizes: dict[Path, int]
+    """The first dimension of each tensor."""
+
+    def having_rows(self, given: dict[Path, Any], rows: int, tokens: int) -> list[Path] | None:
+        """The tensors, of those given for `rows` sequences, whose first dimension has grown with them: one that is
+        as long as there are heads, or tokens, may look alike. None if it cannot be told of each argument."""
+        found = []
+        for path, value in given.items():
+            if not isinstance(value, Tensor):
+                if not isinstance(value, _PLAIN):
+                    return None
+            elif value.dim():
+                size = self.sizes.get(path)
+                if size is not None and size != self.tokens and len(value) == size * rows:
+                    found.append(path)
+                elif len(value) != (tokens if size == self.tokens else size):
+                    return None
+        return found
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """What an argument or a result is made of, with its place. Lists and dicts are left whole: a layer may write into
+    them."""
+    if type(value) is tuple:
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, (*path, number))
+    else:
+        yield path, value
+
+
+def _rebuilt(value: Any, leaves: dict[Path, Any], path: Path = ()) -> Any:
+    """The same with other leaves."""
+    if type(value) is tuple:
+        return tuple(_rebuilt(inner, leaves, (*path, number)) for number, inner in enumerate(value))
+    return leaves[path]
+
+
+def _joined(parts: list[Any], rows: int) -> Any:
+    """One result of those of the chunks, the first of which had so many rows."""
+    if type(parts[0]) is tuple:
+        return tuple(_joined(list(inner), rows) for inner in zip(*parts, strict=True))
+    if parts[0] is None or not parts[0].dim() or len(parts[0]) % rows:
+        return parts[0]  # the same for all rows, such as a bias of positions
+    return torch.cat(parts)

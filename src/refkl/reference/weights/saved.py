@@ -1,0 +1,203 @@
+"""A reference in a folder: weights in safetensors, whole or each rank's parts, and in JSON what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from refkl.backend import Layout, Weight, Whole
+from refkl.reference.weights.fingerprint import digests
+from refkl.reference.weights.shard_files import Files, write_parts
+
+WEIGHTS_FILE = "reference.safetensors"
+"""Weights that every rank has."""
+PROVENANCE_FILE = "reference.json"
+_OURS = re.compile(rf"{PROVENANCE_FILE}|{WEIGHTS_FILE}|shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[], dict[str, Any]]) -> None:
+    """Write a reference, whole or not at all: a folder of another name that takes this one's place at the end.
+
+    Collective if a weight is sharded: then each rank writes its own parts. `provenance` may be collective too.
+
+    Raises:
+        ValueError: the folder holds other files, or is not on a disk that all ranks share.
+        OSError: it could not be written; where ranks write together, on each of them.
+    """
+    found, folder = list(weights), folder.resolve()
+    sharded = [weight for weight in found if weight.layout.sharded]
+    record = provenance()
+    if not sharded and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shapes = {w.name: w.layout.shape for w in found}
+
+    def begin() -> None:
+        check_replaceable(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        whole = {w.name: w.local.detach().to("cpu", copy=True).contiguous() for w in found if not w.layout.sharded}
+        if whole or not sharded:
+            save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        names = sorted(path.name for path in temporary.glob("*.safetensors"))
+        try:
+            Files(temporary, names, shapes)
+        except ValueError as error:
+            raise ValueError(f"{error} Are all ranks to write into one folder, it must be on a shared disk.") from None
+        contents = {"files": names, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+        write_json(temporary / PROVENANCE_FILE, {**record, **contents})
+        replace_folder(temporary, folder)
+
+    try:
+        _on_first(begin, together=bool(sharded))
+        if sharded:
+            write_parts(temporary, sharded)
+        _on_first(finish, together=bool(sharded))
+    except BaseException:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _on_first(step: Callable[[], None], *, together: bool) -> None:
+    """Run on rank 0. `together`, all ranks are here, wait for it, and share its error."""
+    if not together:
+        step()
+        return
+    outcome: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            step()
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            outcome = [error]
+    own = outcome[0]
+    if own is not None:  # as text: not every exception can be sent
+        kind = ValueError if isinstance(own, ValueError) else OSError
+        outcome = [kind(str(own)) if not isinstance(own, OSError) else OSError(own.errno, own.strerror)]
+    dist.broadcast_object_list(outcome, src=0)
+    if own is not None or outcome[0] is not None:
+        raise own or outcome[0]  # type: ignore[misc]
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError for a folder that holds anything else than a saved reference, which would be lost."""
+    others = [entry.name for entry in folder.iterdir() if not _OURS.fullmatch(entry.name)] if folder.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{folder} holds {sorted(others)[0]!r} ({len(others)} of them), and a saved reference takes the place of "
+            "a whole folder. Name one of its own."
+        )
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a folder in the place of another; killed in between, `_settled` still finds the old one."""
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists() and any(folder.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _settled(folder: Path) -> Path:
+    """Where the reference saved as `folder` is."""
+    folder = folder.resolve()
+    old = folder.with_name(f"{folder.name}.old")
+    return old if not folder.exists() and (old / PROVENANCE_FILE).is_file() else folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole, or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Saved:
+    """What `write_saved` left in a folder.
+
+    Raises:
+        ValueError: it left nothing there, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = _settled(folder)
+        path = self.folder / PROVENANCE_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no saved reference ({PROVENANCE_FILE} and its weights).")
+        try:
+            self.provenance: dict[str, Any] = json.loads(path.read_text())
+            shapes = {name: torch.Size(shape) for name, shape in self.provenance["shapes"].items()}
+            files = list(self.provenance["files"])
+            self.averaged: dict[str, str] = self.provenance["averages"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from None
+        self._files = Files(self.folder, files, shapes)
+        # Of the weights that are in the files; those that were shared with the policy have a digest alone.
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in self.averaged}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of every weight, by name."""
+        found: dict[str, str] = self.provenance["weights"]
+        return found
+
+    def changed(self, own: dict[str, str], owns: Callable[[str], bool], layouts: dict[str, Layout]) -> set[str]:
+        """Names of the weights that differ from a reference's, given its digests and how it holds them.
+
+        Collective if it holds a weight sharded: each rank reads its own parts, and they exchange their sums.
+
+        Raises:
+            ValueError: a weight or an average was altered since it was saved, a weight has another dtype, or differs
+                and is not `owns`.
+        """
+        names = [*self.shapes, *self.averaged]
+        found = digests(Weight(n, self._files.read(n, lay), lay) for n in names for lay in [self._layout(n, layouts)])
+        for name, digest in {**self.digests, **self.averaged}.items():
+            if name in found and digest != found[name]:
+                raise ValueError(
+                    f"The reference saved in {self.folder} is not the one that was recorded: {name} was altered."
+                )
+        for name, digest in self.digests.items():
+            if digest.split()[0] != own[name].split()[0]:
+                raise ValueError(
+                    f"The reference saved in {self.folder} holds {name} as {digest.split()[0]}, this one as "
+                    f"{own[name].split()[0]}. Set reference.dtype to the saved one's."
+                )
+            if digest != own[name] and not (name in found and owns(name)):
+                raise ValueError(
+                    f"{name} is shared with the policy, and the reference saved in {self.folder} has another: it "
+                    "belongs to a policy with another base. Load that base, or set reference.source to where it is."
+                )
+        return {name for name in self.shapes if found[name] != own[name]}
+
+    def averages(self, layouts: dict[str, Layout]) -> Iterator[Weight]:
+        """What a moving reference kept beside its weights, cut as those are."""
+        for name in self.averaged:
+            layout = self._layout(name, layouts)
+            yield Weight(name, self._files.read(name, layout), layout)
+
+    def copy_into(self, weights: Iterable[Weight]) -> None:
+        """Put what was saved into these, each rank its own part."""
+        for name, local, layout in weights:
+            local.copy_(self._files.read(name, layout))
+
+    def _layout(self, name: str, layouts: dict[str, Layout]) -> Layout:
+        own = layouts.get(name.split(":", 1)[1] if name in self.averaged else name)
+        # A quantised weight's bytes have other names than the averages that it is written from, and a LoRA layer's rank
+        # may be another than it was first; neither is sharded.
+        return own if own is not None and own.shape == self._files.shapes[name] else Whole(self._files.shapes[name])

@@ -1,0 +1,226 @@
+"""One forward pass of a causal language model, and the logits that predict the scored tokens.
+
+Token t is predicted by the logits at position t - 1: this shift happens here and nowhere else.
+Notation: B sequences, T tokens, K columns in which some sequence has a scored token, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt, learned_prompt
+from refkl.scoring.head.linear_head import base_model
+from refkl.scoring.packing.packed_batch import Layout, lay_out
+from refkl.scoring.packing.worthwhile import masks_for, may_gain, why_not
+from refkl.types import TokenBatch
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """How to call a model so that it predicts the scored tokens of a batch."""
+
+    batch: TokenBatch
+    columns: Tensor
+    """[K] where in [0, T) the predicted tokens are."""
+    inputs: dict[str, Any]
+    """Keyword arguments for the model's forward."""
+    ahead: int = 0
+    """Positions that the model's output has before those of the batch: a learned prompt's."""
+    positions: Tensor | None = None
+    """[B, ahead + T] position ids for the model inside PEFT, which drops those that it is given; None for none."""
+    layout: Layout | None = None
+    """Where the tokens are if the model is given them in one row; None if it is given the batch as it is."""
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the model, once, as it is wrapped."""
+        if self.positions is None:
+            return model(**self.inputs)
+
+        def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "position_ids": self.positions}
+
+        hook = base_model(model).register_forward_pre_hook(place, with_kwargs=True)
+        try:
+            return model(**self.inputs)
+        finally:
+            hook.remove()
+
+    @property
+    def targets(self) -> Tensor:
+        """[B, K] the tokens to predict."""
+        return self.batch.input_ids[:, self.columns]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, K] bool, True = scored."""
+        return self.batch.completion_mask[:, self.columns]
+
+    def predicting(self, values: Tensor) -> Tensor:
+        """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all.
+
+        Of one row it is [1, M or N, …] -> [B, K, …].
+        """
+        if self.layout is not None:
+            layout, given = self.layout, values.shape[1]
+            if given not in (layout.keep.numel(), layout.tokens):
+                raise ValueError(
+                    f"The model gave {given} positions for {layout.tokens} tokens, so it cannot be scored."
+                )
+            kept = values[0] if given == layout.keep.numel() else values[0, layout.keep]
+            return kept[layout.at]
+        if values.shape[1] == self.columns.numel():
+            return values
+        if values.shape[1] != self.ahead + self.batch.input_ids.shape[1]:
+            raise ValueError(
+                f"The model gave {values.shape[1]} positions for {self.batch.input_ids.shape[1]} tokens"
+                + (f" and {self.ahead} virtual ones" if self.ahead else "")
+                + ": which of them predict which tokens is not known, so it cannot be scored."
+            )
+        return values[:, self.columns - 1 + self.ahead]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B, K, …] back to [B, T, …], 0.0 where nothing is scored."""
+        mask = self.mask.reshape(*self.mask.shape, *(1,) * (values.dim() - 2))
+        kept = values.masked_fill(~mask, 0.0)
+        shape = kept.shape[0], self.batch.input_ids.shape[1], *kept.shape[2:]
+        return kept.new_zeros(shape).index_copy(1, self.columns, kept)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredLogits:
+    """The logits that predict the columns of a batch that hold scored tokens."""
+
+    call: Call
+    logits: Tensor
+    """[B, K, V], in the model's dtype, with grad if the forward had it."""
+    hidden: Tensor | None
+    """[B, K, H] what entered the output head, if asked for."""
+    outputs: Any
+    """The model's own output object."""
+
+
+def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
+    """The arguments that a model is to be called with.
+
+    Args:
+        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed.
+        batch: the tokens.
+        forward: further arguments for the model's forward.
+
+    Raises:
+        ValueError: the batch has position ids and the model takes none; a learned prompt that would be dropped, or that
+            leaves no place for one of the model_inputs.
+    """
+    base = base_model(model)
+    # mypy holds the instances' __hash__ against the class.
+    accepted = _forward_parameters(type(base))  # type: ignore[arg-type]
+    # At least one column: every rank must run the forward, scored tokens or none.
+    columns = batch.completion_mask.any(0).nonzero()[:, 0]
+    if not columns.numel():
+        columns = torch.tensor([min(1, batch.input_ids.shape[1] - 1)], device=batch.input_ids.device)
+    prompt = active_prompt(model)
+    ahead = 0 if prompt is None else prompt.ahead
+    if prompt is not None:
+        prompt.check(base, batch)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = columns - 1 + ahead
+    position_ids = _positions(batch, accepted, base)
+    if position_ids is not None and prompt is None:
+        inputs["position_ids"] = position_ids
+    given = dict(batch.model_inputs)
+    if prompt is None and learned_prompt(model) is not None:
+        given.pop(OF_PROMPTS, None)  # the prompt is off, and without it the model would get them
+    inside = None if position_ids is None or prompt is None else prompt.positions(position_ids)
+    call = Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
+    if batch.prefix == "off" or prompt is not None or given or forward:
+        return call
+    return _in_one_row(model, base, call) or call
+
+
+def _in_one_row(model: nn.Module, base: nn.Module, call: Call) -> Call | None:
+    """The same call with prompts that rows share run once; None where that is not exact, or not quicker."""
+    layout = lay_out(call.batch, call.columns) if may_gain(base, call.batch) else None
+    if layout is None:
+        return None
+    if (why := why_not(model, base)) is not None:
+        if layout.tokens < 0.8 * call.batch.input_ids.numel():
+            logger.warning_once(
+                f"Rows have prompts in common, or much padding, and the model is run on all of it: {why}. "
+                "prefix 'off' says that this is meant."
+            )
+        return None
+    if (masks := masks_for(base, layout, call.batch)) is None:
+        return None
+    inputs = {"input_ids": layout.input_ids, "attention_mask": masks, "position_ids": layout.position_ids}
+    if "logits_to_keep" in call.inputs:
+        inputs["logits_to_keep"] = layout.keep
+    return replace(call, inputs={**call.inputs, **inputs}, layout=layout)
+
+
+def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
+    """Run the model, as it is wrapped, and keep what predicts the scored tokens: the logits in full.
+
+    Args:
+        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed. Its wrapper is called, once, so that
+            the wrapper's hooks and gathers happen.
+        batch: the tokens.
+        hidden: also keep the states that enter the output head.
+        forward: further arguments for the model's forward.
+
+    Raises:
+        ValueError: as `prepare`; the output is not one row per token.
+    """
+    call = prepare(model, batch, **forward)
+    captured: list[Tensor] = []
+    hook = _capture_head_input(base_model(model), captured) if hidden else None
+    try:
+        outputs = call.run(model)
+    finally:
+        if hook is not None:
+            hook.remove()
+    return ScoredLogits(
+        call=call,
+        logits=call.predicting(outputs.logits),
+        hidden=call.predicting(captured[0]) if captured else None,
+        outputs=outputs,
+    )
+
+
+def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> Tensor | None:
+    """Positions counted from the attention mask: without them a model with absolute positions reads left-padded
+    rows from the wrong place."""
+    if batch.position_ids is not None:
+        if "position_ids" not in accepted:
+            raise ValueError(f"The batch has position_ids, but {type(base).__name__} takes none.")
+        return batch.position_ids
+    given = [x for name, x in batch.model_inputs.items() if name != OF_PROMPTS]
+    media = any(isinstance(x, Tensor) and x.shape != batch.input_ids.shape for x in given)
+    if "position_ids" not in accepted or media:
+        return None  # with images and the like, models count positions in their own way
+    return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _capture_head_input(base: nn.Module, captured: list[Tensor]) -> Any:
+    head = base.get_output_embeddings()  # type: ignore[operator]
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured.append(args[0])
+
+    return head.register_forward_pre_hook(keep)
+
+
+@lru_cache(maxsize=64)
+def _forward_parameters(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]

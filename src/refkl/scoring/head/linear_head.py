@@ -1,0 +1,131 @@
+"""The output head of a causal language model, and what the model makes of its logits: Cohere and Granite scale, Gemma-2
+caps, Falcon-H1 has a multiplier. Two forms are known (probe.py says how they are recognised):
+
+    logits = s·z   or   logits = c·tanh(s·z / c),   z = hidden·weightᵀ + the module's bias
+
+Notation, here and in probe.py and redirect.py: B sequences, K positions that reach the head, V vocabulary, H what the
+head takes, P probe values.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refkl.backend import full_shape, unwrap
+
+_TOLERANCE = 2e-6
+"""Relative, in fp32: a cap takes three roundings and a tanh."""
+
+
+class HeadError(ValueError):
+    """The head is not one that a fused op can stand in for; the model can still be scored through its logits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A linear output head and what the model makes of its result: logits = softcap(logit_scale·hidden·weightᵀ + bias).
+
+    softcap(x) = c·tanh(x / c), or x where there is none.
+    """
+
+    module: nn.Linear
+    logit_scale: float
+    softcap: float | None
+    vocabulary: int
+    """V: the logits that the model gives. Some cut the rows off that pad the head's weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H] the module's own parameter (a view of it where the model cuts rows off).
+
+        Raises:
+            HeadError: the weight is partitioned (ZeRO-3) and not gathered: read it inside a redirected forward.
+        """
+        weight: Tensor = self.module.weight
+        if weight.shape != full_shape(weight):
+            raise HeadError(
+                f"The head's weight {list(full_shape(weight))} is partitioned under ZeRO-3 and not gathered here. Read "
+                "it in the function given to `redirected`, which runs where DeepSpeed has gathered it."
+            )
+        return weight if weight.shape[0] == self.vocabulary else weight[: self.vocabulary]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] what is added after the scale: logit_scale · the module's bias. None if it has none.
+
+        Raises:
+            HeadError: as `weight`.
+        """
+        bias: Tensor | None = self.module.bias
+        if bias is None:
+            return None
+        if bias.shape != full_shape(bias):
+            raise HeadError(
+                "The head's bias is partitioned under ZeRO-3: read it in the function given to `redirected`."
+            )
+        bias = bias if bias.shape[0] == self.vocabulary else bias[: self.vocabulary]
+        return bias if self.logit_scale == 1.0 else self.logit_scale * bias
+
+    def holding(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The same head with other weights, which do not train."""
+        with torch.device("meta"):
+            module = nn.Linear(1, 1, bias=bias is not None)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return replace(self, module=module)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] in full: what the model gives, and what a fused op must agree with."""
+        linear = nn.functional.linear(hidden, self.weight)
+        scaled = linear * self.logit_scale + (0.0 if self.bias is None else self.bias)
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers and PEFT."""
+    inner = unwrap(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The layers that the hidden states pass one after the other; None for a model without a list of them."""
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
+        return None
+    decoder = base.get_decoder()
+    # One inside another is a layer's own, such as its experts.
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return max(lists, key=len, default=None)
+
+
+FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[int, float, float | None, int]] = weakref.WeakKeyDictionary()
+"""For each head: rows of its weight, logit_scale, softcap, vocabulary."""
+
+
+def mapped(values: Tensor, scale: float, cap: float | None) -> Tensor:
+    return values * scale if cap is None else cap * torch.tanh(values * scale / cap)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers, in fp64, are those expected, as well as a model that computes in `dtype` can give them."""
+    tolerance = _TOLERANCE if torch.finfo(dtype).bits >= 32 else 2 * torch.finfo(dtype).eps
+    return bool(((found - expected).abs() <= tolerance * expected.abs()).all())
+
+
+def at_least_fp32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def not_called(what: str) -> str:
+    return (
+        f"{what[0].upper()}{what[1:]} never called the model's output head: it was patched to compute the head in "
+        "another way (Liger, TRL's fused heads), or was compiled with the head inside. Undo that, or score through the "
+        "logits."
+    )

@@ -1,0 +1,157 @@
+"""A batch too large for one forward is scored in parts: rows of one prompt together, long ones with long ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refkl.kl.projection import free_bytes
+from refkl.scoring.head.linear_head import base_model
+from refkl.types import TokenBatch, TokenScores
+
+SHARE = 0.25
+"""Of the memory that is free, what the activations of a part may take: they are estimated, and others want some too."""
+
+_FILLED = 1.08
+"""What is run of a part without shared prompts, over what of it is no padding; above, a part is ended early."""
+
+
+def free_tokens(model: nn.Module, device: torch.device) -> int:
+    """How many tokens a forward without gradients can take at once, by the memory that is free on the device.
+
+    Some ten tensors as wide as the hidden states, and four as wide as the MLP, are alive at a time.
+    """
+    config: Any = getattr(base_model(model), "config", None)
+    text: Any = config.get_text_config() if config is not None else None
+    hidden = getattr(text, "hidden_size", None) or 4096
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    if isinstance(inner, list | tuple):  # one for each layer
+        inner = max(inner)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return max(1, int(SHARE * free_bytes(str(device)) / ((10 * hidden + 4 * inner) * max(dtype.itemsize, 2))))
+
+
+def parts(batch: TokenBatch, max_tokens: int, *, shares: bool) -> Iterator[tuple[Tensor, TokenBatch]]:
+    """The rows of a batch in parts that take at most so many tokens to run, and which rows they are.
+
+    Rows of like length come together, so that little is filled up, and padding that all rows of a part have is cut off.
+    Where prompts are shared, rows of one prompt come together first, it counts once in a part, and padding does not. A
+    row that is longer than that by itself is a part.
+    """
+    whole = int(batch.attention_mask.sum()) if shares else batch.input_ids.numel()
+    if batch.model_inputs or whole <= max_tokens:
+        yield torch.arange(len(batch)), batch
+        return
+    for rows in _by_prompt(batch, max_tokens) if shares else _by_length(batch, max_tokens):
+        yield _of_rows(batch, rows)
+
+
+def _by_prompt(batch: TokenBatch, max_tokens: int) -> Iterator[list[int]]:
+    real, scored = batch.attention_mask.bool().cpu(), batch.completion_mask.cpu()
+    first = torch.where(scored.any(1), scored.long().argmax(1), real.shape[1])
+    before = real & (torch.arange(real.shape[1]) < first[:, None])
+    numbers: dict[tuple[int, ...], int] = {}
+    texts = (tuple(row[mask].tolist()) for row, mask in zip(batch.input_ids.cpu(), before, strict=True))
+    prompt = [numbers.setdefault(text, len(numbers)) for text in texts]
+    shared, total = before.sum(1).tolist(), real.sum(1).tolist()
+    longest = [0] * len(numbers)
+    for number, length in zip(prompt, total, strict=True):
+        longest[number] = max(longest[number], length)
+    rows: list[int] = []
+    count = 0
+    for row in sorted(range(len(total)), key=lambda r: (-longest[prompt[r]], prompt[r], -total[r])):
+        again = bool(rows) and prompt[row] == prompt[rows[-1]]
+        count += total[row] - (shared[row] if again else 0)
+        if rows and count > max_tokens:
+            yield rows
+            rows, count = [], total[row]
+        rows.append(row)
+    yield rows
+
+
+def _by_length(batch: TokenBatch, max_tokens: int) -> Iterator[list[int]]:
+    real = batch.attention_mask.bool().cpu()
+    total = real.sum(1).tolist()
+    begins = real.long().argmax(1).tolist()
+    ends = (real.shape[1] - real.flip(1).long().argmax(1)).tolist()
+    rows: list[int] = []
+    begin = end = held = 0
+    for row in sorted(range(len(total)), key=lambda r: -total[r]):
+        wide, far = (min(begin, begins[row]), max(end, ends[row])) if rows else (begins[row], ends[row])
+        count = (len(rows) + 1) * (far - wide)
+        wasteful = count > _FILLED * (held + total[row]) and count > max_tokens / 8
+        if rows and (count > max_tokens or wasteful):
+            yield rows
+            rows, held, wide, far = [], 0, begins[row], ends[row]
+        rows.append(row)
+        begin, end, held = wide, far, held + total[row]
+    yield rows
+
+
+def in_parts(
+    score: Callable[[TokenBatch], TokenScores],
+    batch: TokenBatch,
+    max_tokens: int,
+    rounds: Callable[[int], int],
+    *,
+    shares: bool,
+) -> TokenScores:
+    """The scores of a batch, taken in parts, in the batch's order.
+
+    Args:
+        score: of a part.
+        batch: of B rows.
+        max_tokens, shares: as in `parts`.
+        rounds: given how many parts there are, how many are to be scored: where weights are sharded, as many as the
+            rank with the most has. The last is then scored again.
+    """
+    cut = list(parts(batch, max_tokens, shares=shares))
+    again = rounds(len(cut)) - len(cut)  # agreed on before the first: a score is collective itself
+    found = [score(part) for _, part in cut]
+    for _ in range(again):
+        score(cut[-1][1])
+    if len(cut) == 1:
+        return found[0]
+
+    def whole(name: str) -> Tensor | None:
+        if (like := getattr(found[0], name)) is None:
+            return None
+        values = like.new_zeros(batch.input_ids.shape + like.shape[2:])
+        for (rows, _), scores in zip(cut, found, strict=True):
+            start, length = _span(batch, rows)
+            values[rows.to(values.device), start : start + length] = getattr(scores, name)
+        return values
+
+    logp = whole("logp")
+    assert logp is not None, "always there"
+    return TokenScores(logp, whole("entropy"), whole("hidden"), found[0].temperature, found[0].fingerprint)
+
+
+def _span(batch: TokenBatch, rows: Tensor) -> tuple[int, int]:
+    """Where the columns begin in which one of the rows has a token, and how many there are."""
+    columns = batch.attention_mask.bool()[rows.to(batch.attention_mask.device)].any(0).nonzero()[:, 0]
+    if not len(columns):
+        return 0, batch.input_ids.shape[1]
+    return int(columns[0]), int(columns[-1] - columns[0]) + 1
+
+
+def _of_rows(batch: TokenBatch, rows: list[int]) -> tuple[Tensor, TokenBatch]:
+    chosen = torch.tensor(sorted(rows))
+    start, length = _span(batch, chosen)
+    positions = batch.position_ids  # if there are none, they are counted from the mask: the same without these columns
+    there = chosen.to(batch.input_ids.device)
+
+    def cut(values: Tensor) -> Tensor:
+        return values[there, start : start + length]
+
+    part = TokenBatch(
+        cut(batch.input_ids),
+        cut(batch.attention_mask),
+        cut(batch.completion_mask),
+        None if positions is None else cut(positions),
+        prefix=batch.prefix,
+    )
+    return chosen, part

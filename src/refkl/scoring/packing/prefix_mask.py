@@ -1,0 +1,271 @@
+"""Prompts that several rows of a batch share run once, and padding not at all.
+
+The tokens that matter go through the model as one row [1, N] (packed_batch.py): each different prompt once, then every row's
+completion as far as its last input. All that a decoder does beside attention it does token by token. Attention is told
+who sees whom by the mask, and the mask is of a tensor class of its own: where torch would apply it, it computes the
+attention of each prompt to itself, and of each completion to its prompt and itself, in blocks. No mask [N, N] is made,
+nothing is computed that is masked away between one row and another, and a model, its wrappers and gradient
+checkpointing carry it about like any mask. Models that form their attention by hand ("eager") get that dense mask.
+
+J. Juravsky et al. (2024), "Hydragen: High-Throughput LLM Inference with Shared Prefixes" (arXiv 2402.05099), splits
+attention over a shared prefix for inference; here gradients flow too.
+
+Notation: B rows of T tokens, N tokens in the one row, U different prompts, P and C lengths of prompt and completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refkl.scoring.packing.packed_batch import Layout, Segment
+
+BLOCK = 24.0
+"""What a further block of attention costs, in tokens that pass the model: some small operations a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Which tokens of the one row n segments hold, filled up to the longest with the last of each."""
+
+    index: Tensor
+    """[n, L]"""
+    start: int | None = None
+    """Where they begin if they lie one after the other as they are: then they are a view, and nothing is copied."""
+
+    @classmethod
+    def of(cls, segments: list[Segment], device: torch.device) -> Tokens:
+        size = max(s.length for s in segments)
+        begin = torch.tensor([s.start for s in segments])[:, None]
+        ends = torch.tensor([s.start + s.length - 1 for s in segments])[:, None]
+        index = (begin + torch.arange(size)).minimum(ends)
+        start = segments[0].start
+        in_a_row = bool((index.flatten() == start + torch.arange(index.numel())).all())
+        return cls(index.to(device), start if in_a_row else None)
+
+    def then(self, other: Tokens) -> Tokens:
+        """[n, L + M] these, and then those of the other."""
+        return Tokens(torch.cat([self.index, other.index], 1))
+
+    def take(self, rows: Tensor) -> Tensor:
+        """[N, heads, width] -> [n, L, heads, width]."""
+        if self.start is None:
+            return rows.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+        return rows.narrow(0, self.start, self.index.numel()).unflatten(0, self.index.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Segments of like length that are attended to in one call."""
+
+    queries: Tokens
+    """[n, L]"""
+    keys: Tokens
+    """[n, P + L] the queries, and before them those of a completion's prompt."""
+    ahead: Tensor | None = None
+    """Of completions: [n] how long their prompts are, which are filled up to P, or [1] if all are as long."""
+
+    def allowed(self, window: int | None) -> Tensor | None:
+        """[n or 1, 1, L, P + L] True = seen; None where causality says all."""
+        size = self.queries.index.shape[1]
+        steps = torch.arange(size, device=self.queries.index.device)
+        distance = steps[:, None] - steps[None]
+        own = distance >= 0
+        if window is not None:
+            own = own & (distance < window)
+        if self.ahead is None:
+            return None if window is None or size <= window else own[None, None]
+        lengths, there = self.ahead[:, None, None], torch.arange(self.keys.index.shape[1] - size, device=own.device)
+        before = (there < lengths).expand(-1, size, -1)
+        if window is not None:
+            before = before & (lengths + steps[:, None] - there < window)
+        return torch.cat([before, own.expand(len(before), -1, -1)], -1)[:, None]
+
+
+class Seen:
+    """Who sees whom in a layout.
+
+    Args:
+        scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
+    """
+
+    def __init__(self, layout: Layout, scale: int) -> None:
+        device = layout.input_ids.device
+        self.layout = layout
+        prompts, completions = layout.prompts, [c for c in layout.completions if c.length]
+        alone = _alike(prompts, lambda p: p.length, scale)
+        following = _alike(completions, lambda c: c.length + prompts[c.parent].length, scale)
+        self.blocks = [Block(tokens, tokens) for tokens in (Tokens.of(part, device) for part in alone)]
+        for part in following:
+            parents = [prompts[c.parent] for c in part]
+            lengths = torch.tensor([p.length for p in parents], device=device)
+            even = len({p.length for p in parents}) == 1
+            own = Tokens.of(part, device)
+            keys = Tokens.of(parents, device).then(own)
+            self.blocks.append(Block(own, keys, lengths[:1] if even else lengths))
+        # Where the blocks' outputs, one after the other with their filling, hold each token of the one row.
+        place = torch.empty(layout.tokens, dtype=torch.long)
+        done = 0
+        for part in (*alone, *following):
+            size = max(s.length for s in part)
+            for number, segment in enumerate(part):
+                begin = done + number * size
+                place[segment.start : segment.start + segment.length] = torch.arange(begin, begin + segment.length)
+            done += size * len(part)
+        as_it_is = done == layout.tokens and bool((place == torch.arange(done)).all())
+        self.place = None if as_it_is else place.to(device)
+        self._allowed: dict[tuple[int | None, int], list[Tensor | None]] = {}
+
+    def pairs(self) -> int:
+        """Query-key pairs that the blocks compute."""
+        total = 0
+        for block in self.blocks:
+            count, size = block.queries.index.shape
+            total += count * size * (size // 2 if block.ahead is None else block.keys.index.shape[1])
+        return total
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any) -> Tensor:
+        """[1, heads, N, width] each, as torch's attention takes them, and what it gives.
+
+        Keys and values may have fewer heads, each for so many heads of queries, one after the other.
+        """
+        fold = query.shape[1] // key.shape[1]
+        if (window, fold) not in self._allowed:
+            each = [block.allowed(window) for block in self.blocks]
+            self._allowed[window, fold] = [None if x is None else x.repeat(1, 1, fold, 1) for x in each]
+        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+        found = []
+        for block, allowed in zip(self.blocks, self._allowed[window, fold], strict=True):
+            taken = zip((block.queries, block.keys, block.keys), rows, strict=True)
+            q, k, v = (tokens.take(x).transpose(1, 2) for tokens, x in taken)
+            if allowed is None:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=fold > 1, **options)
+            else:
+                # Not enable_gqa, which with a mask copies keys and values for each head of the queries on CUDA.
+                heads = q.unflatten(1, (-1, fold)).flatten(2, 3)
+                out = F.scaled_dot_product_attention(heads, k, v, attn_mask=allowed, **options)
+                out = out.unflatten(2, (fold, -1)).flatten(1, 2)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+        together = torch.cat(found)
+        return (together if self.place is None else together.index_select(0, self.place)).transpose(0, 1)[None]
+
+    def dense(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[1, 1, N, N] what is added to the products of queries and keys: 0, or the least number where not seen."""
+        layout = self.layout
+        prompt, place = (torch.empty(layout.tokens, dtype=torch.long) for _ in range(2))
+        own = torch.full_like(prompt, -1)
+        for number, segment in enumerate((*layout.prompts, *layout.completions)):
+            tokens = slice(segment.start, segment.start + segment.length)
+            before = 0 if segment.parent < 0 else layout.prompts[segment.parent].length
+            prompt[tokens] = number if segment.parent < 0 else segment.parent
+            own[tokens] = -1 if segment.parent < 0 else number
+            place[tokens] = before + torch.arange(segment.length)
+        prompt, own, place = (x.to(layout.input_ids.device) for x in (prompt, own, place))
+        seen = (prompt[:, None] == prompt) & ((own == -1) | (own[:, None] == own))
+        distance = place[:, None] - place
+        seen = seen & (distance >= 0)
+        if window is not None:
+            seen = seen & (distance < window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return mask[None, None]
+
+
+class SharedMask(Tensor):
+    """An attention mask [1, 1, N, N] that says who sees whom without being made: it computes the attention itself."""
+
+    seen: Seen
+    window: int | None
+
+    @classmethod
+    def of(cls, seen: Seen, window: int | None) -> SharedMask:
+        """For the layers that see `window` tokens back, or all of them."""
+        tokens, device = seen.layout.tokens, seen.layout.input_ids.device
+        mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens).as_subclass(cls)
+        mask.seen, mask.window = seen, window
+        return mask
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention under this mask, as `Seen.attend`.
+
+        Raises:
+            UnknownAttention: the tokens are not those of the mask.
+        """
+        tokens = self.seen.layout.tokens
+        if query.shape[0] != 1 or query.shape[-2] != tokens or key.shape[-2] != tokens:
+            raise UnknownAttention(
+                f"Attention of {query.shape[-2]} queries to {key.shape[-2]} keys of {query.shape[0]} rows, where "
+                f"{tokens} tokens of one row were given."
+            )
+        return self.seen.attend(query, key, value, self.window, **options)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **kwargs)
+        if func is torch.equal:
+            return _same(*args)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        if isinstance(args[0], cls) and func in _SAME and result.shape == args[0].shape:
+            return args[0]
+        raise UnknownAttention(
+            f"The model does {getattr(func, '__name__', func)} with its attention mask, which a mask that several rows "
+            "share a prompt under does not know. Pass prefix='off' (scoring.prefix: 'off')."
+        )
+
+
+class UnknownAttention(RuntimeError):
+    """A model computes its attention in a way that a `SharedMask` cannot stand in for."""
+
+
+_SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.expand, Tensor.bool, Tensor.view_as}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two masks let the same tokens see each other."""
+    if not isinstance(one, SharedMask) or not isinstance(other, SharedMask):
+        return False
+    mine, theirs = one.seen.layout, other.seen.layout
+    return (one.window, mine.prompts, mine.completions) == (other.window, theirs.prompts, theirs.completions)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,  # which the numbers of heads say
+) -> Tensor:
+    if not isinstance(attn_mask, SharedMask) or is_causal:
+        raise UnknownAttention("A mask with shared prompts was given to attention as something else than its mask.")
+    return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale)
+
+
+def _alike(segments: list[Segment], size: Callable[[Segment], int], scale: int) -> list[list[Segment]]:
+    """Cut into groups of like size, where filling up to the largest would cost more than a further group.
+
+    Args:
+        scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
+    """
+    ordered = sorted(segments, key=size, reverse=True)
+    parts: list[list[Segment]] = []
+    for number, segment in enumerate(ordered):
+        if parts:
+            largest, rest = size(parts[-1][0]), len(ordered) - number
+            saved = rest * (largest - size(segment)) * (parts[-1][0].length + largest) / scale
+            if saved < BLOCK:
+                parts[-1].append(segment)
+                continue
+        parts.append([segment])
+    return [sorted(part, key=lambda s: s.start) for part in parts]

@@ -1,0 +1,176 @@
+"""Policy and reference as TRL's trainers call a model, answered by refkl's scorer.
+
+TRL patches its models to answer `model(..., labels=, fused_lm_head=True)` with log-probabilities. A view answers the
+same call, so that one function scores both, with positions counted from the attention mask, while TRL's cutting into
+micro-batches, its images and its arithmetic stay TRL's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import FusedCausalLMOutput
+
+from refkl.config import Prefix
+from refkl.kl.divergence_rows import Divergence
+from refkl.reference import Reference
+from refkl.reference.pair import compare
+from refkl.scoring import Call, Entropies, Scored, score_model
+from refkl.types import TokenBatch, TokenScores
+
+
+class PolicyView:
+    """The policy, called as TRL calls it; what its calls gave is kept for the KL."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float = 1.0,
+        entropy: Entropies = "detached",
+        statistics: tuple[str, ...] = (),
+        reference: Reference | None = None,
+        exact: bool = False,
+        ready: Callable[[TokenBatch], TokenScores | None] | None = None,
+        before: Callable[[Any, TokenBatch], None] | None = None,
+        prefix: Prefix = "auto",
+    ) -> None:
+        """A view of `model` as it is wrapped.
+
+        Args:
+            model: called once for each call of the view.
+            temperature: divides the logits.
+            entropy: as in `score_model`.
+            statistics: which of TRL's per-token statistics of the logits it answers with: "mean_logits", "is_top1",
+                "log_sum_sq_probs".
+            reference: scored with the policy, call by call, so that the two can share what they have in common.
+            exact: also the exact divergence from it.
+            ready: gives the reference's scores of a batch where they are at hand; for an exact divergence they have
+                `hidden`.
+            before: called with the model and the batch before these are scored with grad.
+            prefix: of the batches, as in TokenBatch.
+        """
+        self.model = model
+        self.options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
+        self.statistics = statistics
+        self.reference = reference
+        self.exact = exact
+        self.ready = ready
+        self.before = before
+        self.prefix = prefix
+        self.batches: list[TokenBatch] = []
+        """What was scored, one for each call."""
+        self.scores: list[TokenScores] = []
+        self.references: list[TokenScores] = []
+        self.divergences: list[Tensor | None] = []
+        """[B, T] nats for each call, with grad, if exact; TRL's calls without grad while it trains have none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)  # what is not called is asked of the policy itself
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            return self.model(*args, **({} if labels is None else {"labels": labels}), **inputs)
+        router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
+        batch = token_batch(inputs, labels, self.prefix)
+        if self.before is not None and torch.is_grad_enabled():
+            self.before(self.model, batch)
+        seen = Statistics(self.statistics)
+        options = {**self.options, "observe": seen.observe if self.statistics else None, **router}
+        scored = self._alone(batch, options) if self.reference is None else self._both(self.reference, batch, options)
+        self.batches.append(batch)
+        self.scores.append(scored.scores)
+        entropy = scored.scores.entropy
+        return FusedCausalLMOutput(
+            log_probs=scored.scores.logp[:, 1:],
+            entropy=None if entropy is None else entropy[:, 1:],
+            aux_loss=scored.outputs.aux_loss if router else None,
+            **seen.result(scored.call),
+        )
+
+    def call_of(self, input_ids: Tensor, attention_mask: Tensor) -> int | None:
+        """Which call, from 0, was the last on these tokens; None if none was."""
+        calls = (at for at, seen in enumerate(self.batches) if same_tokens(seen, input_ids, attention_mask))
+        return max(calls, default=None)
+
+    def _alone(self, batch: TokenBatch, options: dict[str, Any]) -> Scored:
+        return score_model(self.model, batch, **options)
+
+    def _both(self, reference: Reference, batch: TokenBatch, options: dict[str, Any]) -> Scored:
+        ready = None if self.ready is None else self.ready(batch)
+        if self.exact and (torch.is_grad_enabled() or not self.model.training):
+            found = compare(self.model, reference, batch, Divergence(), ref_scores=ready, **options)
+            self.references.append(found.reference)
+            self.divergences.append(found.divergence)
+            return found.scored
+        self.divergences.append(None)
+        with reference.paired(self.model, batch):
+            self.references.append(ready or reference.score(batch, temperature=options["temperature"]))
+            return self._alone(batch, options)
+
+
+class ReferenceView:
+    """The reference, called as TRL calls its own."""
+
+    def __init__(self, score: Callable[[TokenBatch], TokenScores], prefix: Prefix) -> None:
+        self.score, self.prefix = score, prefix
+
+    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            raise ValueError(
+                "The reference was called for more than the log-probabilities of tokens, which is all that a refkl "
+                "reference gives: fused_lm_head=True and labels= were not passed."
+            )
+        return FusedCausalLMOutput(log_probs=self.score(token_batch(inputs, labels, self.prefix)).logp[:, 1:])
+
+
+def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Whether a batch is of these tokens."""
+    if batch.input_ids is input_ids:
+        return True
+    pairs = (batch.input_ids, input_ids), (batch.attention_mask, attention_mask.to(batch.attention_mask.dtype))
+    return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
+
+
+def token_batch(inputs: dict[str, Any], labels: Tensor | None, prefix: Prefix) -> TokenBatch:
+    """The batch that a call of TRL's is about; what is no text goes to the model untouched."""
+    assert labels is not None, "TRL passes labels with fused_lm_head"
+    own = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "use_cache")}
+    return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, None, own, prefix)
+
+
+class Statistics:
+    """TRL's statistics of the policy's logits, each [B, T - 1]."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def observe(self, logits: Tensor, rows: Tensor) -> None:
+        """Take them from some rows of logits [n, V]."""
+        values = {}
+        if "mean_logits" in self.names:
+            values["mean_logits"] = logits.mean(-1, dtype=torch.float32)
+        if "is_top1" in self.names:
+            values["is_top1"] = logits.argmax(-1)
+        if "log_sum_sq_probs" in self.names:
+            values["log_sum_sq_probs"] = torch.logsumexp(2 * torch.log_softmax(logits.float(), -1), -1)
+        self.seen.append((rows, values))
+
+    def result(self, call: Call) -> dict[str, Tensor]:
+        """Put together, by TRL's names."""
+        rows = torch.cat([rows for rows, _ in self.seen]) if self.seen else None
+        found = {}
+        for name in self.names:
+            flat = torch.zeros(call.targets.numel(), device=call.targets.device)
+            if rows is not None:
+                flat = flat.to(self.seen[0][1][name].dtype)
+                flat[rows] = torch.cat([values[name] for _, values in self.seen])
+            found[name] = flat.view(call.targets.shape)
+        if (top1 := found.pop("is_top1", None)) is not None:
+            found["is_top1"] = (top1 == call.targets).float()
+        spread = {name: call.spread(value)[:, 1:] for name, value in found.items()}
+        return {name: value.bool() if name == "is_top1" else value for name, value in spread.items()}
