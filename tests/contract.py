@@ -19,8 +19,7 @@ from support import batch, shared_batch
 from torch import Tensor, nn
 
 from refkl import Reference, TokenBatch, score_pair, score_tokens
-from refkl.backend import local_shard, named_weights, reshard, unwrap, weights_of
-from refkl.backend.learned_prompt import learned_prompt
+from refkl.backend import learned_prompt, local_shard, named_weights, reshard, unwrap, weights_of
 from refkl.scoring import completion_logits, prepare
 
 

@@ -16,7 +16,7 @@ from support import gpt2, llama
 from torch import Tensor, nn
 
 from refkl import STRATEGIES, ReferenceConfig, build_reference, freeze, trainable_parameters
-from refkl.scoring import learned_prompt
+from refkl.backend import learned_prompt
 
 OWN_LOOP = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0")
 

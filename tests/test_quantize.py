@@ -34,8 +34,9 @@ from refkl import (
     score_tokens,
 )
 from refkl.backend import canonical_name
+from refkl.backend.linear_layers import linear_layers, matrix_shape
 from refkl.reference import Reference
-from refkl.reference.quantized.layers import FORMATS, linear_layers, matrix_shape
+from refkl.reference.quantized.layers import FORMATS
 from refkl.reference.strategies.frozen_copy import frozen_copy
 from refkl.trl import KLDPOTrainer
 

@@ -19,8 +19,8 @@ from transformers.integrations import flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refkl import build_reference, score_tokens
+from refkl.backend import base_model
 from refkl.scoring import choice, prepare
-from refkl.scoring.head.linear_head import base_model
 from refkl.scoring.packing.prefix_mask import Seen, UnknownAttention
 
 NOT = {

@@ -23,10 +23,9 @@ from refkl import (
     score_tokens,
     trainable_parameters,
 )
-from refkl.backend import Backend
+from refkl.backend import Backend, decoder_layers
 from refkl.reference import BuildRequest, SharedTrunkReference, Step
 from refkl.reference.strategies.shared_trunk import _differs
-from refkl.scoring import decoder_layers
 
 LAYERS, DEPTH = 4, 2
 

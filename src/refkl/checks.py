@@ -13,12 +13,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from refkl.backend import dropout_rates, evaluating, full_shape, local_shard, named_weights, reshard, unwrap
+from refkl.backend import (
+    base_model,
+    dropout_rates,
+    evaluating,
+    full_shape,
+    learned_prompt,
+    local_shard,
+    named_weights,
+    reshard,
+    unwrap,
+)
 from refkl.kl import estimate
 from refkl.messages import size
 from refkl.reference import Reference, score_pair
-from refkl.scoring import learned_prompt, score_tokens
-from refkl.scoring.head.linear_head import base_model
+from refkl.scoring import score_tokens
 from refkl.types import TokenBatch
 
 _OVER_FLOOR = 4.0

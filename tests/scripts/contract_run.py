@@ -32,9 +32,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference, freeze, trainable_parameters
-from refkl.backend import layout_of, unwrap
+from refkl.backend import base_model, layout_of, unwrap
 from refkl.reference.quantized.layers import FORMATS
-from refkl.scoring.head.linear_head import base_model
 
 LR = 0.05
 

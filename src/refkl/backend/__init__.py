@@ -15,8 +15,12 @@ from refkl.backend.layout import (
     weights_of,
     whole,
 )
+from refkl.backend.learned_prompt import Prompt, learned_prompt, without_prompt
+from refkl.backend.linear_layers import linear_layers, matrix_shape
 from refkl.backend.modules import (
+    base_model,
     canonical_name,
+    decoder_layers,
     dropout_rates,
     eight_bit_layer,
     evaluating,
@@ -40,13 +44,16 @@ __all__ = [
     "Backend",
     "Block",
     "Layout",
+    "Prompt",
     "Run",
     "Weight",
     "Whole",
+    "base_model",
     "canonical_name",
     "check_can_save",
     "check_launch",
     "communicating_device",
+    "decoder_layers",
     "detect",
     "dropout_rates",
     "eight_bit_layer",
@@ -57,8 +64,11 @@ __all__ = [
     "is_partitioned",
     "is_sharded",
     "layout_of",
+    "learned_prompt",
+    "linear_layers",
     "loading_whole",
     "local_shard",
+    "matrix_shape",
     "mixed_precision",
     "named_weights",
     "own_class",
@@ -72,4 +82,5 @@ __all__ = [
     "watch_compile_locks",
     "weights_of",
     "whole",
+    "without_prompt",
 ]

@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from refkl.backend import named_weights, parameters_in, submodules
-from refkl.scoring import learned_prompt, without_prompt
+from refkl.backend.learned_prompt import learned_prompt, without_prompt
+from refkl.backend.modules import named_weights, parameters_in, submodules
 
 _SAME_FORWARD = {"ALoraLinearVariant", "MiCAEmbeddingVariant", "MiCALinearVariant", "VeloraLinearVariant"}
 """Variants of LoRA whose forward outside of training adds the product of the two factors, as plain LoRA's does."""

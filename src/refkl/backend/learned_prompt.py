@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
-from refkl.backend import submodules, unwrap
+from refkl.backend.modules import submodules, unwrap
 from refkl.types import TokenBatch
 
 _CACHED = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
 
 _OUTER_PREFIX = re.compile(r"^(?:module\.)+")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -139,3 +141,20 @@ def dropout_rates(module: nn.Module) -> dict[str, float]:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return {"p": module.p} if module.p > 0 else {}
     return {key: v for key, v in vars(module).items() if "drop" in key and isinstance(v, float) and v > 0}
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers and PEFT."""
+    inner = unwrap(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The layers that the hidden states pass one after the other; None for a model without a list of them."""
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
+        return None
+    decoder = base.get_decoder()
+    # One inside another is a layer's own, such as its experts.
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return max(lists, key=len, default=None)

@@ -14,12 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from refkl.backend import weights_of
+from refkl.backend import base_model, learned_prompt, weights_of
 from refkl.config import ReferenceConfig
 from refkl.reference import Reference, build_reference
 from refkl.reference.weights.fingerprint import combined, digests
-from refkl.scoring import learned_prompt
-from refkl.scoring.head.linear_head import base_model
 
 _OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

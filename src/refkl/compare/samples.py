@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from refkl.backend import evaluating
+from refkl.backend import base_model, evaluating
 from refkl.compare.texts import Row, Text, Texts, prompt_ids
-from refkl.scoring.head.linear_head import base_model
 
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
 """Goes through items one by one, and may show how far it is; the string says what is being done."""

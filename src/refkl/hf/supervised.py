@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import ModelOutput, logging
 
-from refkl.backend import full_shape
+from refkl.backend import base_model, full_shape
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.observed_loss import IGNORED, CrossEntropy, Watch, predicts_its_labels
 from refkl.hf.trainer_mixin import KLTrainerMixin, check_given
@@ -26,7 +26,6 @@ from refkl.messages import unknown
 from refkl.penalty import global_normalizer
 from refkl.reference import Reference
 from refkl.reference.pair import Compared
-from refkl.scoring import base_model
 from refkl.types import TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from refkl.backend import Backend, Weight, Whole, communicating_device, evaluating
+from refkl.backend import Backend, Weight, Whole, communicating_device, evaluating, learned_prompt
 from refkl.backend.adapters import LoraFactors, check_scalings, rank_dims
 from refkl.config import ReferenceConfig
 from refkl.reference.cached.score_cache import CacheStats, ScoreCache, describe, each
@@ -24,7 +24,7 @@ from refkl.reference.moving.lora_update import LastUpdate, planned
 from refkl.reference.weights.fingerprint import combined, digests
 from refkl.reference.weights.saved import Saved, write_saved
 from refkl.reference.weights.tensors import check_pairs
-from refkl.scoring import Head, ScoredLogits, completion_logits, learned_prompt, score_model
+from refkl.scoring import Head, ScoredLogits, completion_logits, score_model
 from refkl.scoring.in_parts import free_tokens, in_parts
 from refkl.scoring.packing.worthwhile import shares_prompts
 from refkl.types import KLFloor, MemoryReport, TokenBatch, TokenScores

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from refkl.backend import Backend, full_shape, is_partitioned, unwrap
+from refkl.backend import Backend, base_model, full_shape, is_partitioned, unwrap
 from refkl.backend.adapters import adapter_buffers, adapter_parameters
-from refkl.reference.quantized.layers import linear_layers, matrix_shape
-from refkl.scoring.head.linear_head import base_model
+from refkl.backend.linear_layers import linear_layers, matrix_shape
 
 Spread = Literal["whole", "flat", "rows"]
 """Of a parameter each rank has all; as many of its flattened elements (ZeRO); as many of its rows (FSDP2)."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from torch import nn
 
-from refkl.backend import detect, unwrap
+from refkl.backend import detect, learned_prompt, unwrap
 from refkl.config import ReferenceConfig
 from refkl.messages import unknown
 from refkl.reference.contract import BuildRequest, Reference
@@ -18,7 +18,6 @@ from refkl.reference.strategies.fsdp2 import FSDP2Reference
 from refkl.reference.strategies.shared_trunk import SharedTrunkReference
 from refkl.reference.strategies.swap import SwapReference
 from refkl.reference.strategies.zero3 import Zero3Reference
-from refkl.scoring import learned_prompt
 from refkl.types import TokenBatch
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt, learned_prompt
-from refkl.scoring.head.linear_head import base_model
+from refkl.backend import base_model, learned_prompt
+from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt
 from refkl.scoring.packing.packed_batch import Layout, lay_out
 from refkl.scoring.packing.worthwhile import masks_for, may_gain, why_not
 from refkl.types import TokenBatch

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refkl.backend import base_model
 from refkl.kl.projection import free_bytes
-from refkl.scoring.head.linear_head import base_model
 from refkl.types import TokenBatch, TokenScores
 
 SHARE = 0.25

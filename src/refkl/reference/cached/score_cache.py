@@ -26,12 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refkl.backend import mixed_precision, own_class, unwrap
+from refkl.backend import base_model, mixed_precision, own_class, unwrap
 from refkl.backend.adapters import switches
 from refkl.backend.layout import communicating_device
 from refkl.messages import size
 from refkl.reference.cached.score_files import KEY_BYTES, Row, ScoreStore
-from refkl.scoring.head.linear_head import base_model
 from refkl.types import TokenBatch, TokenScores
 
 FORMAT = 1

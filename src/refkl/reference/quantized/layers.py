@@ -12,21 +12,19 @@ Over a batch of tokens those multiply by the restored matrix too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from refkl.backend import full_shape, unwrap
-from refkl.backend.adapters import adapter_parameters
-from refkl.scoring.head.linear_head import base_model
+from refkl.backend import base_model, unwrap
+from refkl.backend.linear_layers import linear_layers, matrix_shape
 
 if TYPE_CHECKING:
     from refkl.reference.contract import BuildRequest
@@ -194,28 +192,6 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """As nn.Linear's."""
         return f"in_features={self.shape[1]}, out_features={self.shape[0]}, {self.format}"
-
-
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that can be quantised: nn.Linear and GPT-2's Conv1D, but for the output head, what is tied to an
-    embedding, and adapters; none whose forward was replaced, or whose weight is packed or sharded."""
-    base = base_model(model)
-    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    looked_up = (m.weight for m in base.modules() if isinstance(m, nn.Embedding))
-    kept = {id(weight) for weight in (*looked_up, *(() if head is None else head.parameters()))}
-    kept |= adapter_parameters(model)
-    for name, layer in base.named_modules():
-        if type(layer).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(layer):
-            continue
-        weight: Any = layer.weight
-        if type(weight) is nn.Parameter and weight.is_floating_point() and id(weight) not in kept:
-            yield name, layer
-
-
-def matrix_shape(layer: nn.Module) -> torch.Size:
-    """[out, in] of one of `linear_layers`."""
-    shape = full_shape(layer.weight)  # type: ignore[arg-type]
-    return shape[::-1] if isinstance(layer, Conv1D) else shape
 
 
 def why_not_quantized(request: BuildRequest) -> str | None:

@@ -27,6 +27,7 @@ from refkl.backend import (
     evaluating,
     is_partitioned,
     layout_of,
+    learned_prompt,
     local_shard,
     named_weights,
     parameters_in,
@@ -44,7 +45,7 @@ from refkl.reference.moving.lora_update import planned
 from refkl.reference.strategies.swap import SwapReference, snapshot_of
 from refkl.reference.weights.fingerprint import combined, digests
 from refkl.reference.weights.saved import Saved
-from refkl.scoring import Head, find_head, learned_prompt
+from refkl.scoring import Head, find_head
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights that take out of the base what they put into the adapter."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from refkl.backend import (
     Weight,
     Whole,
+    base_model,
     canonical_name,
     eight_bit_layer,
     is_sharded,
@@ -41,7 +42,6 @@ from refkl.reference.streamed.stream import Stream, largest_pair, unit_bytes, un
 from refkl.reference.weights.saved import Saved
 from refkl.reference.weights.tensors import bytes_held, bytes_offloaded
 from refkl.scoring import Head, find_head
-from refkl.scoring.head.linear_head import base_model
 from refkl.types import KLFloor, MemoryReport, TokenBatch
 
 

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
+from refkl.backend import base_model
 from refkl.messages import nearest
 from refkl.reference.contract import BuildRequest
-from refkl.scoring.call import base_model
 
 
 def source_folder(request: BuildRequest) -> str:

@@ -11,7 +11,8 @@ from torch import nn
 
 from refkl.backend import named_weights
 from refkl.backend.adapters import adapter_parameters
-from refkl.reference.quantized.layers import QuantizedLinear, linear_layers
+from refkl.backend.linear_layers import linear_layers
+from refkl.reference.quantized.layers import QuantizedLinear
 
 
 def frozen_copy(

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refkl.backend import dropout_rates, named_weights, unwrap
+from refkl.backend import base_model, decoder_layers, dropout_rates, named_weights, unwrap
 from refkl.backend.adapters import adapter_parameters
 from refkl.reference.contract import BuildRequest
 from refkl.reference.cost import Cost
 from refkl.reference.strategies.clone import CloneReference, must_copy_all
-from refkl.scoring import HeadError, decoder_layers, find_head, score_model
-from refkl.scoring.head.linear_head import base_model
+from refkl.scoring import HeadError, find_head, score_model
 from refkl.types import TokenBatch
 
 _CLOSE = 1e-4

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refkl.backend import Weight, gathered, layout_of, local_shard, named_weights, unwrap, weights_of, whole
+from refkl.backend import Weight, base_model, gathered, layout_of, local_shard, named_weights, unwrap, weights_of, whole
 from refkl.backend.zero import (
     full_shape,
     inference_config,
@@ -32,7 +32,6 @@ from refkl.reference.moving.average import Pair, paired_weights
 from refkl.reference.strategies.from_folder import load_pretrained, source_folder
 from refkl.reference.strategies.frozen_copy import replaced_forward
 from refkl.reference.weights.tensors import bytes_held, bytes_offloaded, check_pairs
-from refkl.scoring.call import base_model
 from refkl.types import MemoryReport
 
 

@@ -13,11 +13,9 @@ import weakref
 from dataclasses import dataclass, replace
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from refkl.backend import full_shape, unwrap
+from refkl.backend import full_shape
 
 _TOLERANCE = 2e-6
 """Relative, in fp32: a cap takes three roundings and a tanh."""
@@ -86,23 +84,6 @@ class Head:
         linear = nn.functional.linear(hidden, self.weight)
         scaled = linear * self.logit_scale + (0.0 if self.bias is None else self.bias)
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrappers and PEFT."""
-    inner = unwrap(model)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
-    """The layers that the hidden states pass one after the other; None for a model without a list of them."""
-    base = base_model(model)
-    if not isinstance(base, PreTrainedModel):
-        return None
-    decoder = base.get_decoder()
-    # One inside another is a layer's own, such as its experts.
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    return max(lists, key=len, default=None)
 
 
 FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[int, float, float | None, int]] = weakref.WeakKeyDictionary()

@@ -22,9 +22,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from refkl.backend import evaluating, full_shape, is_partitioned
-from refkl.backend.learned_prompt import without_prompt
-from refkl.scoring.head.linear_head import FOUND, Head, HeadError, at_least_fp32, base_model, close, mapped, not_called
+from refkl.backend import base_model, evaluating, full_shape, is_partitioned, without_prompt
+from refkl.scoring.head.linear_head import FOUND, Head, HeadError, at_least_fp32, close, mapped, not_called
 from refkl.scoring.head.redirect import check_forward, replaced
 
 logger = logging.getLogger(__name__)

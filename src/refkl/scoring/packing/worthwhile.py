@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from refkl.backend import own_class, submodules
-from refkl.scoring.head.linear_head import base_model
+from refkl.backend import base_model, own_class, submodules
 from refkl.scoring.packing.attention_kernels import give_masks, no_masks
 from refkl.scoring.packing.packed_batch import Layout
 from refkl.scoring.packing.prefix_mask import BLOCK, Seen, SharedMask
