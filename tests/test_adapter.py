@@ -14,7 +14,7 @@ from torch import nn
 
 from refkl import ReferenceConfig, build_reference, score_tokens
 from refkl.backend.adapters import switched_off
-from refkl.reference import adapter
+from refkl.reference.strategies import adapter
 
 
 def _lora(**options: object) -> PeftModel:
@@ -161,12 +161,12 @@ def test_several_scores_switch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = score_tokens(_trained(policy), parts[0]).logp.detach()
     switched = []
     monkeypatch.setattr(adapter, "switched_off", lambda policy: switched.append(1) or switched_off(policy))
-    with reference.several():
+    with reference.keep_active():
         found = [reference.score(part).logp for part in parts]
     assert len(switched) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     assert torch.equal(score_tokens(policy, parts[0]).logp, trained)
-    with pytest.raises(RuntimeError, match="in the middle"), reference.several():
+    with pytest.raises(RuntimeError, match="in the middle"), reference.keep_active():
         raise RuntimeError("in the middle")
     assert torch.equal(score_tokens(policy, parts[0]).logp, trained)
     assert torch.equal(reference.score(parts[0]).logp, right[0])
@@ -181,12 +181,12 @@ def test_it_does_not_move_between_several_scores(tmp_path: Path) -> None:
     right = reference.score(batch()).logp
     _trained(policy)
     for move in (lambda: reference.update(policy), lambda: reference.load(tmp_path)):
-        with pytest.raises(ValueError, match="leave that first"), reference.several():
+        with pytest.raises(ValueError, match="leave that first"), reference.keep_active():
             move()
         assert reference.strategy == "adapter" and torch.equal(reference.score(batch()).logp, right)
     reference.keep_first()
     reference.update(policy)
-    with pytest.raises(ValueError, match="leave that first"), reference.several(), reference.first():
+    with pytest.raises(ValueError, match="leave that first"), reference.keep_active(), reference.first():
         pass
     with reference.first():
         assert torch.equal(reference.score(batch()).logp, right)
@@ -241,11 +241,11 @@ def test_a_cast_of_the_policy_is_followed() -> None:
     before = reference.fingerprint()
     policy.bfloat16()
     reference.verify()
-    assert reference.stamp != before
+    assert reference.recorded_fingerprint != before
     policy.base_model.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"up_proj\.weight is another"):
         reference.verify()
     # To record it is not to approve of it.
-    assert reference.provenance()["fingerprint"] == reference.stamp
+    assert reference.provenance()["fingerprint"] == reference.recorded_fingerprint
     with pytest.raises(ValueError, match=r"up_proj\.weight is another"):
         reference.verify()

@@ -9,7 +9,8 @@ import torch
 from support import llama, shared_batch
 
 from refkl import ReferenceConfig, TokenBatch, build_reference, score_tokens
-from refkl.scoring import budget, prepare
+from refkl.scoring import in_parts as budget
+from refkl.scoring import prepare
 from refkl.scoring.in_parts import free_tokens, parts
 
 ROWS = ((0, 5), (1, 3), (0, 2), (1, 6), (0, 1), (2, 4), (1, 9), (2, 2))

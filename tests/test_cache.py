@@ -29,7 +29,8 @@ from transformers import LlamaForCausalLM
 from trl import DPOConfig
 
 from refkl import Reference, ReferenceConfig, SyncConfig, TokenBatch, build_reference, score_pair
-from refkl.reference import base, store
+from refkl.reference import contract as base
+from refkl.reference.cached import score_files as store
 from refkl.reference.cached.score_cache import row_keys
 from refkl.sync import SyncReferenceCallback
 from refkl.trl import KLDPOTrainer
@@ -452,7 +453,7 @@ def test_an_updated_reference_is_never_answered_from_before(
     assert torch.equal(reference.score(TOKENS).logp, before)
     reference.save(tmp_path / "saved")
     reference.update(policy, alpha=0.5)
-    assert reference.stamp is None
+    assert reference.recorded_fingerprint is None
     forwards.clear()
     half = reference.score(TOKENS)
     assert len(forwards) == 1 and half.fingerprint == reference.fingerprint()
@@ -487,7 +488,7 @@ def test_freed_weights(strategy: str, tmp_path: Path, forwards: list[tuple[int, 
     forwards.clear()
     nn.init.normal_(policy.model.norm.weight)
     policy.model.embed_tokens.requires_grad_(False)
-    reference.settle()
+    reference.follow_policy()
     assert torch.equal(reference.score(TOKENS).logp, right) and not forwards
     assert reference.fingerprint() == reference.provenance()["fingerprint"] == fingerprint
     for tokens, options in ((batch(seed=9), {}), (TOKENS, {"temperature": 0.5}), (TOKENS, {"entropy": True})):
@@ -564,7 +565,7 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
 def test_a_strategy_of_ones_own_takes_part_and_says_if_it_cannot_be_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refkl.reference.strategies.clone.CloneReference._free", Reference._free)
+    monkeypatch.setattr("refkl.reference.strategies.clone.CloneReference._free", Reference.free_weights)
     reference = cached(llama(), tmp_path)
     with pytest.raises(ValueError, match="strategy 'clone' cannot free its weights"):
         reference.fill([TOKENS], free=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refkl import build_reference
 from refkl.backend import Block, Layout, Weight, Whole
-from refkl.reference import fingerprint
+from refkl.reference.weights import fingerprint
 from refkl.reference.weights.fingerprint import combined, content_sum, digests
 
 MASK = 2**64 - 1
@@ -150,7 +150,7 @@ def test_every_element_of_a_model_counts(family: str) -> None:
     policy = MODELS[family]()
     reference = build_reference(policy, "clone")
     first, before = reference.fingerprint(), dict(reference.digests)
-    for name, local, _ in list(reference._weights()):
+    for name, local, _ in list(reference.weights()):
         flat = local.view(-1)
         kept = flat[-1].clone()
         flat[-1] = torch.nextafter(kept, kept + 1)

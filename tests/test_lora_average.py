@@ -125,7 +125,7 @@ class Plain:
 
 
 def held(reference: Reference) -> dict[str, Tensor]:
-    return {weight.name: weight.local for weight in reference._weights()}
+    return {weight.name: weight.local for weight in reference.weights()}
 
 
 def ranks(reference: Reference) -> set[int]:
@@ -328,7 +328,7 @@ def test_a_policys_training_goes_on(holder: str) -> None:
         for _ in range(3):
             loss = score_tokens(model, batch()).logp.sum()
             if model is policy:
-                with reference.several():
+                with reference.keep_active():
                     reference.score(batch(padding="left"))
                     reference.score(batch(seed=3))
                 reference.update(policy, 0.5, lora="product")
@@ -345,7 +345,7 @@ def test_several_scores_in_one_exchange_give_the_same() -> None:
         reference = build_reference(policy, HOLDERS[holder])
         reference.update(train(policy), 0.5, lora="product")
         alone, before, fingerprint = reference.score(batch()).logp, bits(policy), reference.fingerprint()
-        with reference.several():
+        with reference.keep_active():
             assert torch.equal(reference.score(batch()).logp, alone)
             assert torch.equal(reference.score(batch()).logp, alone)
         assert_untouched(policy, before)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refkl import Reference, ReferenceConfig, build_reference, freeze, score_pair, score_tokens, trainable_parameters
 from refkl.backend import named_weights
-from refkl.reference import moving
+from refkl.reference.moving import average as moving
 from refkl.reference.weights.shard_files import Files
 
 HELD = {
@@ -41,7 +41,7 @@ def policy_for(config: ReferenceConfig, **options: Any) -> nn.Module:
 
 
 def numbers(reference: Reference) -> dict[str, Tensor]:
-    return {name: local.clone() for name, local, _ in reference._weights() if reference._owns(name)}
+    return {name: local.clone() for name, local, _ in reference.weights() if reference.owns(name)}
 
 
 def scored(model: nn.Module) -> Tensor:
@@ -368,7 +368,7 @@ def test_a_policy_that_holds_the_references_numbers_does_not_move_it(tmp_path: P
     reference = build_reference(policy, "swap")
     moved(policy)
     for use in (lambda: reference.update(policy), reference.fingerprint, lambda: reference.save(tmp_path)):
-        with reference.several(), pytest.raises(ValueError, match=r"are in the policy \(reference\.several\)"):
+        with reference.keep_active(), pytest.raises(ValueError, match=r"are in the policy \(reference\.keep_active\)"):
             use()
     reference.update(policy)
     assert torch.equal(reference.score(batch()).logp, scored(policy))
@@ -525,7 +525,7 @@ def test_an_error_while_the_first_is_put_in_place_is_not_forgotten(monkeypatch: 
     reference = build_reference(policy, "clone")
     reference.keep_first()
     reference.update(moved(policy))
-    weights = list(reference._weights())
+    weights = list(reference.weights())
 
     def fails() -> Any:
         yield from weights[:3]
@@ -533,7 +533,7 @@ def test_an_error_while_the_first_is_put_in_place_is_not_forgotten(monkeypatch: 
 
     with monkeypatch.context() as patched:
         patched.setattr(reference, "_weights", fails)
-        patched.setattr(reference._averages, "settle", lambda weights: None)
+        patched.setattr(reference._averages, "follow", lambda weights: None)
         with pytest.raises(MemoryError), reference.first():
             raise AssertionError
     with pytest.raises(ValueError, match="half-way"):

@@ -17,7 +17,8 @@ from test_trl import dpo, grpo, logged
 from torch import nn
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze, score_pair, score_tokens
-from refkl.reference import CloneReference, stream
+from refkl.reference import CloneReference
+from refkl.reference.streamed import stream
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 OFFLOAD = ReferenceConfig(strategy="clone", offload=True)

@@ -382,7 +382,7 @@ def trainer(folder: Path, **sections: Any) -> Any:
     """A real one, with a policy that has gone some way from its reference."""
     run = parse_run([str(write_config(folder, "dpo", **sections))])
     made = make_trainer(run, run.trainer_config(), load_data(run.config.data, "dpo"), [])
-    made.reference.settle()
+    made.reference.follow_policy()
     made.model.train()
     with torch.no_grad():
         for parameter in made.model.parameters():

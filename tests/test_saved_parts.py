@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from refkl import Reference, build_reference
 from refkl.backend import Block, Layout, Whole
-from refkl.reference import saved
+from refkl.reference.weights import saved
 from refkl.reference.weights.shard_files import Files
 
 

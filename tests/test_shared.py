@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refkl import TokenBatch, build_reference, score_pair, score_tokens
-from refkl.scoring import choice, prepare
+from refkl.scoring import prepare
+from refkl.scoring.packing import worthwhile as choice
 from refkl.scoring.packing.packed_batch import lay_out
 from refkl.scoring.packing.prefix_mask import Seen, SharedMask, UnknownAttention
 

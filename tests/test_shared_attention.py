@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refkl import build_reference, score_tokens
 from refkl.backend import base_model
-from refkl.scoring import choice, prepare
+from refkl.scoring import prepare
+from refkl.scoring.packing import worthwhile as choice
 from refkl.scoring.packing.prefix_mask import Seen, UnknownAttention
 
 NOT = {

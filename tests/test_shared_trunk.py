@@ -331,7 +331,7 @@ def test_another_mask_is_another_run() -> None:
     scored = tokens.completion_mask & mask.bool()
     other = TokenBatch(tokens.input_ids, mask, scored, position_ids=(tokens.attention_mask.cumsum(-1) - 1).clamp(min=0))
     right = score_tokens(policy, other).logp
-    with reference.paired(policy, tokens):
+    with reference.sharing_work_with(policy, tokens):
         reference.score(tokens)
         found = score_tokens(policy, other).logp
     assert torch.equal(found, right)

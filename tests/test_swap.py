@@ -492,12 +492,12 @@ def test_several_scores_exchange_once() -> None:
     exchanges = []
     exchange = reference._exchange
     reference._exchange = lambda *args: exchanges.append(1) or exchange(*args)  # type: ignore[method-assign]
-    with reference.several():
+    with reference.keep_active():
         found = [reference.score(part).logp for part in parts]
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     assert len(exchanges) == 2 * len(reference._kept)
     assert torch.equal(score_tokens(policy, parts[0]).logp, now)
-    with pytest.raises(RuntimeError, match="in the middle"), reference.several():
+    with pytest.raises(RuntimeError, match="in the middle"), reference.keep_active():
         raise RuntimeError("in the middle")
     assert torch.equal(score_tokens(policy, parts[0]).logp, now) and torch.equal(
         reference.score(parts[0]).logp, right[0]

@@ -119,7 +119,7 @@ def check_reference(
 def _shared(policy: nn.Module, reference: Reference) -> Finding:
     check = "what trains is not the reference's"
     trained = {_memory_of(local_shard(p)): name for name, p in named_weights(policy) if p.requires_grad}
-    for name, local, _ in reference._weights():
+    for name, local, _ in reference.weights():
         if local.numel() and (theirs := trained.get(_memory_of(local))) is not None:
             return Finding(
                 check,
@@ -145,8 +145,8 @@ def _frozen(reference: Reference) -> Finding:
 def _in_optimizer(optimizer: torch.optim.Optimizer, reference: Reference) -> Finding:
     check = "the optimizer does not hold the reference"
     held = {_memory_of(local_shard(p)) for group in optimizer.param_groups for p in group["params"]}
-    for name, local, _ in reference._weights():
-        if reference._owns(name) and local.numel() and _memory_of(local) in held:
+    for name, local, _ in reference.weights():
+        if reference.owns(name) and local.numel() and _memory_of(local) in held:
             return Finding(
                 check,
                 "fault",

@@ -17,7 +17,7 @@ from support import batch
 from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference
-from refkl.reference import store
+from refkl.reference.cached import score_files as store
 
 
 def main() -> None:

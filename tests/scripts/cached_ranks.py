@@ -18,7 +18,7 @@ from contract_run import Run
 from support import batch
 
 from refkl import ReferenceConfig, build_reference
-from refkl.reference import base
+from refkl.reference import contract as base
 
 BACKEND, STRATEGY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 

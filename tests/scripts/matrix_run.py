@@ -138,7 +138,7 @@ class Watcher(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.before = self.trainer.reference.stamp or self.trainer.reference.fingerprint()
+        self.before = self.trainer.reference.recorded_fingerprint or self.trainer.reference.fingerprint()
 
 
 def run(case: Case, folder: Path, processes: int) -> Result:

@@ -70,7 +70,7 @@ class Half(Run):
 
 
 def whole(reference: Reference) -> dict[str, Tensor]:
-    return {n: layout.join(local).clone() for n, local, layout in reference._weights() if reference._owns(n)}
+    return {n: layout.join(local).clone() for n, local, layout in reference.weights() if reference.owns(n)}
 
 
 def check_update(case: Case, alpha: float, *, bias: float | None = None) -> None:
@@ -108,7 +108,7 @@ def check_update(case: Case, alpha: float, *, bias: float | None = None) -> None
 
 def check_average_is_sharded(case: Case) -> None:
     """In bf16: fp32 beside it, each rank its own part; and small steps arrive."""
-    parts = {n: local.numel() for n, local, _ in case.reference._weights()}
+    parts = {n: local.numel() for n, local, _ in case.reference.weights()}
     first = whole(case.reference)
     case.train()
     theirs = {n: layout.join(local).float() for n, local, layout in weights_of(unwrap(case.policy))}

@@ -292,13 +292,14 @@ class Checkpointing(Trainer):
             self._check_recorded(record)
 
     def _check_recorded(self, record: dict[str, Any]) -> None:
-        self.reference.settle()
-        if record["fingerprint"] != (self.reference.stamp or self.reference.fingerprint()):
+        self.reference.follow_policy()
+        if record["fingerprint"] != (self.reference.recorded_fingerprint or self.reference.fingerprint()):
             raise ValueError(
                 f"The checkpoint was trained against a reference with fingerprint {record['fingerprint'][:12]} "
                 f"({record['strategy']}, from {record['source']}), and this run's has "
-                f"{(self.reference.stamp or '')[:12]} ({self.reference.strategy}, from {self.reference.source}). Give "
-                "the trainer the model that the first run began with; its trained weights come from the checkpoint."
+                f"{(self.reference.recorded_fingerprint or '')[:12]} ({self.reference.strategy}, from "
+                f"{self.reference.source}). Give the trainer the model that the first run began with; its trained "
+                "weights come from the checkpoint."
             )
         if record.get("kl_floor") is not None:
             self.reference.recall_floor(record["kl_floor"])  # a policy that has trained cannot show it any more

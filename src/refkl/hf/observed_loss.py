@@ -48,7 +48,7 @@ class Watch:
         counted = self._positions(call)
         outputs: list[Any] = []
         # Before the hooks: it may run the model to look at it.
-        with self.reference.paired(model, self.batch):
+        with self.reference.sharing_work_with(model, self.batch):
             hooks = self._hooks(model, counted, outputs)
             try:
                 yield

@@ -287,7 +287,7 @@ class _PenaltySteps(TrainerCallback):
         reference = self.trainer.reference
         if reference.freed:
             return
-        reference.settle()
+        reference.follow_policy()
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
         vocabulary = None if tokenizer is None else len(tokenizer)

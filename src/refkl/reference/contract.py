@@ -110,7 +110,7 @@ class Reference(ABC):
         self._averages = Averages(on_host=request.config.averages == "host")
         self._half_moved = False
         """Whether an error left it between two moves."""
-        self._first_stamp: str | None = None
+        self._initial_fingerprint: str | None = None
         """The fingerprint before the first move, if it was kept."""
 
     @classmethod
@@ -139,14 +139,14 @@ class Reference(ABC):
         """Make it. `supports` has said None."""
 
     @abstractmethod
-    def _active(self) -> AbstractContextManager[nn.Module]:
+    def activate(self) -> AbstractContextManager[nn.Module]:
         """The module to run, as the reference for as long as this is open; switched back also when scoring raises."""
 
     @abstractmethod
-    def _weights(self) -> Iterator[Weight]:
+    def weights(self) -> Iterator[Weight]:
         """Every weight of the reference, as far as this rank holds it, in a fixed order; tied ones once."""
 
-    def _pairs(self, policy: nn.Module) -> list[Pair]:
+    def pairs(self, policy: nn.Module) -> list[Pair]:
         """Each weight that moves, with the policy's; nothing is written here.
 
         Raises:
@@ -154,23 +154,23 @@ class Reference(ABC):
         """
         raise ValueError(f"strategy {self.strategy!r} cannot move.")
 
-    def _lora_layers(self) -> list[LoraFactors]:
+    def lora_layers(self) -> list[LoraFactors]:
         """The LoRA layers of which it can hold another rank than the policy's; a strategy that lists any has
         `_replace`."""
         return []
 
-    def _replace(self, weights: dict[str, Tensor]) -> None:
+    def replace_weights(self, weights: dict[str, Tensor]) -> None:
         """Let these be the reference's, which were of other shapes; the tensors are its own from then on."""
         raise ValueError(f"strategy {self.strategy!r} cannot hold weights of other shapes than the policy's.")
 
-    def _before_writing(self) -> None:  # noqa: B027 - an optional hook: most hold no copies of their shards
+    def before_writing(self) -> None:  # noqa: B027 - an optional hook: most hold no copies of their shards
         """Drop what would hide new weights from the next forward."""
 
-    def _free(self) -> bool:
+    def free_weights(self) -> bool:
         """Drop the weights that are the reference's alone; False if there are none, so that it can still be run."""
         raise ValueError(f"strategy {self.strategy!r} cannot free its weights.")
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
         """Whether the weight is the reference's alone, and not the policy's too."""
         return True
 
@@ -190,7 +190,7 @@ class Reference(ABC):
         self._check_move(policy, step)
 
     def _check_move(self, policy: nn.Module, step: Move) -> None:
-        planned(step, self._pairs(policy), self._lora_layers())
+        planned(step, self.pairs(policy), self.lora_layers())
 
     @property
     def kl_floor(self) -> KLFloor | None:
@@ -208,10 +208,10 @@ class Reference(ABC):
         """
         raise ValueError("The reference is not quantised, and so has no floor of its own.")
 
-    def _before_scoring(self, batch: TokenBatch) -> None:  # noqa: B027 - an optional hook
+    def before_scoring(self, batch: TokenBatch) -> None:  # noqa: B027 - an optional hook
         """Raise ValueError if it must not answer; settled it is."""
 
-    def settle(self) -> None:  # noqa: B027 - an optional hook: a strategy without weights of its own has none to move
+    def follow_policy(self) -> None:  # noqa: B027 - an optional hook: a strategy without weights of its own has none to move
         """Follow the policy to the device and dtype that it has been given since. Each score does this first."""
 
     def score(
@@ -248,15 +248,15 @@ class Reference(ABC):
                 return scores.to(batch.input_ids.device)
 
         if self.cache is None:
-            return replace(run(batch), fingerprint=self.stamp)
+            return replace(run(batch), fingerprint=self.recorded_fingerprint)
         if hidden:
             raise ValueError("hidden states are not kept by reference.cache. " + _WITHOUT_CACHE)
         if not self.freed:
-            self._before_scoring(batch)  # also for what the cache knows
+            self.before_scoring(batch)  # also for what the cache knows
         about = self._about(batch)
         options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "together": self._sharded()}
         scores = self.cache.score(batch, about, None if self.freed else run, **options)
-        return replace(scores, fingerprint=self.stamp)
+        return replace(scores, fingerprint=self.recorded_fingerprint)
 
     def fill(
         self, batches: Iterable[TokenBatch], *, temperature: float = 1.0, entropy: bool = False, free: bool = False
@@ -276,7 +276,7 @@ class Reference(ABC):
         """
         cache = self._need_cache("fill")
         if not self.freed:
-            self.settle()  # whether it is sharded is known then
+            self.follow_policy()  # whether it is sharded is known then
         for batch in each(batches, together=self._sharded()):
             self.score(batch, temperature=temperature, entropy=entropy)
         cache.write()
@@ -297,10 +297,10 @@ class Reference(ABC):
             return
         if self.updates:
             raise ValueError("A reference that has been moved cannot be freed: a resumed run needs its weights.")
-        self.settle()
-        self._description(self.stamp or self.fingerprint())
+        self.follow_policy()
+        self._description(self.recorded_fingerprint or self.fingerprint())
         cache.write()
-        self.freed = self._free()
+        self.freed = self.free_weights()
 
     def _need_cache(self, what: str) -> ScoreCache:
         if self.cache is None:
@@ -310,29 +310,31 @@ class Reference(ABC):
     def _about(self, batch: TokenBatch) -> dict[str, Any]:
         """What its scores depend on, beside the batch. Collective after an update, if sharded."""
         if not self.freed:
-            self.settle()
+            self.follow_policy()
         device = (self._device or batch.input_ids.device).type
         with self._autocast():
             cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         # After an update there is no stamp: what was scored before it must not answer.
-        stamp = self.stamp or self.fingerprint()
+        stamp = self.recorded_fingerprint or self.fingerprint()
         return {"fingerprint": stamp, "autocast": cast, **self._description(stamp)}
 
     def _description(self, stamp: str) -> dict[str, Any]:
         if self._described is None or self._described[0] != stamp:
-            with self._active() as model:
+            with self.activate() as model:
                 self._described = stamp, describe(model)
         return self._described[1]
 
     def _sharded(self) -> bool:
         """Whether a score is collective: no rank holds all of the weights."""
         several = dist.is_initialized() and dist.get_world_size() > 1 and not self.freed
-        return several and self._holds_parts()
+        return several and self.holds_parts()
 
-    def _holds_parts(self) -> bool:
-        """Return True if this rank holds only a part of some weight. Scores ask this, also inside `several`, where a
-        strategy may refuse to list its weights."""
-        return any(weight.layout.sharded for weight in self._weights())
+    def holds_parts(self) -> bool:
+        """Return True if this rank holds only a part of some weight.
+
+        Scores ask this, also inside `keep_active`, where a strategy may refuse to list its weights.
+        """
+        return any(weight.layout.sharded for weight in self.weights())
 
     def _most_tokens(self, model: nn.Module, device: torch.device) -> int | None:
         """How many to score at once; None for all."""
@@ -383,11 +385,11 @@ class Reference(ABC):
                 "log-probabilities alone. " + _WITHOUT_CACHE
             )
 
-    def several(self) -> AbstractContextManager[None]:
+    def keep_active(self) -> AbstractContextManager[None]:
         """Open around scores that follow each other, with nothing between them: what each moves is moved once."""
         return nullcontext()
 
-    def paired(self, policy: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
+    def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
         """Open around a score of the policy and one of the reference on the same batch, for what they can share."""
         return nullcontext()
 
@@ -405,9 +407,9 @@ class Reference(ABC):
     def _scoring(self, batch: TokenBatch) -> Iterator[tuple[nn.Module, TokenBatch]]:
         """The module to run and the batch where it is: no grad, dropout off, nothing left changed."""
         self._check_whole()
-        self.settle()
-        self._before_scoring(batch)
-        with self._active() as model, torch.no_grad(), evaluating(model), self._autocast():
+        self.follow_policy()
+        self.before_scoring(batch)
+        with self.activate() as model, torch.no_grad(), evaluating(model), self._autocast():
             yield model, batch if self._device is None else batch.to(self._device)
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -455,16 +457,16 @@ class Reference(ABC):
 
     def _update(self, policy: nn.Module, step: Move) -> None:
         """Make a move that has been checked."""
-        self.settle()
-        self._averages.settle(self._weights())
+        self.follow_policy()
+        self._averages.follow(self.weights())
         with torch.no_grad():
-            plan = planned(step, self._pairs(policy), self._lora_layers())
+            plan = planned(step, self.pairs(policy), self.lora_layers())
             new, distance = plan.new(self._averages), plan.distance(self._averages)
             self._averages.prepare(plan.pairs, step)
-            self._before_writing()
+            self.before_writing()
             self._half_moved = True
             if new.weights:
-                self._replace(new.weights)
+                self.replace_weights(new.weights)
                 new.keep(self._averages)
             probes = {pair.own.name: self._averages.move(pair, step) for pair in plan.pairs}
             self._half_moved = False
@@ -475,8 +477,8 @@ class Reference(ABC):
 
     def _check_moved(self, probes: dict[str, Probe | None]) -> None:
         """Look each changed weight up anew: a write into a gathered copy, or into a placeholder, would be lost."""
-        self._before_writing()
-        for name, local, _ in self._weights():
+        self.before_writing()
+        for name, local, _ in self.weights():
             probe = probes.get(name)
             if probe is not None and not same_bits(local.reshape(-1)[probe.place], probe.number):
                 raise RuntimeError(
@@ -492,10 +494,10 @@ class Reference(ABC):
         """
         if self.updates and not self._averages.first:
             raise ValueError("The reference has moved already, and what it was first was not kept.")
-        self.settle()
-        if self._first_stamp is None:
-            self._first_stamp = self.stamp or self.fingerprint()
-            self._averages.keep_first(weight for weight in self._weights() if self._owns(weight.name))
+        self.follow_policy()
+        if self._initial_fingerprint is None:
+            self._initial_fingerprint = self.recorded_fingerprint or self.fingerprint()
+            self._averages.keep_first(weight for weight in self.weights() if self.owns(weight.name))
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -504,13 +506,13 @@ class Reference(ABC):
         Raises:
             ValueError: `keep_first` was not called in time.
         """
-        if self._first_stamp is None:
+        if self._initial_fingerprint is None:
             raise ValueError("What the reference was first was not kept: call reference.keep_first() before it moves.")
         self._check_whole()
-        self.settle()
-        self._averages.settle(self._weights())
+        self.follow_policy()
+        self._averages.follow(self.weights())
         self._exchange_first()
-        present, self._recorded = self._recorded, self._first_stamp
+        present, self._recorded = self._recorded, self._initial_fingerprint
         try:
             yield
         finally:
@@ -521,9 +523,9 @@ class Reference(ABC):
     def _exchange_first(self) -> None:
         """The weights and what was kept of the first ones change places."""
         self._half_moved = True
-        self._before_writing()
+        self.before_writing()
         replaced = {}
-        for name, local, _ in self._weights():
+        for name, local, _ in self.weights():
             if (kept := self._averages.first.get(name)) is None:
                 continue
             present = local.clone()
@@ -533,7 +535,7 @@ class Reference(ABC):
             else:
                 replaced[name], self._averages.first[name] = kept, self._averages.place(present)
         if replaced:
-            self._replace(replaced)
+            self.replace_weights(replaced)
         self._half_moved = False
 
     def _recalled_first(self, stamp: str | None) -> str | None:
@@ -550,7 +552,7 @@ class Reference(ABC):
         if self.freed:
             assert self._recorded is not None, "free() took it"
             return self._recorded
-        self.digests = digests(self._weights())
+        self.digests = digests(self.weights())
         self._recorded = combined(self.digests)
         return self._recorded
 
@@ -567,7 +569,7 @@ class Reference(ABC):
         """
         if self.freed:
             return
-        self.settle()
+        self.follow_policy()
         if self._recorded is None:
             self.fingerprint()
             return
@@ -576,7 +578,7 @@ class Reference(ABC):
             start, self._verified = self._verified % len(names), self._verified + count
             names = [*names, *names][start : start + min(count, len(names))]
         chosen = set(names)
-        found = digests(w for w in self._weights() if w.name in chosen)
+        found = digests(w for w in self.weights() if w.name in chosen)
         if changed := [name for name, digest in found.items() if digest != self.digests[name]]:
             raise ValueError(
                 f"The reference changed though nothing was to update it: {changed[0]} is another "
@@ -590,7 +592,7 @@ class Reference(ABC):
         return False
 
     @property
-    def stamp(self) -> str | None:
+    def recorded_fingerprint(self) -> str | None:
         """The fingerprint when it was last taken, which scores carry; None from an update until it is taken again."""
         return self._recorded
 
@@ -600,10 +602,10 @@ class Reference(ABC):
 
     def memory(self) -> MemoryReport:
         """Bytes that the reference adds on this rank, averages included."""
-        held, averages = self._memory(), self._averages.memory(self._home())
+        held, averages = self.memory_of_weights(), self._averages.memory(self._home())
         return MemoryReport(device=held.device + averages.device, host=held.host + averages.host)
 
-    def _memory(self) -> MemoryReport:
+    def memory_of_weights(self) -> MemoryReport:
         """Bytes of its weights on this rank."""
         return MemoryReport(device=0, host=0)
 
@@ -619,12 +621,12 @@ class Reference(ABC):
         """
         self._check_held("be saved")
         self._check_whole()
-        own = [weight for weight in self._weights() if self._owns(weight.name)]
+        own = [weight for weight in self.weights() if self.owns(weight.name)]
 
         def record() -> dict[str, Any]:
             averages = digests(self._averages.weights())
-            scalings = {layer.b: layer.scaling for layer in self._lora_layers()}
-            kept = {"averages": averages, "first": self._first_stamp, "scalings": scalings}
+            scalings = {layer.b: layer.scaling for layer in self.lora_layers()}
+            kept = {"averages": averages, "first": self._initial_fingerprint, "scalings": scalings}
             return {**self.provenance(), "weights": self.digests, **kept}
 
         write_saved(Path(folder), [*own, *self._averages.weights()], record)
@@ -642,28 +644,28 @@ class Reference(ABC):
         """
         self._check_held("be loaded into")
         saved = Saved(Path(folder))
-        self.settle()
+        self.follow_policy()
         self.fingerprint()
-        layouts = {weight.name: weight.layout for weight in self._weights()}
-        devices = {weight.name: weight.local.device for weight in self._weights()}
+        layouts = {weight.name: weight.layout for weight in self.weights()}
+        devices = {weight.name: weight.local.device for weight in self.weights()}
         shapes = {name: layout.shape for name, layout in layouts.items()}
         recorded = {name: saved.shapes.get(name, shapes.get(name, torch.Size())) for name in saved.digests}
-        layers = [layer for layer in self._lora_layers() if layer.b in layouts]
+        layers = [layer for layer in self.lora_layers() if layer.b in layouts]
         free = {name: dim for name, dim in rank_dims(layers).items() if not layouts[name].sharded}
         check_pairs(recorded, shapes, "the saved reference", free)
         other = {name for name, shape in saved.shapes.items() if shape != shapes[name]}
         check_scalings(layers, saved.provenance.get("scalings", {}), other)
         layouts |= {name: Whole(saved.shapes[name]) for name in other}
-        changed = saved.changed(self.digests, self._owns, layouts)
-        self._before_writing()
+        changed = saved.changed(self.digests, self.owns, layouts)
+        self.before_writing()
         self._half_moved = True
         if other:
-            own = {weight.name: weight.local for weight in self._weights()}
-            self._replace({name: own[name].new_empty(saved.shapes[name]) for name in other})
-        saved.copy_into(weight for weight in self._weights() if weight.name in changed)
+            own = {weight.name: weight.local for weight in self.weights()}
+            self.replace_weights({name: own[name].new_empty(saved.shapes[name]) for name in other})
+        saved.copy_into(weight for weight in self.weights() if weight.name in changed)
         self._averages.load(saved.averages(layouts), devices)
         self.updates, self.last_update = int(saved.provenance["updates"]), None
-        self._first_stamp, self._half_moved = self._recalled_first(saved.provenance.get("first")), False
+        self._initial_fingerprint, self._half_moved = self._recalled_first(saved.provenance.get("first")), False
         loaded = self.fingerprint()
         assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"
 
@@ -676,7 +678,7 @@ class Reference(ABC):
             "source": self.source,
             "updates": self.updates,
             # What it was when recorded: taking it anew would approve of a change.
-            "fingerprint": self.stamp or self.fingerprint(),
+            "fingerprint": self.recorded_fingerprint or self.fingerprint(),
             "versions": library_versions(),
         }
 

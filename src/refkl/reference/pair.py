@@ -59,7 +59,7 @@ def score_pair(
             `score_tokens`.
     """
     if divergence is None:
-        with reference.paired(policy, batch):
+        with reference.sharing_work_with(policy, batch):
             ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
             return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
     how = Divergence(divergence, jsd_weight, order, top_k)
@@ -115,7 +115,7 @@ def compare(
         ValueError: as `score_pair`.
     """
     reference.check_exact()
-    with reference.paired(policy, batch):
+    with reference.sharing_work_with(policy, batch):
         head = _common_head(policy, reference)
         if head is not None:
             if ref_scores is None:
@@ -156,7 +156,7 @@ def compare_logits(
     """`compare`, from logits of the policy that are at hand; the reference's are made in full too.
 
     For a head that is adapted, sharded, or on another device, and for a forward that was not ours. Open
-    `reference.paired` around the forward that gave them and this.
+    `reference.sharing_work_with` around the forward that gave them and this.
     """
     scored = scored_through_logits(logits, temperature=temperature, entropy=entropy, observe=observe)
     batch = scored.call.batch
@@ -164,7 +164,7 @@ def compare_logits(
         ref_scores = scores_from(ref_scored, temperature=temperature, entropy=bool(entropy))
         ref_logits = ref_scored.logits.to(logits.logits.device)
     exact = logits.call.spread(_exact(logits, ref_logits, how, temperature))
-    ref_scores = replace(ref_scores.to(batch.input_ids.device), fingerprint=reference.stamp)
+    ref_scores = replace(ref_scores.to(batch.input_ids.device), fingerprint=reference.recorded_fingerprint)
     return Compared(scored, ref_scores, exact)
 
 

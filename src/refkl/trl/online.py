@@ -236,7 +236,7 @@ class OnlineKL(KLTrainerMixin):
         if self.reference.one_sweep or limited:
             batch_size = None  # the reference cuts the rollout itself, by tokens
         view = ReferenceView(score, self.scoring.prefix)
-        with torch.no_grad(), self.reference.several():
+        with torch.no_grad(), self.reference.keep_active():
             logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 view, input_ids, attention_mask, keep, batch_size, **media
             )

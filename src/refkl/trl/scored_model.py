@@ -107,7 +107,7 @@ class PolicyView:
             self.divergences.append(found.divergence)
             return found.scored
         self.divergences.append(None)
-        with reference.paired(self.model, batch):
+        with reference.sharing_work_with(self.model, batch):
             self.references.append(ready or reference.score(batch, temperature=options["temperature"]))
             return self._alone(batch, options)
 

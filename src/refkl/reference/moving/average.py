@@ -114,7 +114,7 @@ class Averages:
                 start[own.name] = self.place(numbers.clone())
         self.mean, self.start = mean, start
 
-    def settle(self, weights: Iterable[Weight]) -> None:
+    def follow(self, weights: Iterable[Weight]) -> None:
         """Cut and cast what is kept as the weights have been since."""
         for name, local, layout in weights:
             before = self.layouts.get(name)

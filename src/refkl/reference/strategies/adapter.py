@@ -122,10 +122,10 @@ class AdapterReference(SwapReference):
         """Whether the reference is the policy with its adapter off, and holds nothing."""
         return not self._kept or self._first_open
 
-    def settle(self) -> None:
+    def follow_policy(self) -> None:
         """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
         if not self._off:
-            super().settle()
+            super().follow_policy()
             return
         if self._all_dtypes == (found := _dtypes_of(self._policy)):
             return  # which of them are the base's takes longer to find than a small batch to score
@@ -139,9 +139,9 @@ class AdapterReference(SwapReference):
         return [weight.local.dtype for weight in self._base_weights()]
 
     @contextmanager
-    def _active(self) -> Iterator[nn.Module]:
+    def activate(self) -> Iterator[nn.Module]:
         if self._open or not self._off:
-            with super()._active() as model:
+            with super().activate() as model:
                 yield model
             return
         if why_not := _merged(self._policy) or _base_trains(self._policy):
@@ -153,11 +153,11 @@ class AdapterReference(SwapReference):
         """The policy's own: one that an adapter changes is not found."""
         return find_head(self._policy) if self._off else super().head()
 
-    def _free(self) -> bool:
+    def free_weights(self) -> bool:
         return False
 
-    def _weights(self) -> Iterator[Weight]:
-        return self._base_weights() if self._off else super()._weights()
+    def weights(self) -> Iterator[Weight]:
+        return self._base_weights() if self._off else super().weights()
 
     def _base_weights(self) -> Iterator[Weight]:
         reshard(self._policy)  # FSDP2 has other objects for what a forward left gathered
@@ -179,7 +179,7 @@ class AdapterReference(SwapReference):
             raise ValueError("An adapter that ZeRO-3 keeps on NVMe cannot be copied part by part, so it cannot move.")
         names = tensors.keys()
         snapshot = [weight for weight in weights_of(self._policy) if weight.name in names]
-        planned(step, [Pair(weight, weight) for weight in snapshot], self._lora_layers())
+        planned(step, [Pair(weight, weight) for weight in snapshot], self.lora_layers())
 
     def _update(self, policy: nn.Module, step: Move) -> None:
         """The first one makes it a "swap": it holds an adapter of its own from then on."""
@@ -223,10 +223,10 @@ class AdapterReference(SwapReference):
 
     def keep_first(self) -> None:
         """Nothing to keep: the policy with its adapter off is what it was first."""
-        if self._first_stamp is None:
+        if self._initial_fingerprint is None:
             if self.updates:
                 raise ValueError("The reference has moved already, and what it was first was not kept.")
-            self._first_stamp = self.stamp or self.fingerprint()
+            self._initial_fingerprint = self.recorded_fingerprint or self.fingerprint()
 
     def _exchange_first(self) -> None:
         self._first_open = not self._first_open

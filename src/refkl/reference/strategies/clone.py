@@ -160,7 +160,7 @@ class CloneReference(Reference):
         _stay_in_eval(model)
         gauge = None if kind is None else Gauge(request.config, policy, loaded)
         reference = cls(request, reason, model, source, shared, gauge)
-        reference.settle()
+        reference.follow_policy()
         reference.fingerprint()
         if gauge is not None:
             given = request.calibration
@@ -170,7 +170,7 @@ class CloneReference(Reference):
                 reference._measure([given] if isinstance(given, TokenBatch) else given)
         return reference
 
-    def settle(self) -> None:
+    def follow_policy(self) -> None:
         """Follow the policy's device and dtype (unless they were set), and share storage with it again."""
         policy = self._policy()
         if policy is None:
@@ -212,7 +212,7 @@ class CloneReference(Reference):
             if isinstance(module, QuantizedLinear) and self.config.dtype is None:
                 module.dtype = first.dtype
         if self._stream is not None:
-            self._stream.settle(first.device)
+            self._stream.follow(first.device)
         self._placed = placed
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
@@ -226,7 +226,7 @@ class CloneReference(Reference):
                 )
 
     @contextmanager
-    def _active(self) -> Iterator[nn.Module]:
+    def activate(self) -> Iterator[nn.Module]:
         # Submodules' .train() is not ours to override; scoring puts every one of them back in eval.
         for module in self.model.modules():
             module.training = False
@@ -251,14 +251,14 @@ class CloneReference(Reference):
             return None
         if self._stream is None:
             return find_head(self.model)
-        self.settle()
+        self.follow_policy()
         if self._head is None:
-            with self._active() as model:
+            with self.activate() as model:
                 self._head = find_head(model)
         module, device = self._head.module, self._stream.device
         return self._head.holding(*(None if t is None else t.detach().to(device) for t in (module.weight, module.bias)))
 
-    def _weights(self) -> Iterator[Weight]:
+    def weights(self) -> Iterator[Weight]:
         layers = {f"{canonical_name(n)}." for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
         for weight in weights_of(self.model):
             layer, _, part = weight.name.rpartition(".")
@@ -276,14 +276,14 @@ class CloneReference(Reference):
             return super().recall_floor(found)
         self._gauge.recall(found)
 
-    def _before_scoring(self, batch: TokenBatch) -> None:
+    def before_scoring(self, batch: TokenBatch) -> None:
         if self._gauge is not None and not self._gauge.done:
             self._measure([batch])
 
     def _measure(self, batches: Iterable[TokenBatch]) -> None:
         assert self._gauge is not None
         says = self._accelerator is None or self._accelerator.is_main_process
-        with self._active() as model, self._autocast():
+        with self.activate() as model, self._autocast():
             self._gauge.measure(model, batches, says=says)
 
     def load(self, folder: str | Path) -> None:
@@ -296,16 +296,16 @@ class CloneReference(Reference):
             return super().provenance()
         return {**super().provenance(), "quantize": self.config.quantize, "kl_floor": self._gauge.record()}
 
-    def _free(self) -> bool:
+    def free_weights(self) -> bool:
         self.model, self._shared, self._stream, self._head = nn.Module(), set(), None, None
         if self._gauge is not None:
             self._gauge.loaded = None
         return True
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
         return name not in self._shared
 
-    def _pairs(self, policy: nn.Module) -> list[Pair]:
+    def pairs(self, policy: nn.Module) -> list[Pair]:
         packed = {canonical_name(n): m for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
         own = [
             weight
@@ -314,20 +314,20 @@ class CloneReference(Reference):
         ]
         # The place of a quantised weight is held by its bytes, which are never read as its numbers.
         own += [Weight(f"{n}.weight", m.get_buffer("qdata"), Whole(m.numbers_shape)) for n, m in packed.items()]
-        pairs = paired_weights(own, weights_of(unwrap(policy)), rank_dims(self._lora_layers()))
+        pairs = paired_weights(own, weights_of(unwrap(policy)), rank_dims(self.lora_layers()))
         layers = {f"{name}.weight": layer for name, layer in packed.items()}
-        return [pair._replace(packed=layers.get(pair.own.name)) for pair in pairs if self._owns(pair.own.name)]
+        return [pair._replace(packed=layers.get(pair.own.name)) for pair in pairs if self.owns(pair.own.name)]
 
-    def _lora_layers(self) -> list[LoraFactors]:
+    def lora_layers(self) -> list[LoraFactors]:
         return lora_factors(self.model)
 
-    def _replace(self, weights: dict[str, Tensor]) -> None:
+    def replace_weights(self, weights: dict[str, Tensor]) -> None:
         for name, own in named_weights(self.model):
             if (new := weights.get(name)) is not None:
                 placed = new.to(own.device, own.dtype)
                 own.data = placed.pin_memory() if own.device.type == "cpu" and own.is_pinned() else placed
 
-    def _memory(self) -> MemoryReport:
+    def memory_of_weights(self) -> MemoryReport:
         """Bytes of storages that the reference holds and the policy does not; a model that was loaded to be quantised
         is among them until the floor is measured. Offloaded, a score also takes device memory for two units of it."""
         if self._stream is not None:

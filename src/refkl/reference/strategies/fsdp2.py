@@ -92,7 +92,7 @@ class FSDP2Reference(Reference):
         reference.fingerprint()
         return reference
 
-    def settle(self) -> None:
+    def follow_policy(self) -> None:
         """Once the policy has been sharded, be sharded like it."""
         policy = self._policy()
         if self.freed or policy is None or is_sharded(self.model) or not is_sharded(policy):
@@ -110,7 +110,7 @@ class FSDP2Reference(Reference):
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
     @contextmanager
-    def _active(self) -> Iterator[nn.Module]:
+    def activate(self) -> Iterator[nn.Module]:
         for module in self.model.modules():
             module.training = False
         try:
@@ -118,22 +118,22 @@ class FSDP2Reference(Reference):
         finally:
             reshard(self.model)
 
-    def _weights(self) -> Iterator[Weight]:
+    def weights(self) -> Iterator[Weight]:
         return shards_of(self.model)
 
-    def _free(self) -> bool:
+    def free_weights(self) -> bool:
         self.model = nn.Module()
         return True
 
-    def _before_writing(self) -> None:
+    def before_writing(self) -> None:
         reshard(self.model)
 
-    def _pairs(self, policy: nn.Module) -> list[Pair]:
+    def pairs(self, policy: nn.Module) -> list[Pair]:
         inner = unwrap(policy)
         reshard(inner)
         return paired_weights(shards_of(self.model), shards_of(inner))
 
-    def _memory(self) -> MemoryReport:
+    def memory_of_weights(self) -> MemoryReport:
         """Bytes of this rank's shards."""
         if self.config.offload:
             return bytes_offloaded(map(local_shard, self.model.parameters()), self.model.buffers())

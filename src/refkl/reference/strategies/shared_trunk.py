@@ -85,7 +85,7 @@ class SharedTrunkReference(CloneReference):
         return reference
 
     @contextmanager
-    def paired(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
+    def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
         """Open around one score of each: the trunk runs in the first of the two alone.
 
         It runs in both where the policy's may give something else than the reference's: with dropout in it while the
@@ -95,7 +95,7 @@ class SharedTrunkReference(CloneReference):
         if self.freed or own is None or unwrap(policy) is not own or _differs(policy, self._depth):
             yield
             return
-        self.settle()  # refuses a trunk of which something trains by now
+        self.follow_policy()  # refuses a trunk of which something trains by now
         if not self._proven:
             self._prove(own, batch)
         with _Once([self._trunk_of(own), self._trunk_of(self.model)]):

@@ -141,7 +141,7 @@ class SwapReference(Reference):
         reference.fingerprint()
         return reference
 
-    def settle(self) -> None:
+    def follow_policy(self) -> None:
         """Cut, move and cast the snapshot as the policy has been since it was taken."""
         if self._open:  # the policy holds it, and what is kept here is the policy's
             return
@@ -176,12 +176,12 @@ class SwapReference(Reference):
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
     @contextmanager
-    def several(self) -> Iterator[None]:
+    def keep_active(self) -> Iterator[None]:
         if self.cache is not None:  # it may have all of the scores
             yield
             return
-        self.settle()
-        with self._active():
+        self.follow_policy()
+        with self.activate():
             self._open = True
             try:
                 yield
@@ -189,7 +189,7 @@ class SwapReference(Reference):
                 self._open = False
 
     @contextmanager
-    def _active(self) -> Iterator[nn.Module]:
+    def activate(self) -> Iterator[nn.Module]:
         if self._open:
             yield self._policy
             return
@@ -226,14 +226,14 @@ class SwapReference(Reference):
         assert weight is not None
         return head.holding(weight, bias)
 
-    def _weights(self) -> Iterator[Weight]:
+    def weights(self) -> Iterator[Weight]:
         self._check_closed()
         tensors = self._current(self._policy)
         for name, kept in self._kept.items():
             yield Weight(name, kept, self._layouts[name])
         yield from weights_of(self._policy, without={id(t) for t in tensors.values()})
 
-    def _holds_parts(self) -> bool:
+    def holds_parts(self) -> bool:
         """As the policy, whose layouts are the same whichever numbers it holds."""
         reshard(self._policy)
         return any(weight.layout.sharded for weight in weights_of(self._policy))
@@ -242,10 +242,10 @@ class SwapReference(Reference):
         """The policy's tensors of which there is a copy here."""
         return {name: tensor for name, tensor in named_weights(policy) if name in self._kept}
 
-    def _lora_layers(self) -> list[LoraFactors]:
+    def lora_layers(self) -> list[LoraFactors]:
         return lora_factors(self._policy)
 
-    def _replace(self, weights: dict[str, Tensor]) -> None:
+    def replace_weights(self, weights: dict[str, Tensor]) -> None:
         for name, tensor in self._current(self._policy).items():
             if (new := weights.get(name)) is not None:
                 self._kept[name] = self._place(new.to(tensor.dtype), like=tensor)
@@ -254,29 +254,29 @@ class SwapReference(Reference):
                 if new.shape != tensor.shape:
                     self._shapes[name] = tensor.shape
 
-    def _free(self) -> bool:
+    def free_weights(self) -> bool:
         self._kept, self._layouts, self._shapes = {}, {}, {}
         return True
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
         return name in self._kept
 
-    def _pairs(self, policy: nn.Module) -> list[Pair]:
+    def pairs(self, policy: nn.Module) -> list[Pair]:
         self._check_closed()
         inner = unwrap(policy)
         reshard(inner)
         own = [Weight(name, kept, self._layouts[name]) for name, kept in self._kept.items()]
         theirs = (weight for weight in weights_of(inner) if weight.name in self._kept)
-        return paired_weights(own, theirs, rank_dims(self._lora_layers()))
+        return paired_weights(own, theirs, rank_dims(self.lora_layers()))
 
     def _check_closed(self) -> None:
         if self._open:
             raise ValueError(
-                "The reference's weights are in the policy (reference.several), and the policy's in their place: leave "
-                "that first."
+                "The reference's weights are in the policy (reference.keep_active), and the policy's in their place: "
+                "leave that first."
             )
 
-    def _memory(self) -> MemoryReport:
+    def memory_of_weights(self) -> MemoryReport:
         """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
         held = bytes_held(self._kept.values(), self._home())
         return MemoryReport(host=held.total, device=0) if self._host else held

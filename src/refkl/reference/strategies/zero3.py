@@ -117,23 +117,23 @@ class Zero3Reference(Reference):
         return reference
 
     @contextmanager
-    def _active(self) -> Iterator[nn.Module]:
+    def activate(self) -> Iterator[nn.Module]:
         for module in self.model.modules():
             module.training = False
         yield self._engine
 
-    def _weights(self) -> Iterator[Weight]:
+    def weights(self) -> Iterator[Weight]:
         return weights_of(self.model)
 
-    def _before_writing(self) -> None:
+    def before_writing(self) -> None:
         # What a forward left gathered would hide the new shards from the next one.
         release(self.model.parameters())
 
-    def _free(self) -> bool:
+    def free_weights(self) -> bool:
         self.model = self._engine = nn.Module()
         return True
 
-    def _pairs(self, policy: nn.Module) -> list[Pair]:
+    def pairs(self, policy: nn.Module) -> list[Pair]:
         """Be the policy partitioned alike or whole."""
         inner = unwrap(policy)
         for name, tensor in (*named_weights(self.model), *named_weights(inner)):
@@ -141,7 +141,7 @@ class Zero3Reference(Reference):
                 raise ValueError(f"{name} is offloaded to NVMe, and cannot be synced from there.")
         return paired_weights(weights_of(self.model), weights_of(inner))
 
-    def _memory(self) -> MemoryReport:
+    def memory_of_weights(self) -> MemoryReport:
         """Bytes of this rank's partitions, and of anything that a forward left gathered."""
         if self.config.offload:
             gathered = (t.data for t in self.model.parameters() if is_partitioned(t))

@@ -134,7 +134,7 @@ class Stream:
         self._one_row: dict[Unit, _OneRow] = {}
         self._learning = self._learned = self._warned = False
 
-    def settle(self, device: torch.device) -> None:
+    def follow(self, device: torch.device) -> None:
         """Run on this device from now on; where it is a GPU, weights on the host are pinned."""
         self.device, self._side = device, None
         if device.type == "cuda":

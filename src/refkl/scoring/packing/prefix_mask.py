@@ -1,11 +1,12 @@
 """Prompts that several rows of a batch share run once, and padding not at all.
 
 The tokens that matter go through the model as one row [1, N] (packed_batch.py): each different prompt once, then every
-row's completion as far as its last input. All that a decoder does beside attention it does token by token. Attention is
-told who sees whom by the mask, and the mask is of a tensor class of its own: where torch would apply it, it computes the
-attention of each prompt to itself, and of each completion to its prompt and itself, in blocks. No mask [N, N] is made,
-nothing is computed that is masked away between one row and another, and a model, its wrappers and gradient
-checkpointing carry it about like any mask. Models that form their attention by hand ("eager") get that dense mask.
+row's completion as far as its last input. All that a decoder does beside attention it does token by token. Attention
+is told who sees whom by the mask, and the mask is of a tensor class of its own: where torch would apply it, it
+computes the attention of each prompt to itself, and of each completion to its prompt and itself, in blocks. No mask
+[N, N] is made, nothing is computed that is masked away between one row and another, and a model, its wrappers and
+gradient checkpointing carry it about like any mask. Models that form their attention by hand ("eager") get that dense
+mask.
 
 J. Juravsky et al. (2024), "Hydragen: High-Throughput LLM Inference with Shared Prefixes" (arXiv 2402.05099), splits
 attention over a shared prefix for inference; here gradients flow too.

@@ -42,5 +42,5 @@ def use_adapter(model: PeftModel, adapter_name: str | None) -> Iterator[None]:
         return
     reference = refkl.build_reference(model, ReferenceConfig(strategy="adapter", source="base"))
     # What `reference.score` enters around the policy's forward.
-    with reference._active():
+    with reference.activate():
         yield
