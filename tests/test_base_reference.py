@@ -16,7 +16,7 @@ from train_inputs import write_config
 
 from refkl import ReferenceConfig, build_reference, check_reference, score_tokens, trainable_parameters
 from refkl.cli import main
-from refkl.reference.strategies.adapter import _LEAVES_THE_BASE
+from refkl.reference.strategies.bare_base import _LEAVES_THE_BASE
 
 BASE = ReferenceConfig(source="base")
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}

@@ -19,7 +19,7 @@ LAYERS = {
     "freeze": {"messages"},
     "config": {"kl", "messages"},
     "penalty": {"types", "kl", "config"},
-    "backend": {"messages"},
+    "backend": {"types", "messages"},
     "scoring": {"types", "kl", "backend"},
     "reference": {"types", "kl", "backend", "scoring", "config", "messages", "versions"},
     "checks": {"types", "kl", "messages", "backend", "scoring", "reference"},

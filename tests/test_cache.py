@@ -29,9 +29,10 @@ from transformers import LlamaForCausalLM
 from trl import DPOConfig
 
 from refkl import Reference, ReferenceConfig, SyncConfig, TokenBatch, build_reference, score_pair
-from refkl.reference import contract as base
+from refkl.reference import CloneReference, HeldReference
+from refkl.reference import score as base
 from refkl.reference.cached import score_files as store
-from refkl.reference.cached.score_cache import row_keys
+from refkl.reference.cached.row_keys import row_keys
 from refkl.sync import SyncReferenceCallback
 from refkl.trl import KLDPOTrainer
 
@@ -565,7 +566,7 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
 def test_a_strategy_of_ones_own_takes_part_and_says_if_it_cannot_be_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refkl.reference.strategies.clone.CloneReference._free", Reference.free_weights)
+    monkeypatch.setattr(CloneReference, "drop_weights", HeldReference.drop_weights)
     reference = cached(llama(), tmp_path)
     with pytest.raises(ValueError, match="strategy 'clone' cannot free its weights"):
         reference.fill([TOKENS], free=True)

@@ -10,7 +10,7 @@ from support import batch, llama, shared_batch
 from transformers.utils import is_flash_attn_2_available
 
 from refkl import ReferenceConfig, build_reference, kl, score_pair, score_tokens
-from refkl.reference.streamed.stream import largest_pair, unit_bytes
+from refkl.reference.streamed.units import largest_pair, unit_bytes
 from refkl.scoring import prepare
 
 pytestmark = [

@@ -224,7 +224,7 @@ def test_small_steps_add_up_in_16_bits_with_a_rank() -> None:
         way, error = plain.deltas[name] - first[name], found - plain.deltas[name]
         assert float(error.norm() / plain.deltas[name].norm()) < 4e-3  # the bf16 of what is held
         assert float(error.norm() / way.norm()) < 0.05
-    means = {name: mean for name, mean in reference._averages.mean.items() if "lora_" in name}
+    means = {name: mean for name, mean in reference._mover.averages.mean.items() if "lora_" in name}
     assert means and all(mean.dtype == torch.float32 for mean in means.values())
     for name, mean in means.items():
         assert torch.equal(held(reference)[name], mean.bfloat16())

@@ -18,7 +18,7 @@ from torch import nn
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze, score_pair, score_tokens
 from refkl.reference import CloneReference
-from refkl.reference.streamed import stream
+from refkl.reference.streamed import row_chunks, stream
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 OFFLOAD = ReferenceConfig(strategy="clone", offload=True)
@@ -27,7 +27,7 @@ LLAMA_UNITS = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(5)), "
 
 def offloaded(policy: nn.Module, **options: Any) -> CloneReference:
     reference = build_reference(policy, ReferenceConfig(strategy="clone", offload=True, **options))
-    assert isinstance(reference, CloneReference) and reference.one_sweep
+    assert isinstance(reference.uncached, CloneReference) and reference.one_sweep
     return reference
 
 
@@ -237,7 +237,7 @@ def test_as_many_tokens_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask over tokens alone is not cut though it is as long as the batch."""
     policy = llama()
     chunked_like_plain(policy, batch((6, 6, 6, 6, 6, 6)), monkeypatch, 12)
-    one = stream._OneRow(6, {("hidden",): 1, ("mask",): 6, ("bias",): 4})
+    one = row_chunks._OneRow(6, {("hidden",): 1, ("mask",): 6, ("bias",): 4})
     given = {("hidden",): torch.zeros(6, 6, 3), ("mask",): torch.zeros(6, 6), ("bias",): torch.zeros(4, 6, 6)}
     assert one.having_rows(given, 6, 6) == [("hidden",)]
     assert one.having_rows({**given, ("new",): torch.zeros(6, 2)}, 6, 6) is None

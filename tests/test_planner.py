@@ -177,6 +177,10 @@ def test_a_strategy_of_ones_own_is_planned_too(monkeypatch: pytest.MonkeyPatch) 
         def cost(cls, request: BuildRequest) -> refkl.reference.Cost:
             return refkl.reference.Cost(device=1)
 
+        @classmethod
+        def auto(cls, request: BuildRequest) -> bool:
+            return True
+
     refkl.register_strategy("free", Free)
     assert plan().auto.strategy == "free"
 

@@ -56,7 +56,7 @@ def test_dpo_comes_back_to_the_bit_at_any_step(settings: str, tmp_path: Path) ->
         assert again.penalty.coef == whole.penalty.coef
         for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(a, b)
-        kept = [[w.local for w in trainer.reference._averages.weights()] for trainer in (whole, again)]
+        kept = [[w.local for w in trainer.reference._mover.averages.weights()] for trainer in (whole, again)]
         assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
         assert bool(kept[0]) == (settings == "bf16, averaged")
 

@@ -100,7 +100,7 @@ def test_two_processes_save_parts_that_one_loads(backend: str, tmp_path: Path) -
     right = torch.load(tmp_path / "scores.pt")
     assert clone.fingerprint() == right["fingerprint"] and clone.updates == 2
     torch.testing.assert_close(clone.score(batch()).logp, right["logp"], rtol=0, atol=2e-6)
-    assert len(list(clone._averages.weights())) == 2 * len(clone.digests)
+    assert len(list(clone._mover.averages.weights())) == 2 * len(clone.digests)
 
 
 def damage_truncated(folder: Path) -> str:
@@ -145,7 +145,7 @@ def test_what_is_damaged_is_named_and_nothing_changes(damage: object, tmp_path: 
     before = reference.fingerprint()
     with pytest.raises(ValueError, match=message):
         reference.load(tmp_path / "saved")
-    assert reference.fingerprint() == before and not list(reference._averages.weights())
+    assert reference.fingerprint() == before and not list(reference._mover.averages.weights())
 
 
 class Killed(BaseException):

@@ -259,7 +259,7 @@ def test_a_swap_that_fails_half_way_is_undone() -> None:
     reference = build_reference(policy, HOST)
     moved(policy)
     before = {name: t.clone() for name, t in named_weights(policy)}
-    real, calls = reference._exchange, []
+    real, calls = reference.snapshot._exchange, []
 
     def failing(tensor: Tensor, name: str) -> None:
         calls.append(name)
@@ -267,7 +267,7 @@ def test_a_swap_that_fails_half_way_is_undone() -> None:
             raise MemoryError("no room")
         real(tensor, name)
 
-    reference._exchange = failing  # type: ignore[method-assign]
+    reference.snapshot._exchange = failing  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
         reference.score(batch())
     assert all(torch.equal(t, before[name]) for name, t in named_weights(policy))
@@ -490,12 +490,12 @@ def test_several_scores_exchange_once() -> None:
         policy.lm_head.weight.add_(0.1)
     now = score_tokens(policy, parts[0]).logp.detach()
     exchanges = []
-    exchange = reference._exchange
-    reference._exchange = lambda *args: exchanges.append(1) or exchange(*args)  # type: ignore[method-assign]
+    exchange = reference.snapshot._exchange
+    reference.snapshot._exchange = lambda *args: exchanges.append(1) or exchange(*args)  # type: ignore[method-assign]
     with reference.keep_active():
         found = [reference.score(part).logp for part in parts]
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
-    assert len(exchanges) == 2 * len(reference._kept)
+    assert len(exchanges) == 2 * len(reference.snapshot.names)
     assert torch.equal(score_tokens(policy, parts[0]).logp, now)
     with pytest.raises(RuntimeError, match="in the middle"), reference.keep_active():
         raise RuntimeError("in the middle")

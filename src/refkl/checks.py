@@ -104,7 +104,10 @@ def check_reference(
     def of_reference(tokens: TokenBatch) -> Tensor:
         return reference.score(tokens, temperature=temperature).logp
 
-    with _seeded(), _without_cache(reference):
+    if reference.freed:
+        raise ValueError("The reference's weights were freed: there is nothing left to check.")
+    reference = reference.uncached  # what is looked up would be equal whatever the model does
+    with _seeded():
         if reference.config.quantize is not None and reference.config.source == "policy":
             findings.append(_step_zero_quantized(policy, reference, batch))
         else:
@@ -373,18 +376,6 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-@contextmanager
-def _without_cache(reference: Reference) -> Iterator[None]:
-    """What is looked up would be equal whatever the model does."""
-    if reference.freed:
-        raise ValueError("The reference's weights were freed: there is nothing left to check.")
-    cache, reference.cache = reference.cache, None
-    try:
-        yield
-    finally:
-        reference.cache = cache
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from refkl.backend import Backend
 from refkl.config import BackendName, DtypeName, Quantization, ReferenceConfig
 from refkl.freeze import freeze, trainable_parameters
 from refkl.messages import size, unknown
-from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose
+from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose, why_not_here
 
 if TYPE_CHECKING:
     from refkl.reference.cost import Spread
@@ -237,10 +237,10 @@ def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
     own = sum(term.bytes for term in terms)
     rows, refused = [], {}
     for strategy, cls in STRATEGIES.items():
-        if (why_not := cls.supports(default)) is not None:
+        if (why_not := why_not_here(strategy, default)) is not None:
             refused[strategy] = why_not
         for option, reference in _options(config.dtype):
-            if cls.supports(asked := request(reference)) is None:
+            if why_not_here(strategy, asked := request(reference)) is None:
                 cost = cls.cost(asked)
                 device = own + cost.device + cost.scoring
                 fits = device <= config.available

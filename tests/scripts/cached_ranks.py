@@ -18,7 +18,7 @@ from contract_run import Run
 from support import batch
 
 from refkl import ReferenceConfig, build_reference
-from refkl.reference import contract as base
+from refkl.reference import score as base
 
 BACKEND, STRATEGY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
@@ -57,7 +57,7 @@ def main() -> None:
     forwards.clear()
     reference.score(batch(seed=rank))
     assert len(forwards) == 1
-    reference.updates = 0  # only to go on with the rest
+    reference.uncached.updates = 0  # only to go on with the rest
     dist.barrier()  # or the first to fill scores what the other is still to ask for
     # As many batches as a rank has: 3 and 1. Then both can ask for what either filled.
     stats = reference.fill([batch(seed=10 * rank + n) for n in range(3 - 2 * rank)], free=True)

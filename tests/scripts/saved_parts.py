@@ -34,7 +34,7 @@ def main() -> None:
     reference.load(folder / "whole")
     whole = json.loads((folder / "whole" / "reference.json").read_text())
     assert reference.fingerprint() == whole["fingerprint"]
-    assert len(list(reference._averages.weights())) == 2 * len(whole["weights"])
+    assert len(list(reference._mover.averages.weights())) == 2 * len(whole["weights"])
 
     case.step(-score_tokens(case.policy, tokens).logp.sum() / 100)
     reference.update(case.policy, alpha=0.5, bias=0.25)
@@ -44,12 +44,12 @@ def main() -> None:
         for _ in range(2):  # also in the place of one
             reference.save(folder / "parts")
     assert not caught, [str(w.message) for w in caught]
-    kept = [local.clone() for _, local, _ in reference._averages.weights()]
+    kept = [local.clone() for _, local, _ in reference._mover.averages.weights()]
     reference.update(case.policy, alpha=1.0)
     assert reference.fingerprint() != fingerprint
     reference.load(folder / "parts")
     assert reference.fingerprint() == fingerprint and torch.equal(reference.score(tokens).logp, scores)
-    assert all(torch.equal(a, b) for a, (_, b, _) in zip(kept, reference._averages.weights(), strict=True))
+    assert all(torch.equal(a, b) for a, (_, b, _) in zip(kept, reference._mover.averages.weights(), strict=True))
 
     if dist.get_rank() == 0:  # both see the file, and both must refuse it
         shard = next((folder / "parts").glob("shard-00002-*"))

@@ -116,7 +116,7 @@ def check_average_is_sharded(case: Case) -> None:
         for _ in range(100):
             case.reference.update(case.policy, 0.002)
     assert traffic.calls == []
-    assert {n: t.numel() for n, t in case.reference._averages.mean.items()} == parts
+    assert {n: t.numel() for n, t in case.reference._mover.averages.mean.items()} == parts
     left = sum(float((theirs[n] - t.float()).norm() ** 2) for n, t in whole(case.reference).items()) ** 0.5
     gap = sum(float((theirs[n] - t.float()).norm() ** 2) for n, t in first.items()) ** 0.5
     assert abs(left / gap / 0.998**100 - 1) < 0.01, left / gap

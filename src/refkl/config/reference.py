@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from refkl.config.options import DtypeName, Prefix, Quantization, check_offered
 
@@ -45,6 +45,8 @@ class ReferenceConfig:
     from are kept. Sharded as the reference is."""
     max_kl_floor: float = 0.05
     """For `quantize`: nats per token, the mean; a reference that rounding moved further than this is refused."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The settings of a strategy that was registered with `Options`, by name; refkl's own strategies have none."""
 
     def __post_init__(self) -> None:
         check_offered("reference", self)

@@ -1,10 +1,12 @@
 """How the reference is held: a strategy says where the weights are. One file and one line of STRATEGIES each."""
 
-from refkl.reference.contract import BuildRequest, Reference
+from refkl.reference.contract import Reference
 from refkl.reference.cost import Cost, Shape, Step
+from refkl.reference.held import HeldReference
 from refkl.reference.moving.lora_update import LastUpdate
 from refkl.reference.pair import score_pair
-from refkl.reference.registry import STRATEGIES, build_reference, choose, register_strategy
+from refkl.reference.registry import STRATEGIES, build_reference, choose, register_strategy, why_not_here
+from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.adapter import AdapterReference
 from refkl.reference.strategies.clone import CloneReference
 from refkl.reference.strategies.fsdp2 import FSDP2Reference
@@ -19,6 +21,7 @@ __all__ = [
     "CloneReference",
     "Cost",
     "FSDP2Reference",
+    "HeldReference",
     "LastUpdate",
     "Reference",
     "Shape",
@@ -30,4 +33,5 @@ __all__ = [
     "choose",
     "register_strategy",
     "score_pair",
+    "why_not_here",
 ]

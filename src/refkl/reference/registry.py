@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import MISSING, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
 
 from refkl.backend import detect, learned_prompt, unwrap
 from refkl.config import ReferenceConfig
-from refkl.messages import unknown
-from refkl.reference.contract import BuildRequest, Reference
+from refkl.messages import nearest, unknown
+from refkl.reference.cached.reference import CachedReference
+from refkl.reference.contract import Reference
+from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.adapter import AdapterReference
 from refkl.reference.strategies.clone import CloneReference
 from refkl.reference.strategies.fsdp2 import FSDP2Reference
@@ -32,18 +35,26 @@ STRATEGIES: dict[str, type[Reference]] = {
     "shared_trunk": SharedTrunkReference,
 }
 """Every strategy by its name. Auto takes the first of those that cost the same."""
+_OURS = frozenset(STRATEGIES.values())
 
 
 def register_strategy(name: str, cls: type[Reference]) -> None:
     """Add a strategy of your own (see Reference for the contract).
 
     Raises:
-        ValueError: the name is taken, or reserved, or `cls` is no Reference.
+        ValueError: the name is taken, or reserved, or is not the class's `strategy`; `cls` is no Reference.
     """
     if name in STRATEGIES or name == "auto":
         raise ValueError(f"A strategy called {name!r} exists already; register yours under another name.")
     if not (isinstance(cls, type) and issubclass(cls, Reference)):
         raise ValueError(f"A strategy must be a subclass of refkl.Reference, got {cls!r}.")
+    if (own := getattr(cls, "strategy", None)) != name:
+        raise ValueError(
+            f"{cls.__name__} is to be registered as {name!r}, and its attribute `strategy` is {own!r}: runs would "
+            f"record another strategy than they were asked for. Set {cls.__name__}.strategy = {name!r}."
+        )
+    if cls.Options is not None and not is_dataclass(cls.Options):
+        raise ValueError(f"{cls.__name__}.Options must be a dataclass, got {cls.Options!r}.")
     STRATEGIES[name] = cls
 
 
@@ -84,16 +95,60 @@ def build_reference(
         raise ValueError("calibration measures what quantising does, and reference.quantize is not set. Leave it out.")
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
     _check_source(request)
-    if config.strategy != "auto":
-        if config.strategy not in STRATEGIES:
-            raise unknown("strategy", config.strategy, [*STRATEGIES, "auto"])
-        if (why_not := STRATEGIES[config.strategy].supports(request)) is not None:
-            raise ValueError(f"reference strategy {config.strategy!r} cannot work here: {why_not} {_instead(request)}")
-        chosen = STRATEGIES[config.strategy]
-        return chosen.build(request, f"asked for by name; {chosen.why(request)}")
+    if config.strategy == "auto":
+        if config.options:
+            raise ValueError(
+                f"reference.options ({', '.join(config.options)}) are a strategy's own settings, and "
+                "reference.strategy is 'auto'. Name the strategy that they are for."
+            )
+        name = choose(request)
+        reason = STRATEGIES[name].why(request)
+    else:
+        name = config.strategy
+        if name not in STRATEGIES:
+            raise unknown("strategy", name, [*STRATEGIES, "auto"])
+        request = replace(request, options=filled_options(name, config.options))
+        if (why_not := why_not_here(name, request)) is not None:
+            raise ValueError(f"reference strategy {name!r} cannot work here: {why_not} {_instead(request)}")
+        reason = f"asked for by name; {STRATEGIES[name].why(request)}"
+    reference = STRATEGIES[name].build(request, reason)
+    return reference if config.cache is None else CachedReference(reference, config.cache)
 
-    chosen = STRATEGIES[choose(request)]
-    return chosen.build(request, chosen.why(request))
+
+def why_not_here(name: str, request: BuildRequest) -> str | None:
+    """Return None if the strategy can hold the reference here, else a sentence that says why not.
+
+    A field of ReferenceConfig that the strategy does not take is refused here: none is silently ignored.
+    """
+    cls, config = STRATEGIES[name], request.config
+    for field in fields(config):
+        if field.name in ("strategy", "cache", "options") or field.name in cls.takes:
+            continue
+        if getattr(config, field.name) != field.default:
+            return f"it takes no reference.{field.name}. Leave that out."
+    return cls.supports(request)
+
+
+def filled_options(name: str, values: dict[str, Any]) -> Any:
+    """Return the strategy's `Options` with these values; None for a strategy that has none.
+
+    Raises:
+        ValueError: a name that is no option (the nearest is named), one that is missing, a value that it refuses.
+    """
+    options = STRATEGIES[name].Options
+    known = [] if options is None else [field.name for field in fields(options)]
+    for given in values:
+        if given not in known:
+            listed = f" Known: {', '.join(known)}." if known else " It has none."
+            raise ValueError(
+                f"reference.options.{given} is no option of strategy {name!r}.{nearest(given, known)}{listed}"
+            )
+    if options is None:
+        return None
+    for field in fields(options):
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"Strategy {name!r} needs reference.options.{field.name}, and it is not set.")
+    return options(**values)
 
 
 def choose(request: BuildRequest) -> str:
@@ -102,8 +157,8 @@ def choose(request: BuildRequest) -> str:
     Raises:
         ValueError: none can, with the reason of each.
     """
-    refused = {name: cls.supports(request) for name, cls in STRATEGIES.items()}
-    able = [name for name, why_not in refused.items() if why_not is None and STRATEGIES[name].auto(request)]
+    refused = {name: why_not_here(name, request) for name, cls in STRATEGIES.items() if cls.Options is None}
+    able = [name for name, why_not in refused.items() if why_not is None and _auto_may(name, request)]
     if not able:
         by_name = [repr(name) for name, why_not in refused.items() if why_not is None]
         raise ValueError(
@@ -113,6 +168,15 @@ def choose(request: BuildRequest) -> str:
             + "\n".join(f"  {name}: {why_not}" for name, why_not in refused.items() if why_not is not None)
         )
     return _cheapest(able, request)
+
+
+def _auto_may(name: str, request: BuildRequest) -> bool:
+    """Return True if auto may take the strategy.
+
+    One from outside says so in its own class: what it inherits from one of refkl's was said of another.
+    """
+    cls = STRATEGIES[name]
+    return (cls in _OURS or "auto" in vars(cls)) and cls.auto(request)
 
 
 def _cheapest(names: list[str], request: BuildRequest) -> str:
@@ -140,8 +204,8 @@ def _check_source(request: BuildRequest) -> None:
 
 
 def _instead(request: BuildRequest) -> str:
-    able = [name for name, cls in STRATEGIES.items() if cls.supports(request) is None]
-    able = [name for name in able if STRATEGIES[name].auto(request)] or able
+    able = [n for n, cls in STRATEGIES.items() if cls.Options is None and why_not_here(n, request) is None]
+    able = [name for name in able if _auto_may(name, request)] or able
     if not able:
         return "No other strategy can either."
     return f"Use {_cheapest(able, request)!r} instead."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from refkl.backend import base_model, mixed_precision, own_class, unwrap
-from refkl.backend.adapters import switches
 from refkl.backend.layout import communicating_device
 from refkl.messages import size
-from refkl.reference.cached.score_files import KEY_BYTES, Row, ScoreStore
+from refkl.reference.cached.row_keys import row_keys
+from refkl.reference.cached.score_files import Row, ScoreStore
 from refkl.types import TokenBatch, TokenScores
 
 FORMAT = 1
 """To be raised when refkl's own scores, or what is in a file, become others."""
-_NO_PART = {
-    "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "bos_token_id", "eos_token_id",
-    "pad_token_id",
-}  # fmt: skip
-"""Of a model's configuration: what its scores do not depend on, or (dtype) the fingerprint says."""
 
 
 @dataclass(frozen=True)
@@ -156,80 +145,6 @@ class ScoreCache:
             f"{self.folder}; {len(missing)} of the batch's {len(batch)} rows are missing. Fill it with all that will "
             "be scored, at that temperature, or leave the weights."
         )
-
-
-def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes | None]:
-    """A key for each row, of its real tokens alone; None for a row of which nothing is scored.
-
-    Raises:
-        ValueError: model_inputs other than single values and [B, T] tensors: they belong to no row.
-    """
-    shared = [struct.pack("<d?", temperature, entropy)]
-    per_token = [("", batch.input_ids), ("completion_mask", batch.completion_mask)]
-    if batch.position_ids is not None:
-        per_token.append(("position_ids", batch.position_ids))
-    for name, value in sorted(batch.model_inputs.items()):
-        if isinstance(value, Tensor) and value.shape == batch.input_ids.shape:
-            per_token.append((name, value))
-        elif value is None or isinstance(value, bool | int | float | str):
-            shared.append(f"{name}={value!r}".encode())
-        else:
-            what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise ValueError(
-                f"reference.cache keeps scores row by row, and model_inputs[{name!r}] of {what} cannot be told row "
-                "from row. Build the reference without cache."
-            )
-    start = hashlib.blake2b(_framed(shared), digest_size=KEY_BYTES)
-    real, scored = batch.attention_mask.bool().cpu(), batch.completion_mask.any(1).tolist()
-    columns = [(f"{name} {_plain(t).dtype}".encode(), _plain(t).cpu()) for name, t in per_token]
-    keys: list[bytes | None] = []
-    for row in range(len(batch)):
-        key = start.copy()
-        for label, values in columns:
-            key.update(_framed([label, values[row][real[row]].contiguous().view(torch.uint8).numpy().tobytes()]))
-        keys.append(key.digest() if scored[row] else None)
-    return keys
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Integers of one width: that of the ids does not change what they are."""
-    return tensor if tensor.is_floating_point() else tensor.long()
-
-
-def _framed(parts: list[bytes]) -> bytes:
-    """One string that no other parts give."""
-    return b"".join(struct.pack("<q", len(part)) + part for part in parts)
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What of a model that is about to run its scores depend on, beside its weights: JSON."""
-    base, inner = base_model(model), unwrap(model)
-    found: dict[str, Any] = {"model": own_class(base).__name__, "transformers": transformers.__version__}
-    if isinstance(base, PreTrainedModel):
-        found["config"] = {k: v for k, v in base.config.to_dict().items() if k not in _NO_PART}
-        found["attention"] = base.config._attn_implementation
-    else:
-        found["config"] = repr(base)
-    if casts := mixed_precision(model):
-        found["mixed_precision"] = casts
-    if on := {name: state for name, state in switches(inner).items() if state.startswith("on")}:
-        found["adapters"] = on
-        layers = {n: m for n, m in inner.named_modules() if n in on and isinstance(m, LoraLayer)}
-        found["scaling"] = {
-            name: {a: layer.scaling.get(a) for a in layer.active_adapters} for name, layer in layers.items()
-        }
-        if isinstance(inner, PeftModel):
-            configs = {name: inner.peft_config[name].to_dict() for name in inner.active_adapters}
-            for config in configs.values():
-                config.pop("base_model_name_or_path", None)
-                config.pop("inference_mode", None)
-            found["peft"] = configs
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=_as_json, sort_keys=True))
-    return plain
-
-
-def _as_json(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
 def rows_of(batch: TokenBatch, rows: list[int]) -> TokenBatch:

@@ -9,7 +9,7 @@ it is cut: a test holds this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from refkl.backend import Layout, Weight, Whole
-from refkl.reference.quantized.layers import QuantizedLinear
-from refkl.reference.weights.tensors import bytes_held, check_pairs
+from refkl.reference.weights.pairing import Pair
+from refkl.reference.weights.tensors import bytes_held
 from refkl.types import MemoryReport
 
 _CHUNK, _CHUNK_OF_A_GPU = 1 << 17, 1 << 24
@@ -26,21 +26,6 @@ _CHUNK, _CHUNK_OF_A_GPU = 1 << 17, 1 << 24
 _FIRST = 1 << 12
 """Elements in which one that changed is looked for first; nearly always it is there."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
-
-class Pair(NamedTuple):
-    """A weight of the reference and the policy's of the same name, as far as this rank holds them."""
-
-    own: Weight
-    theirs: Weight
-    packed: QuantizedLinear | None = None
-    """The layer that holds the reference's, where it is quantised; `own.local` is then not to be written."""
-
-    @property
-    def source(self) -> Tensor:
-        """This rank's part of the policy's, cut as the reference's is."""
-        theirs = self.theirs.local.detach()
-        return self.own.layout.cut(theirs) if self.own.layout.sharded and not self.theirs.layout.sharded else theirs
 
 
 class Move(NamedTuple):
@@ -219,32 +204,6 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
             found = Probe(place + at, part.reshape(-1)[at].clone())
         place += part.numel()
     return found
-
-
-def paired_weights(
-    own: Iterable[Weight], theirs: Iterable[Weight], free: Mapping[str, int] | None = None
-) -> list[Pair]:
-    """A reference's weights with the policy's of the same name; in the dimension that `free` names they may differ.
-
-    Raises:
-        ValueError: names or shapes that differ; a part of a weight that is another than the policy's.
-    """
-    ours, found = ({weight.name: weight for weight in weights} for weights in (own, theirs))
-    shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (found, ours)]
-    check_pairs(shapes[0], shapes[1], "the policy", free)
-    for name, weight in ours.items():
-        parts = weight.local.shape, found[name].local.shape
-        if found[name].layout.sharded and type(found[name].layout) is not type(weight.layout):
-            raise ValueError(
-                f"{name} is in parts on the ranks in the policy, and the reference has it whole or cut in another way: "
-                "it was built for another policy. Build it from this one."
-            )
-        if found[name].layout.sharded and parts[0] != parts[1]:
-            raise ValueError(
-                f"This rank's part of {name} is {list(parts[1])} in the policy and {list(parts[0])} in the reference: "
-                "score once after accelerator.prepare, which shards the reference as the policy is."
-            )
-    return [Pair(weight, found[name]) for name, weight in ours.items()]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

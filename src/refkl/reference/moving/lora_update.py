@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refkl.backend import Whole
 from refkl.backend.adapters import LoraFactors
-from refkl.reference.moving.average import SIXTEEN_BITS, Averages, Move, Pair
+from refkl.reference.moving.average import SIXTEEN_BITS, Averages, Move
 from refkl.reference.moving.lora_algebra import (
     Factors,
     compressed,
@@ -27,6 +27,7 @@ from refkl.reference.moving.lora_algebra import (
     stacked,
     unpacked,
 )
+from refkl.reference.weights.pairing import Pair
 
 _OR_FACTORS = "Use lora='factors', or alpha 1, which copies the policy."
 

@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Gauge:
+class QuantizationKLMeter:
     """Measures the floor once, and keeps what it takes until then: of the policy its digests, or a loaded model."""
 
     def __init__(self, config: ReferenceConfig, policy: nn.Module, loaded: nn.Module | None) -> None:

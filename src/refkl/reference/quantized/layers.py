@@ -14,22 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from refkl.backend import base_model, unwrap
-from refkl.backend.linear_layers import linear_layers, matrix_shape
+from refkl.backend.linear_layers import matrix_shape
 
 if TYPE_CHECKING:
-    from refkl.reference.contract import BuildRequest
+    pass
 
-_GROUP, _SMALLEST_GROUP = 64, 16
+GROUP, SMALLEST_GROUP = 64, 16
 """Numbers that share a scale in 4 bits."""
 
 
@@ -64,7 +61,7 @@ def _unpack_int8(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype
 
 
 def _pack_int4(weight: Tensor) -> dict[str, Tensor]:
-    parts = _rounded(weight, _group(weight.shape[1]), "ASYMMETRIC", torch.uint8, 0, 15)
+    parts = _rounded(weight, group_size(weight.shape[1]), "ASYMMETRIC", torch.uint8, 0, 15)
     qdata = parts["qdata"]
     return {**parts, "qdata": qdata[:, ::2] | qdata[:, 1::2] << 4}
 
@@ -72,7 +69,7 @@ def _pack_int4(weight: Tensor) -> dict[str, Tensor]:
 def _unpack_int4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     from torchao.quantization.quant_primitives import dequantize_affine
 
-    pairs, block = parts["qdata"], (1, _group(shape[1]))
+    pairs, block = parts["qdata"], (1, group_size(shape[1]))
     qdata = torch.stack([pairs & 15, pairs >> 4], -1).view(shape)
     restored: Tensor = dequantize_affine(
         qdata, block, parts["scale"], parts["zero_point"], torch.uint8, 0, 15, output_dtype=dtype
@@ -95,7 +92,7 @@ def _rounded(weight: Tensor, group: int, mapping: str, dtype: torch.dtype, low: 
 def _pack_nf4(weight: Tensor) -> dict[str, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    qdata, state = quantize_4bit(weight, blocksize=_GROUP, quant_type="nf4")
+    qdata, state = quantize_4bit(weight, blocksize=GROUP, quant_type="nf4")
     return {"qdata": qdata, "absmax": state.absmax}
 
 
@@ -105,25 +102,29 @@ def _unpack_nf4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype)
     known = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
     # As one row: where blocks run over the ends of rows, its CPU kernel (0.50.2) takes another block's scale.
     flat = torch.Size([shape.numel()])
-    state = QuantState(parts["absmax"], shape=flat, blocksize=_GROUP, quant_type="nf4", dtype=known)
+    state = QuantState(parts["absmax"], shape=flat, blocksize=GROUP, quant_type="nf4", dtype=known)
     restored: Tensor = dequantize_4bit(parts["qdata"], state)
     return restored.view(shape).to(dtype)
 
 
-def _group(width: int) -> int:
-    return gcd(width, _GROUP)
+def group_size(width: int) -> int:
+    return gcd(width, GROUP)
 
 
 FORMATS: dict[str, Format] = {
     "int8": Format("torchao", _pack_int8, _unpack_int8, lambda out, width: out * width + 4 * out, 8),
     "int4": Format(
-        "torchao", _pack_int4, _unpack_int4, lambda out, width: out * width // 2 + 5 * out * (width // _group(width)), 9
+        "torchao",
+        _pack_int4,
+        _unpack_int4,
+        lambda out, width: out * width // 2 + 5 * out * (width // group_size(width)),
+        9,
     ),
     "nf4": Format(
         "bitsandbytes",
         _pack_nf4,
         _unpack_nf4,
-        lambda out, width: -(-out * width // 2) + 4 * -(-out * width // _GROUP),
+        lambda out, width: -(-out * width // 2) + 4 * -(-out * width // GROUP),
         4,
     ),
 }
@@ -192,41 +193,3 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """As nn.Linear's."""
         return f"in_features={self.shape[1]}, out_features={self.shape[0]}, {self.format}"
-
-
-def why_not_quantized(request: BuildRequest) -> str | None:
-    """None if a copy of what the request names can be held as it asks for; else a sentence that says why not."""
-    config, policy = request.config, unwrap(request.policy)
-    assert config.quantize is not None
-    if config.source == "policy" and isinstance(policy, PeftModel):
-        return (
-            "the policy is a PEFT model, whose base the reference shares with it: a quantised copy would only add "
-            "memory. Leave reference.quantize out, or set reference.source to what to compare with."
-        )
-    package = FORMATS[config.quantize].package
-    if not request.planned and find_spec(package) is None:
-        return (
-            f"reference.quantize {config.quantize!r} needs {package}, which is not installed: pip install "
-            "'refkl[quantize]'."
-        )
-    if config.cache is not None and request.backend.processes > 1 and request.calibration is None:
-        return (
-            "the floor of a quantised reference is measured by all processes together, and with reference.cache some "
-            "may have nothing to score. Make it with refkl.build_reference(..., calibration=batch), and give a trainer "
-            "that."
-        )
-    layers = dict(linear_layers(policy))
-    if config.source == "policy" and config.dtype is None and config.device is None:
-        layers = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
-    if not layers:
-        return (
-            f"{type(base_model(policy)).__name__} has no linear layer to quantise beside its output head: none that "
-            "trains and that is not quantised already. Leave reference.quantize out."
-        )
-    for name, layer in layers.items():
-        if config.quantize == "int4" and _group(width := matrix_shape(layer)[1]) < _SMALLEST_GROUP:
-            return (
-                f"reference.quantize 'int4' rounds numbers in groups of {_SMALLEST_GROUP} at least, and the {width} "
-                f"inputs of {name} are no multiple of that. Use 'int8' or 'nf4'."
-            )
-    return None

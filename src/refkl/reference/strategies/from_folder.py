@@ -9,7 +9,7 @@ from torch import nn
 
 from refkl.backend import base_model
 from refkl.messages import nearest
-from refkl.reference.contract import BuildRequest
+from refkl.reference.request import BuildRequest
 
 
 def source_folder(request: BuildRequest) -> str:

@@ -8,7 +8,6 @@ plain copy that is sharded at the first score, when there is a plan to follow.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,27 +15,21 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from refkl.backend import Weight, is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
-from refkl.backend import weights_of as shards_of
+from refkl.backend import is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
 from refkl.messages import size
-from refkl.reference.contract import BuildRequest, Reference, held_in_place
 from refkl.reference.cost import Cost
-from refkl.reference.moving.average import Pair, paired_weights
+from refkl.reference.request import BuildRequest, held_in_place
 from refkl.reference.strategies.frozen_copy import foreign_forward, frozen_copy, replaced_forward
-from refkl.reference.weights.tensors import bytes_held, bytes_offloaded, check_pairs
+from refkl.reference.strategies.whole_copy import WholeCopy
+from refkl.reference.weights.pairing import Pair, check_pairs
+from refkl.reference.weights.tensors import bytes_held, bytes_offloaded
 from refkl.types import MemoryReport
 
 
-class FSDP2Reference(Reference):
+class FSDP2Reference(WholeCopy):
     """A sharded copy."""
 
     strategy = "fsdp2"
-
-    def __init__(self, request: BuildRequest, reason: str, model: nn.Module) -> None:
-        super().__init__(request, reason, "the policy as it stood when the reference was built")
-        self.model = model
-        """The copy, with the policy's parameter names."""
-        self._policy = weakref.ref(unwrap(request.policy))
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -64,6 +57,10 @@ class FSDP2Reference(Reference):
         return replaced_forward(policy) if is_sharded(policy) else foreign_forward(policy)
 
     @classmethod
+    def auto(cls, request: BuildRequest) -> bool:
+        return True
+
+    @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
         shape = request.shape
         if request.config.offload:
@@ -86,16 +83,14 @@ class FSDP2Reference(Reference):
             model = _sharded_twin(policy, offload=request.config.offload)
         else:
             model, _ = frozen_copy(policy, share=False)
-        model.requires_grad_(False)
-        model.eval()
-        reference = cls(request, reason, model)
+        reference = cls(request, reason, "the policy as it stood when the reference was built", model)
         reference.fingerprint()
         return reference
 
     def follow_policy(self) -> None:
         """Once the policy has been sharded, be sharded like it."""
         policy = self._policy()
-        if self.freed or policy is None or is_sharded(self.model) or not is_sharded(policy):
+        if self.weights_freed or policy is None or is_sharded(self.model) or not is_sharded(policy):
             return
         reshard(policy)
         first = next(policy.parameters())
@@ -111,34 +106,25 @@ class FSDP2Reference(Reference):
 
     @contextmanager
     def activate(self) -> Iterator[nn.Module]:
-        for module in self.model.modules():
-            module.training = False
+        self._evaluate()
         try:
             yield self.model
         finally:
             reshard(self.model)
 
-    def weights(self) -> Iterator[Weight]:
-        return shards_of(self.model)
-
-    def free_weights(self) -> bool:
-        self.model = nn.Module()
-        return True
-
     def before_writing(self) -> None:
         reshard(self.model)
 
     def pairs(self, policy: nn.Module) -> list[Pair]:
-        inner = unwrap(policy)
-        reshard(inner)
-        return paired_weights(shards_of(self.model), shards_of(inner))
+        reshard(unwrap(policy))
+        return super().pairs(policy)
 
     def memory_of_weights(self) -> MemoryReport:
         """Bytes of this rank's shards."""
         if self.config.offload:
             return bytes_offloaded(map(local_shard, self.model.parameters()), self.model.buffers())
         tensors = (*self.model.parameters(), *self.model.buffers())
-        return bytes_held((local_shard(t) for t in tensors), self._home())
+        return bytes_held((local_shard(t) for t in tensors), self.home())
 
 
 def _sharded_twin(policy: nn.Module, *, offload: bool) -> nn.Module:

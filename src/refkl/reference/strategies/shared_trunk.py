@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from refkl.backend import base_model, decoder_layers, dropout_rates, named_weights, unwrap
-from refkl.backend.adapters import adapter_parameters
-from refkl.reference.contract import BuildRequest
+from refkl.backend.adapters import adapter_parameters, quantised
 from refkl.reference.cost import Cost
-from refkl.reference.strategies.clone import CloneReference, must_copy_all
+from refkl.reference.request import BuildRequest
+from refkl.reference.strategies.clone import CloneReference
+from refkl.reference.strategies.frozen_copy import frozen_copy
+from refkl.reference.strategies.whole_copy import SharingCopy, must_copy_all
 from refkl.scoring import HeadError, find_head, score_model
 from refkl.types import TokenBatch
 
@@ -28,7 +30,7 @@ _CLOSE = 1e-4
 """Nats by which a score through the trunk may differ from one without: layers above it may be cut into other tiles."""
 
 
-class SharedTrunkReference(CloneReference):
+class SharedTrunkReference(SharingCopy):
     """A clone of what trains, above layers that are run once for both."""
 
     strategy = "shared_trunk"
@@ -45,7 +47,7 @@ class SharedTrunkReference(CloneReference):
                 "its lower layers are the policy's own, as they stand and where they are: reference.source, .dtype, "
                 ".device, .offload and .quantize cannot be set, and no adapter may be merged. Use 'clone'."
             )
-        if (why_not := super().supports(request)) is not None:
+        if (why_not := CloneReference.supports(request)) is not None:
             return why_not
         if decoder_layers(policy) is None:
             return f"{type(base_model(policy)).__name__} has no list of layers to tell a trunk by."
@@ -67,21 +69,25 @@ class SharedTrunkReference(CloneReference):
         below = _trunk(unwrap(request.policy))
         weights = sum(p.numel() for layer in below for p in layer.parameters() if p.dim() >= 2)
         saved = 2 * step.tokens * (weights + len(below) * step.length * step.hidden)
-        return replace(super().cost(request), flops=shape.forward() - saved)
+        return replace(CloneReference.cost(request), flops=shape.forward() - saved)
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         depth = len(_trunk(unwrap(request.policy)))
         return (
             f"the {depth} lowest layers are frozen, and run once for policy and reference; above them "
-            f"{super().why(request)}"
+            f"{CloneReference.why(request)}"
         )
 
     @classmethod
-    def build(cls, request: BuildRequest, reason: str) -> CloneReference:
-        reference = super().build(request, reason)
-        assert isinstance(reference, cls)
-        reference._depth = len(_trunk(unwrap(request.policy)))
+    def build(cls, request: BuildRequest, reason: str) -> SharedTrunkReference:
+        policy = unwrap(request.policy)
+        model, shared = frozen_copy(policy, share=True)
+        source = "the policy as it stood when the reference was built" + quantised(policy)
+        reference = cls(request, reason, source, model, shared)
+        reference.follow_policy()
+        reference.fingerprint()
+        reference._depth = len(_trunk(policy))
         return reference
 
     @contextmanager
@@ -92,7 +98,7 @@ class SharedTrunkReference(CloneReference):
         policy trains, or compiled.
         """
         own = self._policy()
-        if self.freed or own is None or unwrap(policy) is not own or _differs(policy, self._depth):
+        if self.weights_freed or own is None or unwrap(policy) is not own or _differs(policy, self._depth):
             yield
             return
         self.follow_policy()  # refuses a trunk of which something trains by now
@@ -113,7 +119,7 @@ class SharedTrunkReference(CloneReference):
         trunk = self._trunk_of(self.model)
         copied = {n for n, p in named_weights(self.model) if isinstance(p, nn.Parameter) and n not in self._shared}
         below = _Below(copied, self.model, trunk[-1])
-        with self._scoring(batch) as (model, moved), _Once([trunk]):
+        with self.scoring(batch) as (model, moved), _Once([trunk]):
             with below:
                 plain = score_model(model, moved).scores.logp
             taken = score_model(model, moved).scores.logp

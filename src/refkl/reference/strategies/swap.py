@@ -1,83 +1,21 @@
-"""`swap`: the policy itself, with what trains of it put back, for the time of a score, to what it was.
-
-Costs a copy of the trained tensors: of the adapter alone for a PEFT policy of any type, however it was made or trained
-before. Nothing is added to the user's model, so what they save is theirs alone. Tensors of ours on the policy's device
-are swapped in by pointer; in host memory, or where the policy is sharded, numbers change places one tensor at a time
-(or, of a LoRA factor of another rank than the policy's, a copy takes the place of the tensor).
-"""
+"""`swap`: the policy itself; its trainable weights are replaced by saved originals while the reference scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
-
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
 
-from refkl.backend import (
-    Layout,
-    Weight,
-    Whole,
-    is_partitioned,
-    layout_of,
-    local_shard,
-    named_weights,
-    reshard,
-    unwrap,
-    weights_of,
-)
-from refkl.backend.adapters import (
-    LoraFactors,
-    adapter_buffers,
-    adapter_parameters,
-    lora_factors,
-    quantised,
-    rank_dims,
-    switches,
-)
-from refkl.backend.zero import release
+from refkl.backend import is_partitioned, local_shard, unwrap
+from refkl.backend.adapters import quantised
 from refkl.messages import size
-from refkl.reference.contract import BuildRequest, Reference, held_in_place
-from refkl.reference.cost import Cost, Entry
-from refkl.reference.moving.average import Pair, paired_weights
-from refkl.reference.weights.tensors import bytes_held
-from refkl.scoring import Head, find_head
-from refkl.types import MemoryReport
-
-_SMALL = 0.1
-"""Share of a device's memory up to which a snapshot stays on it, if nothing else was asked for."""
+from refkl.reference.cost import Cost
+from refkl.reference.request import BuildRequest, held_in_place
+from refkl.reference.strategies.snapshot import OnSnapshot, Snapshot, entries, on_host
 
 
-class SwapReference(Reference):
+class SwapReference(OnSnapshot):
     """A snapshot of the policy's trained tensors."""
 
     strategy = "swap"
-
-    def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
-        super().__init__(request, reason, source + quantised(unwrap(request.policy)))
-        # The scored batch goes where the policy is; `device` says where the snapshot is.
-        self._host, self._device = _on_host(request), None
-        self._policy = unwrap(request.policy)
-        self._kept: dict[str, Tensor] = {}
-        """This rank's part of each, by canonical name."""
-        self._layouts: dict[str, Layout] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        """The policy's, of LoRA factors that are of another rank here."""
-        self._waiting: dict[str, Tensor] = {}
-        """What is in host memory while a copy of it, of another shape than the policy's, is in the policy."""
-        self._switches: dict[str, Any] = {}
-        self._open = False
-        """Whether the policy holds the reference's numbers for several scores."""
-
-    def _take(self) -> None:
-        """Snapshot the policy as it is now."""
-        kept, layouts = {}, {}
-        for name, tensor in snapshot_of(self._policy).items():
-            kept[name] = self._place(local_shard(tensor).detach(), copy=True)
-            layouts[name] = layout_of(tensor)
-        self._kept, self._layouts, self._switches, self._shapes = kept, layouts, switches(self._policy), {}
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -108,7 +46,7 @@ class SwapReference(Reference):
 
     @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
-        shape, host, kept = request.shape, _on_host(request), _entries(request)
+        shape, host, kept = request.shape, on_host(request), entries(request)
         held, largest = shape.held(kept), max(shape.held([e]) for e in kept)
         # In and out, and each time there and back.
         moved = shape.gathered() + (4 * held if host and shape.step.tokens else 0)
@@ -127,7 +65,7 @@ class SwapReference(Reference):
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
-        where = "in host memory" if _on_host(request) and not request.shape.on_host else ""
+        where = "in host memory" if on_host(request) and not request.shape.on_host else ""
         return (
             f"what trains of the policy is swapped for a copy from when the reference was built, which adds "
             f"{size(cls.cost(request).total)} {where}".rstrip()
@@ -136,235 +74,12 @@ class SwapReference(Reference):
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> SwapReference:
-        reference = cls(request, reason, "the policy as it stood when the reference was built")
-        reference._take()
+        policy = unwrap(request.policy)
+        reference = cls(request, reason, "the policy as it stood when the reference was built" + quantised(policy))
+        reference.snapshot = Snapshot(policy, on_host=on_host(request))
         reference.fingerprint()
         return reference
 
-    def follow_policy(self) -> None:
-        """Cut, move and cast the snapshot as the policy has been since it was taken."""
-        if self._open:  # the policy holds it, and what is kept here is the policy's
-            return
-        reshard(self._policy)
-        changed = False
-        current = self._current(self._policy)
-        for name, kept in self._kept.items():
-            if (tensor := current.get(name)) is None:
-                raise ValueError(
-                    f"The policy no longer has {name}, of which the reference holds a copy. Build the reference after "
-                    "the last change to the policy's modules."
-                )
-            local, layout = local_shard(tensor), layout_of(tensor)
-            if (expected := self._shapes.get(name)) is None:
-                if type(layout) is not type(self._layouts[name]):
-                    kept = layout.cut(self._layouts[name].join(kept)).clone()
-                self._layouts[name], expected = layout, kept.shape
-            elif layout.sharded:
-                raise ValueError(
-                    f"{name} is of another rank in the reference ({list(kept.shape)}) than in the policy, which was "
-                    "sharded since: ranks can hold parts only of what is the same. Move the reference with "
-                    "lora='product' once the policy is whole on each rank, or not at all."
-                )
-            if expected != local.shape:
-                raise ValueError(
-                    f"{name} has shape {list(local.shape)} in the policy and {list(kept.shape)} in the reference: it "
-                    "changed after the reference was built (was the vocabulary resized?). Build it after that."
-                )
-            changed |= kept.dtype != local.dtype
-            self._kept[name] = self._place(kept.to(local.dtype), like=local)
-        if changed and self._recorded is not None:
-            self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
-
-    @contextmanager
-    def keep_active(self) -> Iterator[None]:
-        if self.cache is not None:  # it may have all of the scores
-            yield
-            return
-        self.follow_policy()
-        with self.activate():
-            self._open = True
-            try:
-                yield
-            finally:
-                self._open = False
-
-    @contextmanager
-    def activate(self) -> Iterator[nn.Module]:
-        if self._open:
-            yield self._policy
-            return
-        named = dict(named_weights(self._policy))
-        self._check_policy(named)
-        tensors = {name: tensor for name, tensor in named.items() if name in self._kept}
-        release(tensors.values())
-        with ExitStack() as stack:
-            stack.callback(torch.clear_autocast_cache)
-            # What a forward gathered of ours is not the policy's: ZeRO-3 and FSDP2 would run it again as it is.
-            stack.callback(release, tensors.values())
-            stack.callback(reshard, self._policy)
-            for name, tensor in tensors.items():
-                if tensor.requires_grad and tensor.is_leaf and not is_partitioned(tensor):
-                    stack.callback(tensor.register_hook(_refuse_backward).remove)
-                self._exchange(tensor, name)
-                stack.callback(self._exchange, tensor, name)
-            torch.clear_autocast_cache()  # it holds casts by parameter, and their numbers are others now
-            yield self._policy
-
-    def head(self) -> Head | None:
-        """The policy's, or if that trains one that holds our copy; None if the copy is not where the policy is."""
-        head = find_head(self._policy)
-        names = {id(tensor): name for name, tensor in self._current(self._policy).items()}
-        ours = [None if t is None else names.get(id(t)) for t in (head.module.weight, head.module.bias)]
-        if ours == [None, None]:
-            return head
-        if self._host or any(name is not None and self._layouts[name].sharded for name in ours):
-            return None
-        weight, bias = (
-            None if theirs is None else theirs.detach() if name is None else self._kept[name]
-            for theirs, name in zip((head.module.weight, head.module.bias), ours, strict=True)
-        )
-        assert weight is not None
-        return head.holding(weight, bias)
-
-    def weights(self) -> Iterator[Weight]:
-        self._check_closed()
-        tensors = self._current(self._policy)
-        for name, kept in self._kept.items():
-            yield Weight(name, kept, self._layouts[name])
-        yield from weights_of(self._policy, without={id(t) for t in tensors.values()})
-
-    def holds_parts(self) -> bool:
-        """As the policy, whose layouts are the same whichever numbers it holds."""
-        reshard(self._policy)
-        return any(weight.layout.sharded for weight in weights_of(self._policy))
-
-    def _current(self, policy: nn.Module) -> dict[str, Tensor]:
-        """The policy's tensors of which there is a copy here."""
-        return {name: tensor for name, tensor in named_weights(policy) if name in self._kept}
-
-    def lora_layers(self) -> list[LoraFactors]:
-        return lora_factors(self._policy)
-
-    def replace_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, tensor in self._current(self._policy).items():
-            if (new := weights.get(name)) is not None:
-                self._kept[name] = self._place(new.to(tensor.dtype), like=tensor)
-                self._layouts[name] = Whole(new.shape)
-                self._shapes.pop(name, None)
-                if new.shape != tensor.shape:
-                    self._shapes[name] = tensor.shape
-
-    def free_weights(self) -> bool:
-        self._kept, self._layouts, self._shapes = {}, {}, {}
+    def drop_weights(self) -> bool:
+        self._taken.drop()
         return True
-
-    def owns(self, name: str) -> bool:
-        return name in self._kept
-
-    def pairs(self, policy: nn.Module) -> list[Pair]:
-        self._check_closed()
-        inner = unwrap(policy)
-        reshard(inner)
-        own = [Weight(name, kept, self._layouts[name]) for name, kept in self._kept.items()]
-        theirs = (weight for weight in weights_of(inner) if weight.name in self._kept)
-        return paired_weights(own, theirs, rank_dims(self.lora_layers()))
-
-    def _check_closed(self) -> None:
-        if self._open:
-            raise ValueError(
-                "The reference's weights are in the policy (reference.keep_active), and the policy's in their place: "
-                "leave that first."
-            )
-
-    def memory_of_weights(self) -> MemoryReport:
-        """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
-        held = bytes_held(self._kept.values(), self._home())
-        return MemoryReport(host=held.total, device=0) if self._host else held
-
-    def provenance(self) -> dict[str, Any]:
-        return {**super().provenance(), "swapped": sorted(self._kept)}
-
-    def _place(self, tensor: Tensor, *, like: Tensor | None = None, copy: bool = False) -> Tensor:
-        """A tensor of the snapshot where it is to be: beside the policy's, or in host memory (pinned for a GPU)."""
-        device = (tensor if like is None else like).device
-        if not self._host:
-            return tensor.to(device, copy=copy)
-        moved = tensor.to("cpu", copy=copy)
-        return moved.pin_memory() if device.type == "cuda" and not moved.is_pinned() else moved
-
-    def _exchange(self, tensor: Tensor, name: str) -> None:
-        """What the policy has and what we hold change places."""
-        kept = self._kept[name]
-        if not self._host and not self._layouts[name].sharded:
-            # By pointer: the policy's own storage is untouched, also for a backward pass that is still to come.
-            theirs = tensor.data
-            tensor.data = kept
-            self._kept[name] = theirs
-            return
-        if name in self._shapes:
-            self._exchange_by_pointer(tensor, name)
-            return
-        local = local_shard(tensor).detach()
-        theirs = local.clone()
-        local.copy_(kept)
-        kept.copy_(theirs)
-
-    def _exchange_by_pointer(self, tensor: Tensor, name: str) -> None:
-        """From host memory, what is of another shape than the policy's: a copy of it is in the policy meanwhile."""
-        if (waiting := self._waiting.pop(name, None)) is not None:
-            tensor.data, self._kept[name] = self._kept[name], waiting
-            return
-        kept, theirs = self._kept[name], tensor.data
-        tensor.data = kept.to(tensor.device)
-        self._kept[name], self._waiting[name] = theirs, kept
-
-    def _check_policy(self, named: dict[str, Tensor]) -> None:
-        """Raise ValueError if the policy with our tensors in it would be something else than what was captured."""
-        for name, tensor in named.items():
-            if tensor.requires_grad and name not in self._kept:
-                raise ValueError(
-                    f"{name} trains now, but did not when the reference was built, so the reference "
-                    "has no copy of it. Unfreeze before build_reference."
-                )
-        now = switches(self._policy)
-        for name, before in self._switches.items():
-            if now.get(name) != before:
-                raise ValueError(
-                    f"The adapter at {name} was {before} when the reference was built and is {now.get(name)}: the "
-                    "reference cannot be scored so. Switch, merge or unmerge adapters before build_reference, or back."
-                )
-
-
-def _on_host(request: BuildRequest) -> bool:
-    """Whether the snapshot is in host memory: asked for, or too large a part of the device's."""
-    shape = request.shape
-    if request.config.offload or request.config.device == "cpu":
-        return True
-    return shape.memory is not None and not shape.on_host and shape.held(_entries(request)) > _SMALL * shape.memory
-
-
-def _entries(request: BuildRequest) -> list[Entry]:
-    """What a snapshot holds, as `snapshot_of` says."""
-    return [e for e in request.shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]
-
-
-def snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
-    """What a snapshot must hold, by canonical name: what trains, the adapters' other parameters (AdaLoRA's ranks), and
-    persistent buffers, which a forward in training mode may change."""
-    tuned, constant = adapter_parameters(policy), adapter_buffers(policy)
-    return {
-        name: tensor
-        for name, tensor in named_weights(policy)
-        if (
-            tensor.requires_grad or id(tensor) in tuned
-            if isinstance(tensor, nn.Parameter)
-            else id(tensor) not in constant
-        )
-    }
-
-
-def _refuse_backward(grad: Tensor) -> NoReturn:
-    raise RuntimeError(
-        "A backward pass through the policy began while the reference's weights were swapped into it: its gradients "
-        "would be another model's. Leave the reference's context first."
-    )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refkl.backend import Weight, base_model, gathered, layout_of, local_shard, named_weights, unwrap, weights_of, whole
+from refkl.backend import base_model, gathered, layout_of, local_shard, named_weights, unwrap, whole
 from refkl.backend.zero import (
     full_shape,
     inference_config,
@@ -26,25 +26,24 @@ from refkl.backend.zero import (
     transformers_zero3,
 )
 from refkl.messages import size
-from refkl.reference.contract import BuildRequest, Reference, held_in_place
 from refkl.reference.cost import Cost
-from refkl.reference.moving.average import Pair, paired_weights
+from refkl.reference.request import BuildRequest, held_in_place
 from refkl.reference.strategies.from_folder import load_pretrained, source_folder
 from refkl.reference.strategies.frozen_copy import replaced_forward
-from refkl.reference.weights.tensors import bytes_held, bytes_offloaded, check_pairs
+from refkl.reference.strategies.whole_copy import WholeCopy
+from refkl.reference.weights.pairing import Pair, check_pairs
+from refkl.reference.weights.tensors import bytes_held, bytes_offloaded
 from refkl.types import MemoryReport
 
 
-class Zero3Reference(Reference):
+class Zero3Reference(WholeCopy):
     """A partitioned model of its own in an inference engine."""
 
     strategy = "zero3"
 
     def __init__(self, request: BuildRequest, reason: str, engine: nn.Module, source: str) -> None:
-        super().__init__(request, reason, source)
+        super().__init__(request, reason, source, unwrap(engine))
         self._engine = engine
-        self.model = unwrap(engine)
-        """The partitioned module, with the policy's parameter names."""
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -108,8 +107,7 @@ class Zero3Reference(Reference):
             source = source_folder(request)
             with transformers_zero3(config):
                 model = load_pretrained(request, source, dtype=None)
-        model.requires_grad_(False)
-        model.eval()
+        model.requires_grad_(False)  # before DeepSpeed looks at it
         for parameter in model.parameters():
             parameter.ds_persist = False  # type: ignore[attr-defined]
         reference = cls(request, reason, inference_engine(model, config), source)
@@ -118,20 +116,16 @@ class Zero3Reference(Reference):
 
     @contextmanager
     def activate(self) -> Iterator[nn.Module]:
-        for module in self.model.modules():
-            module.training = False
+        self._evaluate()
         yield self._engine
-
-    def weights(self) -> Iterator[Weight]:
-        return weights_of(self.model)
 
     def before_writing(self) -> None:
         # What a forward left gathered would hide the new shards from the next one.
         release(self.model.parameters())
 
-    def free_weights(self) -> bool:
-        self.model = self._engine = nn.Module()
-        return True
+    def drop_weights(self) -> bool:
+        self._engine = nn.Module()
+        return super().drop_weights()
 
     def pairs(self, policy: nn.Module) -> list[Pair]:
         """Be the policy partitioned alike or whole."""
@@ -139,7 +133,7 @@ class Zero3Reference(Reference):
         for name, tensor in (*named_weights(self.model), *named_weights(inner)):
             if is_partitioned(tensor) and not local_shard(tensor).numel():
                 raise ValueError(f"{name} is offloaded to NVMe, and cannot be synced from there.")
-        return paired_weights(weights_of(self.model), weights_of(inner))
+        return super().pairs(policy)
 
     def memory_of_weights(self) -> MemoryReport:
         """Bytes of this rank's partitions, and of anything that a forward left gathered."""
@@ -151,7 +145,7 @@ class Zero3Reference(Reference):
             for tensor in (*self.model.parameters(), *self.model.buffers())
             for part in ((local_shard(tensor), tensor.data) if is_partitioned(tensor) else (tensor,))
         ]
-        return bytes_held(parts, self._home())
+        return bytes_held(parts, self.home())
 
 
 def _from_memory(policy: nn.Module, config: dict[str, Any]) -> nn.Module:

@@ -15,90 +15,18 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refkl.backend import named_weights
+from refkl.reference.streamed.row_chunks import CHUNK_TOKENS, _joined, _leaves, _OneRow, _rebuilt
+from refkl.reference.streamed.units import Unit, units_of, unstreamable
 from refkl.scoring.call import prepare
 from refkl.types import TokenBatch
-
-CHUNK_TOKENS = 16384
-"""Tokens, padding included, that a decoder layer takes at once; one row at least."""
-
-Path = tuple[Any, ...]
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-_PLAIN = (bool, int, float, str, torch.dtype, type(None))
-"""Arguments of a layer that hold no rows, and no state that one chunk could leave to the next."""
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """What is put on the device together."""
-
-    name: str
-    module: nn.Module
-    tensors: list[Tensor]
-    """Parameters and persistent buffers."""
-    layer: bool
-    """Whether it is one of a list of modules, which takes rows in chunks."""
-
-
-def units_of(model: nn.Module) -> tuple[list[Unit], list[Tensor]]:
-    """The units in the order in which the model registers them, and the weights that are in none of them: those are on
-    the device for a whole sweep. Buffers that no checkpoint holds, such as rotary frequencies, are neither."""
-    weights = {id(tensor): tensor for _, tensor in named_weights(model)}
-    units: dict[nn.Module, Unit] = {}
-    for name, module, layer in _split(model):
-        own = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) in weights}
-        if own and module not in units:
-            units[module] = Unit(name, module, list(own.values()), layer)
-    inside = {id(tensor) for unit in units.values() for tensor in unit.tensors}
-    return list(units.values()), [tensor for key, tensor in weights.items() if key not in inside]
-
-
-def _split(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """What a list of modules holds, and beside such lists whatever holds none: an adapted head is one unit."""
-    listed = isinstance(module, _CONTAINERS)
-    for name, child in module.named_children():
-        if isinstance(child, _CONTAINERS) or (
-            not listed and any(isinstance(m, nn.ModuleList) for m in child.modules())
-        ):
-            yield from _split(child, f"{prefix}{name}.")
-        else:
-            yield prefix + name, child, listed
-
-
-def unit_bytes(model: nn.Module, *, dtype: torch.dtype | None, without: set[int]) -> tuple[list[int], int]:
-    """Bytes of each unit in order, and of the weights in none: floating-point ones in `dtype`, if given, and none of
-    those whose id() is in `without`. For a model on the meta device too."""
-
-    def size(tensors: list[Tensor]) -> int:
-        kept = [t for t in tensors if id(t) not in without]
-        return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in kept)
-
-    units, rest = units_of(model)
-    return [size(unit.tensors) for unit in units], size(rest)
-
-
-def largest_pair(sizes: list[int]) -> int:
-    """Of two units that follow each other."""
-    return max((a + b for a, b in pairwise(sizes)), default=sum(sizes))
-
-
-def unstreamable(model: nn.Module) -> str | None:
-    """A sentence if some weight is more than the one plain tensor that would be moved."""
-    for name, tensor in named_weights(model):
-        if type(tensor) not in (nn.Parameter, Tensor):
-            return (
-                f"{name} is a {type(tensor).__name__}, quantised or packed, which is not moved by its numbers alone. "
-                "Leave reference.offload out, or load the policy without quantisation."
-            )
-    return None
 
 
 class Stream:
@@ -304,54 +232,3 @@ class Stream:
                 "of a batch go through it at once. Score fewer sequences at a time if memory runs out.",
                 stacklevel=2,
             )
-
-
-@dataclass(frozen=True)
-class _OneRow:
-    """What a layer was given for one sequence."""
-
-    tokens: int
-    sizes: dict[Path, int]
-    """The first dimension of each tensor."""
-
-    def having_rows(self, given: dict[Path, Any], rows: int, tokens: int) -> list[Path] | None:
-        """The tensors, of those given for `rows` sequences, whose first dimension has grown with them: one that is
-        as long as there are heads, or tokens, may look alike. None if it cannot be told of each argument."""
-        found = []
-        for path, value in given.items():
-            if not isinstance(value, Tensor):
-                if not isinstance(value, _PLAIN):
-                    return None
-            elif value.dim():
-                size = self.sizes.get(path)
-                if size is not None and size != self.tokens and len(value) == size * rows:
-                    found.append(path)
-                elif len(value) != (tokens if size == self.tokens else size):
-                    return None
-        return found
-
-
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """What an argument or a result is made of, with its place. Lists and dicts are left whole: a layer may write into
-    them."""
-    if type(value) is tuple:
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, (*path, number))
-    else:
-        yield path, value
-
-
-def _rebuilt(value: Any, leaves: dict[Path, Any], path: Path = ()) -> Any:
-    """The same with other leaves."""
-    if type(value) is tuple:
-        return tuple(_rebuilt(inner, leaves, (*path, number)) for number, inner in enumerate(value))
-    return leaves[path]
-
-
-def _joined(parts: list[Any], rows: int) -> Any:
-    """One result of those of the chunks, the first of which had so many rows."""
-    if type(parts[0]) is tuple:
-        return tuple(_joined(list(inner), rows) for inner in zip(*parts, strict=True))
-    if parts[0] is None or not parts[0].dim() or len(parts[0]) % rows:
-        return parts[0]  # the same for all rows, such as a bias of positions
-    return torch.cat(parts)

@@ -1,0 +1,144 @@
+"""How a reference in this process moves, and what it keeps for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from refkl.reference.moving.average import Averages, Move, Probe, same_bits
+from refkl.reference.moving.lora_update import LastUpdate, planned
+
+if TYPE_CHECKING:
+    from refkl.reference.held import HeldReference
+
+
+class Mover:
+    """Moves a reference's weights towards the policy's, and brings back what they were before the first move."""
+
+    def __init__(self, held: HeldReference, *, on_host: bool) -> None:
+        self.averages = Averages(on_host=on_host)
+        """What is kept beside the weights."""
+        self.initial_fingerprint: str | None = None
+        """The fingerprint before the first move, if that state was kept."""
+        self.half_moved = False
+        """True after an error between two moves, and while weights are written."""
+        self._held = held
+        self._showing_initial = False
+
+    def check(self, policy: nn.Module, step: Move) -> None:
+        """Raise ValueError if this move cannot be made. Changes nothing."""
+        planned(step, self._held.pairs(policy), self._held.lora_layers())
+
+    def check_whole(self) -> None:
+        """Raise ValueError if an error ended the last move half-way."""
+        if self.half_moved:
+            raise ValueError(
+                "An error ended the reference's last update half-way: some of its weights were moved and some were "
+                "not. Load it from a checkpoint (reference.load), copy the policy (alpha 1), or build it anew."
+            )
+
+    def check_closed(self, what: str) -> None:
+        """Raise ValueError while `initial` is open."""
+        if self._showing_initial:
+            raise ValueError(
+                f"reference.first() is open, so the reference is what it was before it moved and cannot {what}. Leave "
+                "that context first."
+            )
+
+    def update(self, policy: nn.Module, step: Move) -> LastUpdate:
+        """Make a move whose arguments were checked."""
+        held = self._held
+        held.follow_policy()
+        self.averages.follow(held.weights())
+        with torch.no_grad():
+            plan = planned(step, held.pairs(policy), held.lora_layers())
+            new, distance = plan.new(self.averages), plan.distance(self.averages)
+            self.averages.prepare(plan.pairs, step)
+            held.before_writing()
+            self.half_moved = True
+            if new.weights:
+                held.replace_weights(new.weights)
+                new.keep(self.averages)
+            probes = {pair.own.name: self.averages.move(pair, step) for pair in plan.pairs}
+            self.half_moved = False
+        held.updates += 1
+        held.last_update = LastUpdate(step.alpha, step.lora, distance, plan.rank(new), new.cut)
+        held.weights_changed()
+        self._check_moved(probes | {name: Probe(0, tensor.reshape(-1)[0]) for name, tensor in new.weights.items()})
+        return held.last_update
+
+    def _check_moved(self, probes: dict[str, Probe | None]) -> None:
+        """Look each changed weight up anew: a write into a gathered copy, or into a placeholder, would be lost."""
+        self._held.before_writing()
+        for name, local, _ in self._held.weights():
+            probe = probes.get(name)
+            if probe is not None and not same_bits(local.reshape(-1)[probe.place], probe.number):
+                raise RuntimeError(
+                    f"The reference was moved, and {name} did not change: something else than the weights that were "
+                    "written is what a forward reads. Was a module of it replaced after the reference was built?"
+                )
+
+    def keep_initial(self) -> None:
+        """Keep a copy of the weights as they are, before the first move, for `initial`.
+
+        Raises:
+            ValueError: the reference has moved already.
+        """
+        held = self._held
+        if held.updates and not self.averages.first:
+            raise ValueError("The reference has moved already, and what it was first was not kept.")
+        held.follow_policy()
+        if self.initial_fingerprint is None:
+            self.initial_fingerprint = held.recorded_fingerprint or held.fingerprint()
+            self.averages.keep_first(weight for weight in held.weights() if held.owns(weight.name))
+
+    @contextmanager
+    def initial(self) -> Iterator[None]:
+        """Let the reference be what it was before it first moved, while this is open.
+
+        Raises:
+            ValueError: `keep_initial` was not called in time; it is open already.
+        """
+        self.check_closed("be shown as it was first")
+        if self.initial_fingerprint is None:
+            raise ValueError("What the reference was first was not kept: call reference.keep_first() before it moves.")
+        held = self._held
+        self.check_whole()
+        held.follow_policy()
+        self.averages.follow(held.weights())
+        self.exchange_initial()
+        self._showing_initial = True
+        try:
+            with held.recorded_as(self.initial_fingerprint):
+                yield
+        finally:
+            self._showing_initial = False
+            self.exchange_initial()
+
+    @torch.no_grad()
+    def exchange_initial(self) -> None:
+        """Let the weights and the kept initial ones change places."""
+        held = self._held
+        self.half_moved = True
+        held.before_writing()
+        replaced = {}
+        for name, local, _ in held.weights():
+            if (kept := self.averages.first.get(name)) is None:
+                continue
+            present = local.clone()
+            if kept.shape == local.shape:
+                local.copy_(kept)
+                kept.copy_(present)
+            else:
+                replaced[name], self.averages.first[name] = kept, self.averages.place(present)
+        if replaced:
+            held.replace_weights(replaced)
+        self.half_moved = False
+
+    def recalled_initial(self, fingerprint: str | None) -> str | None:
+        """Return the fingerprint of an initial state that was loaded, if `initial` can show it here."""
+        return fingerprint if self.averages.first else None

@@ -1,0 +1,71 @@
+"""A layer's forward in chunks of rows, so that activations of a large batch fit beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 16384
+"""Tokens, padding included, that a decoder layer takes at once; one row at least."""
+
+
+Path = tuple[Any, ...]
+
+
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+"""Arguments of a layer that hold no rows, and no state that one chunk could leave to the next."""
+
+
+@dataclass(frozen=True)
+class _OneRow:
+    """What a layer was given for one sequence."""
+
+    tokens: int
+    sizes: dict[Path, int]
+    """The first dimension of each tensor."""
+
+    def having_rows(self, given: dict[Path, Any], rows: int, tokens: int) -> list[Path] | None:
+        """The tensors, of those given for `rows` sequences, whose first dimension has grown with them: one that is
+        as long as there are heads, or tokens, may look alike. None if it cannot be told of each argument."""
+        found = []
+        for path, value in given.items():
+            if not isinstance(value, Tensor):
+                if not isinstance(value, _PLAIN):
+                    return None
+            elif value.dim():
+                size = self.sizes.get(path)
+                if size is not None and size != self.tokens and len(value) == size * rows:
+                    found.append(path)
+                elif len(value) != (tokens if size == self.tokens else size):
+                    return None
+        return found
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """What an argument or a result is made of, with its place. Lists and dicts are left whole: a layer may write into
+    them."""
+    if type(value) is tuple:
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, (*path, number))
+    else:
+        yield path, value
+
+
+def _rebuilt(value: Any, leaves: dict[Path, Any], path: Path = ()) -> Any:
+    """The same with other leaves."""
+    if type(value) is tuple:
+        return tuple(_rebuilt(inner, leaves, (*path, number)) for number, inner in enumerate(value))
+    return leaves[path]
+
+
+def _joined(parts: list[Any], rows: int) -> Any:
+    """One result of those of the chunks, the first of which had so many rows."""
+    if type(parts[0]) is tuple:
+        return tuple(_joined(list(inner), rows) for inner in zip(*parts, strict=True))
+    if parts[0] is None or not parts[0].dim() or len(parts[0]) % rows:
+        return parts[0]  # the same for all rows, such as a bias of positions
+    return torch.cat(parts)
