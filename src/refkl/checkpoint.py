@@ -107,7 +107,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest whole checkpoint of a run's folder."""
+    """The newest complete checkpoint of a run's folder."""
 
     path: Path | None
     skipped: list[str]

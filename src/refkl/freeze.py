@@ -64,6 +64,6 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """True if `pattern` matches the parameter's path or the path of a module above it, part by part."""
+    """Return True if `pattern` matches the parameter's path or a parent module's path, part by part."""
     want, have = pattern.split("."), name.split(".")
     return len(want) <= len(have) and all(fnmatchcase(h, w) for w, h in zip(want, have, strict=False))

@@ -266,7 +266,7 @@ class Checkpointing(Trainer):
         return "" if whole is None else f"{whole} is the newest that is whole."
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """On resume, restore the controller and the reference that the checkpoint was trained against.
+        """Restore, on resume, the controller and the reference that the checkpoint was trained against.
 
         Raises:
             ValueError: the checkpoint was trained against another reference, or its reference is missing.

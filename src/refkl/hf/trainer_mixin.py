@@ -87,7 +87,7 @@ class KLTrainerMixin(Checkpointing):
     def _joining(
         self, trainer: type, settle: Callable[[dict[str, Any]], AbstractContextManager[None]]
     ) -> Iterator[None]:
-        """While this trainer is made, open `settle` around `trainer.__init__`, with its arguments by name.
+        """Open `settle` around `trainer.__init__` while this trainer is made, with its arguments by name.
 
         It is done there and not in refkl's own __init__, because a user's class between the two may rename arguments or
         make some of them itself.
