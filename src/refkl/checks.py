@@ -118,7 +118,7 @@ def check_reference(
 
 
 def _shared(policy: nn.Module, reference: Reference) -> Finding:
-    check = "what trains is not the reference's"
+    check = "policy and reference share no trainable weights"
     trained = {_memory_of(local_shard(p)): name for name, p in named_weights(policy) if p.requires_grad}
     for name, local, _ in reference.weights():
         if local.numel() and (theirs := trained.get(_memory_of(local))) is not None:

@@ -14,7 +14,7 @@ USAGE = """\
 usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
        refkl train CONFIG.yaml --resume [CHECKPOINT]   goes on from the newest whole checkpoint, or from this one
        refkl train --help [--method grpo|rloo|dpo|kto|sft]   every key, with what it means
-       refkl check CONFIG.yaml [--key value ...]     is the reference the right one? looks, and trains nothing
+       refkl check CONFIG.yaml [--key value ...]     verifies the reference without training
        refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
                                                      what a run takes on each rank; needs no weights
        refkl compare A B --data FILE [--sample] [--kind reverse_kl,jsd,...] [--output DIR]
