@@ -89,7 +89,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
         assert kls[0] == 0.0 and kls[1] > 0 and kls[2] > 0
         assert given["trainer"].reference.strategy == "clone"  # type: ignore[attr-defined]
         assert given["kl"].loss.item() > 0  # type: ignore[attr-defined]
-        assert "ok    what trains is not the reference's" in out.getvalue()
+        assert "ok    policy and reference share no trainable weights" in out.getvalue()
     if page == "strategies":
         assert "clone MemoryReport(device=" in out.getvalue() and "Use 'clone' instead." in out.getvalue()
     if page == "moving":

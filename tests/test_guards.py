@@ -91,7 +91,11 @@ def _no_positions(policy, reference):
 
 
 FAULTS: dict[str, tuple[Callable[..., None], str, str]] = {
-    "storage that is shared": (_shares, "what trains is not the reference's", "lm_head.weight of the reference"),
+    "storage that is shared": (
+        _shares,
+        "policy and reference share no trainable weights",
+        "lm_head.weight of the reference",
+    ),
     "a reference that trains": (_trains, "the reference does not train", "model.norm.weight requires grad"),
     "a policy that was changed": (_changed_policy, "the KL is 0 before the first step", "nats per token"),
     "a reference that was changed": (

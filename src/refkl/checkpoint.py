@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or do not count.
+"""Checkpoints that are marked as complete, or else do not count.
 
-A trainer writes a checkpoint file by file, on all ranks, and can be killed between any two. So one file says that it
-began, and another, written last of all, that it is complete: every other file with its size, and of what the policy and
-the reference are loaded from also the content's CRC-32. A checkpoint without this mark, or that is not as the mark
-says, is never resumed from, and never counts as one to keep.
+A trainer writes a checkpoint file by file, on all ranks, and can be killed between any two files. One file therefore
+says that writing began, and another, written last, that it is complete. The latter lists every other file with its
+size, and the content's CRC-32 for files that policy and reference are loaded from. A checkpoint without this mark, or
+that differs from it, is never resumed from and never counts as one to keep.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from refkl.messages import RunError
 from refkl.reference.weights.saved import write_json
 
 MARK = "refkl_complete.json"
-"""In a checkpoint: it is complete, and of these files."""
+"""File in a checkpoint: marks it as complete, and lists its files."""
 BEGUN = "refkl_saving.json"
-"""In a checkpoint: refkl began to write it, and has not completed it."""
+"""File in a checkpoint: refkl began to write it and has not completed it."""
 RECORD = "reference.json"
-"""In a checkpoint: which reference it was trained against, and each update of it."""
+"""File in a checkpoint: the reference that it was trained against, and each update of it."""
 REFERENCE = "reference"
-"""In a checkpoint: the folder of a reference that the model it began with does not give."""
+"""Folder in a checkpoint: a reference that cannot be rebuilt from the run's initial model."""
 _CHECKED = re.compile(rf".*\.safetensors|{RECORD}|{REFERENCE}/.*|kl_penalty\.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 24
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written; says where, why, and which is the newest whole one."""
+    """A checkpoint could not be written; the message says where, why, and which is the newest complete one."""
 
 
 def begin(checkpoint: Path) -> None:
-    """Make the folder, in the place of what a save that was interrupted has left there."""
+    """Make the folder, and delete what an interrupted save has left there."""
     if checkpoint.is_dir():
         discard(checkpoint)
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def begin(checkpoint: Path) -> None:
 
 
 def complete(checkpoint: Path) -> None:
-    """Mark it as complete. To be called when all ranks have written all of their files."""
+    """Mark the checkpoint as complete. Call it when all ranks have written all of their files."""
     found: dict[str, dict[str, int]] = {}
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         name = path.relative_to(checkpoint).as_posix()
@@ -64,12 +64,12 @@ def complete(checkpoint: Path) -> None:
 
 
 def why_not_whole(checkpoint: Path, *, without_reference: bool = False, contents: bool = True) -> str | None:
-    """None for a checkpoint that is as it was marked; else a sentence's second half that names what is wrong.
+    """Return None if a checkpoint matches its mark; else the end of a sentence that names the problem.
 
     Args:
         checkpoint: its folder.
-        without_reference: what it holds of the reference does not matter.
-        contents: also compare contents; without it, names and sizes alone, which reads no weights.
+        without_reference: ignore the files of the reference.
+        contents: also compare contents; otherwise only names and sizes, which reads no weights.
     """
     if not checkpoint.is_dir():
         return "is not there"
@@ -95,27 +95,27 @@ def why_not_whole(checkpoint: Path, *, without_reference: bool = False, contents
 
 
 def is_whole(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint is complete and its files are as they were written; `why_not_whole` says what is wrong."""
+    """Return True if a checkpoint is complete and its files are unchanged; `why_not_whole` names the problem."""
     return why_not_whole(Path(checkpoint)) is None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those in a run's folder, whole or not, the one of the last step first."""
+    """List the checkpoints in a run's folder, complete or not, from the last step to the first."""
     found = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest whole checkpoint of a run's folder."""
+    """The newest complete checkpoint of a run's folder."""
 
     path: Path | None
     skipped: list[str]
-    """Of each newer one, a sentence that says why it is not taken."""
+    """One sentence per newer checkpoint, saying why it was skipped."""
 
 
 def newest_whole(folder: Path, *, without_reference: bool = False, contents: bool = True) -> Newest:
-    """Look for it, newest first, as `why_not_whole` does."""
+    """Find the newest checkpoint that passes `why_not_whole`."""
     skipped: list[str] = []
     for path in checkpoints(folder):
         why_not = why_not_whole(path, without_reference=without_reference, contents=contents)
@@ -126,10 +126,10 @@ def newest_whole(folder: Path, *, without_reference: bool = False, contents: boo
 
 
 def rotate(folder: Path, limit: int | None, keep: Collection[str | Path | None]) -> None:
-    """Delete what interrupted saves left, and of the marked checkpoints the oldest, until `limit` are left.
+    """Delete interrupted saves, and the oldest marked checkpoints until `limit` are left.
 
-    Unlike transformers' own rotation it counts marked checkpoints alone, and leaves those that others wrote. Nothing is
-    being written when it is called: `keep` has the one that was completed last, and others not to be deleted.
+    Unlike transformers' own rotation it counts only marked checkpoints and leaves those written by others. Call it when
+    nothing is being written. `keep` lists checkpoints not to delete, including the one completed last.
     """
     if limit is None or limit <= 0:
         return
@@ -145,8 +145,10 @@ def rotate(folder: Path, limit: int | None, keep: Collection[str | Path | None])
 
 
 def set_later_aside(checkpoint: Path) -> list[Path]:
-    """Rename the checkpoints of later steps beside this one, which a run goes on from: else, the next time, the newest
-    would be one of a course that was given up."""
+    """Rename checkpoints of later steps than this one, from which a run resumes.
+
+    Otherwise the newest checkpoint, next time, would belong to the abandoned continuation.
+    """
     moved = []
     for path in checkpoints(checkpoint.parent):
         later = int(path.name.split("-")[1]) > int(checkpoint.name.split("-")[1])
@@ -160,7 +162,7 @@ def set_later_aside(checkpoint: Path) -> list[Path]:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; from the first moment on it counts as one that was not completed."""
+    """Delete a checkpoint. From the first moment on it counts as incomplete."""
     if (checkpoint / MARK).is_file():
         os.replace(checkpoint / MARK, checkpoint / BEGUN)
     for entry in list(checkpoint.iterdir()) if checkpoint.is_dir() else []:
@@ -175,15 +177,15 @@ _FULL = (
     *("no space left", "os error 28", "disk quota", "file too large", "os error 27"),
     *("failed writing file", "unexpected pos", "iostream error"),  # torch.save, which does not say why
 )
-"""What libraries that write files in C++ or Rust say of a disk that is full, in errors that are not OSError."""
+"""Messages of C++ and Rust libraries for a full disk, in errors that are not OSError."""
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def disk_failure(error: BaseException) -> str | None:
-    """What a disk said, if an error comes from one that could not be written to; else None."""
+    """Return the disk's message if the error comes from a failed write; else None."""
     found: BaseException | None = error
     while found is not None:
-        # The network's errors are OSErrors too; and of those that only led to another, not all were about writing.
+        # Network errors are OSErrors too; and an OSError that only preceded this error may not be about writing.
         disk = isinstance(found, OSError) and not isinstance(found, (ConnectionError, TimeoutError))
         if isinstance(found, OSError) and disk and found.errno and (found is error or found.errno in _WRITING):
             return f"{found.strerror}: {found.filename}" if found.filename else str(found.strerror)
@@ -202,7 +204,7 @@ def _crc32(path: Path) -> int:
 
 
 def state_of(path: Path) -> Any:
-    """A JSON file of a checkpoint.
+    """Read a JSON file of a checkpoint.
 
     Raises:
         ValueError: it is damaged.

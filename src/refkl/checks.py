@@ -1,6 +1,7 @@
-"""Is this reference the one that you think? Checks on a policy, its reference and a batch, before a run and during it.
+"""Checks that a reference is the intended one, on a policy, its reference and a batch, before a run and during it.
 
-Each check gives a Finding: what was looked at, what was found, and what to do if that is wrong. None changes anything.
+Each check returns a Finding: the property that was checked, the result, and what to do if that is wrong. The checks
+change nothing.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from refkl.scoring import score_tokens
 from refkl.types import TokenBatch
 
 _OVER_FLOOR = 4.0
-"""Times the floor from which a KL at step 0 is a fault: texts differ, by less."""
+"""A KL at step 0 of more than this many times the floor is a fault. Different texts account for smaller factors."""
 Verdict = Literal["ok", "note", "fault"]
 _Score = Callable[[TokenBatch], Tensor]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     check: str
-    """What was looked at."""
+    """The property that was checked."""
     verdict: Verdict
-    """"ok"; "note": legitimate, and worth knowing; "fault": the run would not be what it seems."""
+    """"ok"; "note": legitimate but worth knowing; "fault": the run would not do what it seems to do."""
     found: str
-    """What it is."""
+    """The measured result."""
     advice: str = ""
-    """What to do; empty for "ok"."""
+    """The recommended action; empty for "ok"."""
 
 
 def check_held(
@@ -56,7 +57,7 @@ def check_held(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[Finding]:
-    """Who holds what, seen without a forward: shared memory, gradients, the optimizer, bytes.
+    """Check shared memory, gradients, the optimizer and memory use, without a forward pass.
 
     Args:
         policy, reference, optimizer: as in `check_reference`.
@@ -79,18 +80,18 @@ def check_reference(
     vocabulary: int | None = None,
     temperature: float = 1.0,
 ) -> list[Finding]:
-    """Everything that can be seen before the first step. Where weights are sharded every rank must call.
+    """Run all checks that are possible before the first step. If weights are sharded, every rank must call this.
 
     Args:
-        policy: as it is wrapped and not yet trained.
+        policy: the policy, wrapped as in training and not yet trained.
         reference: from build_reference.
-        batch: some real sequences; rows of different length show what padding does.
+        batch: some real sequences; with rows of different lengths the effect of padding shows.
         optimizer: the policy's.
-        vocabulary: how many tokens the tokenizer has.
+        vocabulary: number of tokens of the tokenizer.
         temperature: divides the logits.
 
     Returns:
-        One finding a check, in a fixed order.
+        One finding per check, in a fixed order.
     """
     inner = unwrap(policy)
     findings = check_held(policy, reference, optimizer=optimizer)
@@ -120,7 +121,7 @@ def check_reference(
 
 
 def _shared(policy: nn.Module, reference: Reference) -> Finding:
-    check = "what trains is not the reference's"
+    check = "policy and reference share no trainable weights"
     trained = {_memory_of(local_shard(p)): name for name, p in named_weights(policy) if p.requires_grad}
     for name, local, _ in reference.weights():
         if local.numel() and (theirs := trained.get(_memory_of(local))) is not None:
@@ -166,7 +167,7 @@ def _memory(reference: Reference) -> Finding:
 
 
 def check_vocabulary(policy: nn.Module, reference: Reference, vocabulary: int) -> Finding:
-    """Whether policy and reference have a logit for each of the tokenizer's tokens, and as many as each other."""
+    """Check that policy and reference have a logit for each token of the tokenizer, and equally many logits."""
     check = "tokenizer and logits agree"
     widths = {"policy": _width(policy)}
     own = getattr(reference, "model", None)
@@ -209,11 +210,11 @@ CHANGED = (
     "the policy was changed after the reference was built, or does not compute what its weights say: build the "
     "reference right before training"
 )
-"""What a KL before the first step means, where it has no reason to be there."""
+"""The cause of an unexpected KL before the first step."""
 
 
 def why_not_zero(policy: nn.Module, reference: Reference) -> str | None:
-    """Words for why the KL of an untrained policy need not be 0; None if it must be, but for the policy's dropout."""
+    """Return why the KL of an untrained policy need not be 0; None if it must be (except for the policy's dropout)."""
     config = reference.config
     if config.source != "policy":
         return f"reference.source is {config.source!r}: it is meant to be another model"
@@ -230,7 +231,8 @@ def why_not_zero(policy: nn.Module, reference: Reference) -> str | None:
 
 
 def _step_zero_quantized(policy: nn.Module, reference: Reference, batch: TokenBatch) -> Finding:
-    """The exact KL, as the floor is: k3 of tokens that the policy did not sample is no estimate of it."""
+    """Check the exact KL against the floor, which is exact too: k3 on tokens that the policy did not sample is no
+    estimate."""
     check = "the KL is 0 before the first step"
     with torch.no_grad(), evaluating(unwrap(policy)):
         pair = score_pair(policy, reference, batch, divergence="reverse_kl")
@@ -294,9 +296,9 @@ def _padding(
 ) -> Finding:
     check = "padding does not change scores"
     exact = all(p.dtype in (torch.float32, torch.float64) for p in policy.parameters() if p.is_floating_point())
-    # Each model rounds in its own dtype, and a batch of another width is rounded otherwise.
+    # Each model rounds in its own dtype, and differently for batches of another width.
     coarse = reference.config.dtype not in (None, "float32", "float64")
-    found = [(0.0, 0.0, "policy")]  # over its limit, in nats, of which model
+    found = [(0.0, 0.0, "policy")]  # (difference / limit, difference in nats, model)
     for name, score, rounds in (("policy", of_policy, not exact), ("reference", of_reference, coarse or not exact)):
         allowed = 0.1 if rounds else 1e-3
         with evaluating(policy):
@@ -327,7 +329,7 @@ def _unchanged(reference: Reference) -> Finding:
 
 
 def repadded(batch: TokenBatch, *, left: bool, extra: int) -> TokenBatch:
-    """The same sequences, padded on one side, with `extra` more columns: for the model to read as they are."""
+    """Return the same sequences padded on one side, with `extra` more columns, for the model to read as they are."""
     width = batch.input_ids.shape[1] + extra
     rows: list[list[Tensor]] = []
     for ids, attention, scored in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
@@ -340,13 +342,13 @@ def repadded(batch: TokenBatch, *, left: bool, extra: int) -> TokenBatch:
 
 
 def _kl(logp: Tensor, ref_logp: Tensor, batch: TokenBatch) -> float:
-    """Nats per scored token, by k3."""
+    """Estimate the KL with k3, in nats per scored token."""
     mask = batch.completion_mask
     return float(estimate(logp[mask], ref_logp[mask], "k3", gradient="none").mean()) if mask.any() else 0.0
 
 
 def _dropouts(model: nn.Module) -> list[str]:
-    """Where dropout is, and how much of it."""
+    """List the model's dropout modules and their rates."""
     return [
         f"{name}: {rate:g}" if key == "p" else f"{name}.{key}: {rate:g}"
         for name, module in model.named_modules()
@@ -355,20 +357,20 @@ def _dropouts(model: nn.Module) -> list[str]:
 
 
 def _width(model: nn.Module) -> int | None:
-    """How many logits a model gives."""
+    """Return the number of logits of a model."""
     head = base_model(model).get_output_embeddings()  # type: ignore[operator]
     weight = getattr(head, "weight", None)
     return full_shape(weight)[0] if isinstance(weight, Tensor) and len(full_shape(weight)) == 2 else None
 
 
 def _memory_of(tensor: Tensor) -> tuple[torch.device, int]:
-    """Where a tensor's numbers are. Not its storage: DeepSpeed lays the parts of many parameters into one."""
+    """Return the address of a tensor's data. Its storage will not do: DeepSpeed places many parameters in one."""
     return tensor.device, tensor.data_ptr()
 
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """In training mode, each submodule as it was afterwards."""
+    """Switch to training mode; restore each submodule's mode on exit."""
     before = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -380,7 +382,7 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """What is seeded inside leaves the random numbers outside as they were."""
+    """Restore the random state on exit, so that seeds set inside do not leak."""
     devices: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield

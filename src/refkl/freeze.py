@@ -1,7 +1,7 @@
-"""Which parameters train: freezing by module path, always with requires_grad.
+"""Freezing of parameters by module path, with requires_grad.
 
-Wrapping a frozen layer in no_grad would cut the gradient to everything below it; requires_grad=False does not:
-the layer's own weights get none, and the gradient still flows through.
+Wrapping a frozen layer in no_grad would cut the gradient to everything below it. requires_grad=False does not: the
+layer's own weights get no gradient, but it still flows through.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from refkl.messages import nearest
 
 
 def freeze(module: nn.Module, patterns: str | Sequence[str] | None = None) -> list[str]:
-    """Set requires_grad=False on the parameters that the patterns name, and return their names.
+    """Set requires_grad=False on the parameters that match the patterns, and return their names.
 
     Args:
         module: the model.
-        patterns: module (or parameter) paths. A path matches that module and all below it: "model.layers.1" freezes
-            layer 1 and not layer 10. `*` stands for any characters but a dot, as in "model.layers.*.mlp".
-            None freezes every parameter.
+        patterns: module (or parameter) paths. A path matches that module and everything below it: "model.layers.1"
+            freezes layer 1 and not layer 10. `*` matches any characters except a dot, as in "model.layers.*.mlp". None
+            freezes every parameter.
 
     Raises:
         ValueError: a pattern matches no parameter; the message names the nearest path. Nothing is frozen then.
@@ -44,17 +44,17 @@ def freeze(module: nn.Module, patterns: str | Sequence[str] | None = None) -> li
         chosen = [name for name in parameters if name in chosen_set]
     for name in chosen:
         parameters[name].requires_grad_(False)
-        parameters[name].grad = None  # an optimizer that holds the parameter already would move it once more
+        parameters[name].grad = None  # an optimizer that already holds the parameter would update it once more
     return chosen
 
 
 def frozen_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters that do not train, in the module's order."""
+    """Return the names of the frozen parameters, in the module's order."""
     return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train, each once: what to give the optimizer."""
+    """Return the trainable parameters, each once, to pass to the optimizer."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -64,6 +64,6 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """True if `pattern` matches the parameter's path or the path of a module above it, part by part."""
+    """Return True if `pattern` matches the parameter's path or a parent module's path, part by part."""
     want, have = pattern.split("."), name.split(".")
     return len(want) <= len(have) and all(fnmatchcase(h, w) for w, h in zip(want, have, strict=False))

@@ -1,4 +1,4 @@
-"""Words for messages: the nearest match to a name that does not exist, and readable sizes."""
+"""Helpers for messages: the nearest match to an unknown name, and readable sizes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from difflib import get_close_matches
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, through no fault of its configuration; the message says what to do."""
+    """A run cannot continue although its configuration is correct; the message says what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
+    """Return a sentence " Did you mean 'x'?" with the known name closest to `name`, or "" if none is close."""
     matches = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: "3.6 kB", "28.0 GB"."""
+    """Format a number of bytes: "3.6 kB", "28.0 GB"."""
     left = float(count)
     for unit in ("bytes", "kB", "MB"):
         if left < 999.5:
@@ -27,6 +27,6 @@ def size(count: float) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for an unknown name: what was asked, the nearest match, and all that is known."""
+    """Return the error for an unknown name: the name, the nearest match, and all known names."""
     options = sorted(known)
     return ValueError(f"Unknown {kind} {name!r}.{nearest(name, options)} Known: {', '.join(options)}.")

@@ -1,7 +1,7 @@
-"""What a run takes on each rank, before there is one: the arithmetic of `refkl plan`.
+"""The memory of a planned run on each rank: the arithmetic of `refkl plan`.
 
-A policy is made on torch's meta device, from its configuration alone, and the strategies are asked what they ask of a
-real one. Of training state the planner counts, per trained parameter,
+The policy is made on torch's meta device, from its configuration only. The strategies report their costs as for a real
+policy. For the training state the planner counts, per trained parameter,
 
     in 16 bits   2 weights + 2 gradients + 12 optimizer (fp32 copy and AdamW's two moments)
     in fp32      4 weights + 4 gradients +  8 optimizer (AdamW's two moments)
@@ -10,10 +10,10 @@ which is 16 bytes either way (Rajbhandari et al. 2020, arXiv:1910.02054, section
 Korthikanti et al. 2022 (arXiv:2205.05198, section 4), in 16 bits, without attention scores, which fused attention never
 stores:
 
-    without gradient checkpointing   34·s·b·h a layer
-    with it                          2·s·b·h a layer, and 34·s·b·h for the one that is computed again
+    without gradient checkpointing   34·s·b·h per layer
+    with it                          2·s·b·h per layer, and 34·s·b·h for the one that is recomputed
 
-with s tokens a sequence, b sequences and h the hidden size. Logits are not counted: a fused head never makes them.
+with s tokens per sequence, b sequences and h the hidden size. Logits are not counted: a fused head never stores them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 Tuning = Literal["full", "lora"]
 
 COUNTED_ON = 0.9
-"""Share of a device's memory that a plan may fill. The rest is the CUDA context's, the allocator's, and that of layers
-gathered and gradients sent in buckets."""
+"""Share of a device's memory that a plan may fill. The CUDA context, the allocator, gathered layers and gradient
+buckets need the rest."""
 LARGE = 20e9
-"""Parameters from which on parameters are partitioned, however much memory there is."""
+"""Models with more parameters than this get partitioned parameters, however much memory there is."""
 
 _GRADIENTS: dict[str, Spread] = {"zero2": "flat", "zero3": "flat", "fsdp1": "flat", "fsdp2": "rows"}
 _OPTIMIZER: dict[str, Spread] = {"zero1": "flat", **_GRADIENTS}
@@ -52,32 +52,32 @@ _OPTIMIZER: dict[str, Spread] = {"zero1": "flat", **_GRADIENTS}
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """What is to be planned."""
+    """The settings of `refkl plan`."""
 
     model: PreTrainedConfig
     """The policy's configuration."""
     world_size: int = 1
-    """Ranks."""
+    """Number of ranks."""
     backend: str | None = None
-    """A backend, or None to compare those that can run on so many ranks."""
+    """A backend, or None to compare those that can run on this number of ranks."""
     method: Tuning | None = None
     """"full" or "lora"; None compares both."""
     dtype: DtypeName = "bfloat16"
-    """Of the weights that train in full, and of those under an adapter."""
+    """Dtype of the weights that train in full, and of those under an adapter."""
     batch_size: int = 1
     """Sequences that a rank scores and trains on at once."""
     seq_len: int = 1024
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     memory: int = 80 * 2**30
-    """Bytes of a device."""
+    """Memory of a device in bytes."""
     gradient_checkpointing: bool = True
-    """Whether activations are computed again in the backward pass."""
+    """True if activations are recomputed in the backward pass."""
     lora_rank: int = 16
-    """For "lora"."""
+    """For "lora": the rank of the adapter."""
     lora_target: list[str] = field(default_factory=lambda: ["all-linear"])
     """For "lora": the modules that get an adapter."""
     freeze: list[str] = field(default_factory=list)
-    """For "full": module paths that do not train, as in refkl.freeze."""
+    """For "full": module paths to freeze, as in refkl.freeze."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "batch_size", "seq_len", "memory", "lora_rank"):
@@ -93,7 +93,7 @@ class PlanConfig:
 
     @property
     def backends(self) -> list[str]:
-        """Those to compare, the ones that send least first."""
+        """The backends to compare, those with the least communication first."""
         if self.backend is not None:
             return [self.backend]
         if self.world_size == 1:
@@ -108,7 +108,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the arithmetic: bytes on a rank, and what they are the product of."""
+    """One line of the arithmetic: bytes on a rank, and the product that gives them."""
 
     name: str
     bytes: int
@@ -117,24 +117,24 @@ class Term:
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy under one option."""
+    """A strategy with one option."""
 
     strategy: str
     option: str
-    """As `reference.KEY=VALUE` would set it; "" is the defaults."""
+    """The option as `reference.KEY=VALUE` would set it; "" for the defaults."""
     cost: Cost
     device: int
-    """Bytes on a device in all: policy, training state, reference."""
+    """Total bytes on a device: policy, training state, reference."""
     fits: bool
     auto: bool
-    """Whether auto takes it."""
+    """True if "auto" selects it."""
     rounds: bool
-    """Whether it holds fewer bits than the policy."""
+    """True if it stores fewer bits than the policy."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One method on one backend: what a rank holds beside the reference, and what each strategy adds."""
+    """One method on one backend: the memory of a rank without the reference, and the cost of each strategy."""
 
     method: Tuning
     backend: Backend
@@ -144,20 +144,20 @@ class Plan:
     """Policy, gradients, optimizer, activations."""
     rows: tuple[Row, ...]
     refused: dict[str, str]
-    """Strategies that cannot, with the reason."""
+    """Strategies that are not possible, with the reason."""
     reason: str
-    """Why auto takes what it takes."""
+    """The reason for the choice of "auto"."""
 
     @property
     def auto(self) -> Row:
-        """What auto takes."""
+        """The row that "auto" selects."""
         return next(row for row in self.rows if row.auto)
 
     @property
     def best(self) -> Row | None:
-        """What auto takes, or where that does not fit the quickest that does; None if none does.
+        """The row that "auto" selects, or if it does not fit, the fastest that does; None if none does.
 
-        One that rounds the policy's numbers comes after those on the device that do not.
+        A row that rounds the policy's numbers ranks after those on the device that do not.
         """
         able = [row for row in self.rows if row.fits]
 
@@ -169,19 +169,20 @@ class Plan:
 
 
 def make_plans(config: PlanConfig) -> list[Plan]:
-    """Every method on every backend that was asked for.
+    """Make a plan for every requested method on every requested backend.
 
     Raises:
-        ValueError: no causal language model has such a configuration; no strategy can work on that backend.
+        ValueError: no causal language model has such a configuration, or no strategy can work on that backend.
     """
     methods = [config.method] if config.method else list(get_args(Tuning))
     return [_plan(config, method, backend) for method in methods for backend in config.backends]
 
 
 def recommend(config: PlanConfig, plans: Sequence[Plan]) -> tuple[Plan | None, str]:
-    """The plan to take, if one fits, and why, in a sentence or two with the arithmetic.
+    """Return the recommended plan, or None if none fits, and the reason: one or two sentences with the arithmetic.
 
-    Full fine-tuning before LoRA; of backends the one that sends least, but partitioned parameters over 20 billion.
+    Full fine-tuning comes before LoRA. The backend with the least communication comes first, except that models of over
+    20 billion parameters need partitioned parameters.
     """
     order = sorted(plans, key=lambda p: (p.method != "full", _late(p)))
     least = min(plans, key=lambda p: min(row.device for row in p.rows))
@@ -196,10 +197,10 @@ def recommend(config: PlanConfig, plans: Sequence[Plan]) -> tuple[Plan | None, s
 
 
 def memory_bytes(text: str) -> int:
-    """Bytes of "80GiB", "80 GB", "0.5TiB".
+    """Parse a size such as "80GiB", "80 GB" or "0.5TiB" to bytes.
 
     Raises:
-        ValueError: no number with a unit.
+        ValueError: the text is not a number with a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", text, re.IGNORECASE)
     if match is None:
@@ -208,10 +209,10 @@ def memory_bytes(text: str) -> int:
 
 
 def read_config(path: str) -> PreTrainedConfig:
-    """The configuration in a model folder or a config.json.
+    """Read the configuration from a model folder or a config.json.
 
     Raises:
-        ValueError: none there.
+        ValueError: there is none.
     """
     try:
         return AutoConfig.from_pretrained(path)
@@ -260,7 +261,7 @@ def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
 
 
 def _options(dtype: str) -> Iterator[tuple[str, ReferenceConfig]]:
-    """What can be put on top of a strategy, one at a time; each strategy says which it takes."""
+    """Yield the options of a strategy, one at a time; each strategy says which it supports."""
     yield "", ReferenceConfig()
     yield "device=cpu", ReferenceConfig(device="cpu")
     yield "offload=true", ReferenceConfig(offload=True)
@@ -277,10 +278,10 @@ def _rounds(config: PlanConfig, reference: ReferenceConfig) -> bool:
 
 
 def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
-    """The policy without memory, with the dtypes that it trains in."""
+    """Make the policy without memory, with the dtypes that it trains in."""
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what nobody is going to run
+        warnings.simplefilter("ignore")  # warnings about a model that nobody will run
         try:
             policy: nn.Module = AutoModelForCausalLM.from_config(config.model, dtype=dtype)
         except (ValueError, ImportError) as error:
@@ -296,12 +297,12 @@ def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
                 policy = get_peft_model(policy, lora)
             except ValueError as error:
                 raise ValueError(f"{error} Set --lora-target, or --method full to leave LoRA out.") from None
-    # PEFT makes adapters in fp32; DeepSpeed casts all of a model.
+    # PEFT makes adapters in fp32; DeepSpeed casts the whole model.
     return policy.to(dtype) if backend.startswith("zero") else policy
 
 
 def _terms(config: PlanConfig, shape: Shape) -> tuple[Term, ...]:
-    """What a rank holds beside the reference."""
+    """Return the memory terms of a rank without the reference."""
     name, ranks = shape.backend.name, shape.backend.processes
     trained = [e for e in shape.parameters if e.trained]
 
@@ -330,7 +331,7 @@ def _terms(config: PlanConfig, shape: Shape) -> tuple[Term, ...]:
 def _activations(config: PlanConfig, step: Step) -> Term:
     width = getattr(torch, config.dtype).itemsize
     block = step.tokens * step.hidden
-    kept, full = width, 17 * width  # of one layer, a token and a hidden unit
+    kept, full = width, 17 * width  # bytes per layer, token and hidden unit
     if config.gradient_checkpointing:
         total = (step.layers * kept + full) * block
         sizes = f"({step.layers} layers x {kept} + {full}) bytes"
@@ -340,7 +341,7 @@ def _activations(config: PlanConfig, step: Step) -> Term:
 
 
 def _late(plan: Plan) -> bool:
-    """Whether others come first: large models are to be partitioned."""
+    """Return True if other plans come first: large models should be partitioned."""
     return plan.parameters > LARGE and not _partitions(plan)
 
 
@@ -349,7 +350,7 @@ def _partitions(plan: Plan) -> bool:
 
 
 def _lead(config: PlanConfig, plan: Plan, plans: Sequence[Plan]) -> str:
-    """Why not something else."""
+    """Explain why other plans were not chosen."""
     said = []
     if plan.parameters > LARGE and _partitions(plan) and len({p.backend for p in plans}) > 1:
         said.append(f"Over {LARGE / 1e9:.0f} billion parameters, partition them.")
@@ -380,7 +381,7 @@ def _added(plan: Plan, row: Row) -> str:
 
 
 def count(number: int) -> str:
-    """A number of parameters as people read it: "8.03 B"."""
+    """Format a number of parameters: "8.03 B"."""
     for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.2f} {letter}"

@@ -1,4 +1,4 @@
-"""When the reference moves: every so many steps, as a moving average, or when the KL to it has grown too large."""
+"""Updates of the reference during training: periodic, as a moving average, or when the KL to it has grown too large."""
 
 from __future__ import annotations
 
@@ -24,33 +24,35 @@ from refkl.types import TokenBatch
 
 
 class ReferenceSync:
-    """Moves a reference as a SyncConfig says. In a loop of your own, one call of `step` after each optimizer step.
+    """Updates a reference as a SyncConfig says. In your own loop, call `step` once after each optimizer step.
 
     Args:
-        reference: what moves.
-        config: when, and how far.
-        optimizer: the policy's; for `config.reset_optimizer` alone.
+        reference: the reference to update.
+        config: when to update, and by how much.
+        optimizer: the policy's; used only for `config.reset_optimizer`.
     """
 
     def __init__(self, reference: Reference, config: SyncConfig | None = None, optimizer: Any = None) -> None:
         self.reference = reference
         self.config = config or SyncConfig()
         self.optimizer = optimizer
-        """The policy's; a trainer's callback gives it when training begins."""
+        """The policy's optimizer; a trainer's callback sets it when training begins."""
         self.steps = 0
-        """Optimizer steps so far."""
+        """Number of optimizer steps so far."""
         self.updates: list[dict[str, Any]] = []
-        """One entry for each update: {"step", "alpha"}, with "bias" for "bema", and with "kl" for a reset."""
+        """One entry per update: {"step", "alpha"}, with "bias" for "bema", and with "kl" for a reset."""
         self._begun = False
         self._last_reset: int | None = None
         self.first_kl: list[dict[str, Any]] = []
-        """One entry for each measurement of the KL to the first reference: {"step", "kl"}, nats per token."""
+        """One entry per measurement of the KL to the first reference: {"step", "kl"}, nats per token."""
 
     def begin(self, policy: nn.Module) -> None:
-        """Before training: refuse what `step` could not do, and keep what it needs. `step` does it if nobody has.
+        """Check before training that `step` can work, and keep what it needs. The first `step` calls it if you have
+        not.
 
         Raises:
-            ValueError: the reference cannot move; or what it was first is asked for and was not kept.
+            ValueError: the reference cannot be updated, or `first_kl_every` is set and the first reference was not
+                kept.
         """
         self.check(policy)
         if self.config.reset_optimizer and self.optimizer is None:
@@ -60,7 +62,7 @@ class ReferenceSync:
         self._begun = True
 
     def check(self, policy: nn.Module) -> None:
-        """Raise ValueError for an update that could not be made."""
+        """Raise ValueError if the reference cannot be updated as the config asks."""
         config, reference = self.config, self.reference
         alpha = 0.5 if config.average == "bema" else config.alpha or 1.0
         try:
@@ -79,20 +81,20 @@ class ReferenceSync:
         batch: TokenBatch | None = None,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Count one optimizer step; every rank calls.
+        """Count one optimizer step, and update the reference if it is due. Every rank must call this.
 
         Args:
-            policy: as the step left it, wrapped or not.
-            kl: to the reference, nats per token, over all ranks (`KLPenalty.step` gives it, or nothing for a step in
-                which no token was scored: pass 0.0 then); needed for `max_kl`.
-            batch: what to measure the KL to the first reference on; needed for `first_kl_every`.
-            temperature: of that measurement.
+            policy: the policy after the step, wrapped or not.
+            kl: KL to the reference, nats per token, over all ranks; needed for `max_kl`. `KLPenalty.step` returns it,
+                except for a step in which no token was scored: pass 0.0 then.
+            batch: tokens on which to measure the KL to the first reference; needed for `first_kl_every`.
+            temperature: temperature of that measurement.
 
         Returns:
-            Metrics: "kl/first", nats per token, where it was measured; "sync/updates", how often the reference moved.
+            Metrics: "kl/first", nats per token, if it was measured; "sync/updates", the number of updates so far.
 
         Raises:
-            ValueError: kl or batch is missing; as `Reference.update`.
+            ValueError: kl or batch is missing; or as in `Reference.update`.
         """
         if not self._begun:
             self.begin(policy)
@@ -106,14 +108,14 @@ class ReferenceSync:
         return {**metrics, "sync/updates": float(len(self.updates))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters; the reference's own state is in `Reference.save`."""
+        """Return the counters. `Reference.save` saves the reference itself."""
         return {"steps": self.steps, "updates": list(self.updates), "first_kl": list(self.first_kl)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Continue from `state_dict`.
 
         Raises:
-            ValueError: the reference has not seen as many updates, so it is another one.
+            ValueError: the reference has seen a different number of updates, so it is not the one of this state.
         """
         if len(state["updates"]) != self.reference.updates:
             raise ValueError(
@@ -146,14 +148,14 @@ class ReferenceSync:
         self.updates.append(record)
 
     def _bema(self) -> tuple[float, float]:
-        """alpha and bias, by the steps since the warm-up or since the last reset."""
+        """Return alpha and bias, from the number of steps since the warm-up or the last reset."""
         config = self.config
         assert config.lag is not None and config.ema_power is not None and config.bias_power is not None
         base = config.lag + self.steps - (config.warmup if self._last_reset is None else self._last_reset)
         return min(1.0, base**-config.ema_power), min(1.0, base**-config.bias_power)
 
     def _passed(self, kl: float | None, limit: float) -> bool:
-        """Whether any rank's KL is over the limit: all must do the same."""
+        """Return True if any rank's KL is over the limit: all ranks must do the same."""
         if kl is None:
             raise ValueError("sync.max_kl needs the KL of each step: pass kl=, nats per token, to ReferenceSync.step.")
         if not dist.is_initialized():
@@ -163,7 +165,7 @@ class ReferenceSync:
         return bool(flag)
 
     def _measure_first(self, policy: nn.Module, batch: TokenBatch | None, temperature: float) -> float:
-        """KL(policy ‖ first reference), nats per token of the batches of all ranks, by k3."""
+        """Measure KL(policy ‖ first reference) with k3, in nats per token of the batches of all ranks."""
         if batch is None:
             raise ValueError("sync.first_kl_every needs tokens to measure on: pass batch= to ReferenceSync.step.")
         with self.reference.first():
@@ -180,21 +182,21 @@ class ReferenceSync:
 
 
 def reset_optimizer(optimizer: Any) -> None:
-    """Set an optimizer's state to what it is at the start: without moments, its steps counted from 0.
+    """Reset an optimizer's state to that of a new one: no moments, and step counts of 0.
 
     Raises:
         ValueError: under DeepSpeed, a kind of state that is not known.
     """
     partitioned = False
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # accelerate's, and in that DeepSpeed's
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # accelerate's wrapper, and DeepSpeed's in it
         partitioned |= type(optimizer).__module__.startswith("deepspeed.")
         optimizer = inner
     if not partitioned:
-        optimizer.state.clear()  # made anew by the next step
+        optimizer.state.clear()  # the next step makes it anew
     for state in optimizer.state.values():
         _zero_moments(state)
     for group in optimizer.param_groups:
-        if "step" in group:  # apex' and DeepSpeed's fused ones count there
+        if "step" in group:  # apex' and DeepSpeed's fused optimizers count there
             group["step"] = 0
 
 
@@ -202,7 +204,7 @@ _MOMENTS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"
 
 
 def _zero_moments(state: dict[str, Any]) -> None:
-    """In place: DeepSpeed holds on to these tensors."""
+    """Set the state to zero in place: DeepSpeed keeps references to these tensors."""
     if unknown := sorted(state.keys() - _MOMENTS):
         raise ValueError(
             f"sync.reset_optimizer does not know what {unknown[0]!r} in the state of this optimizer is at the start, "
@@ -216,17 +218,17 @@ def _zero_moments(state: dict[str, Any]) -> None:
 
 
 class SyncReferenceCallback(TrainerCallback, ExportableState):
-    """`ReferenceSync` in any transformers or TRL trainer.
+    """`ReferenceSync` as a callback for any transformers or TRL trainer.
 
-    Its counters are in the trainer's checkpoints; the reference's weights are in `checkpoint-N/reference` once it has
-    moved.
+    The trainer's checkpoints hold its counters. They hold the reference's weights, in `checkpoint-N/reference`, once it
+    has been updated.
 
     Args:
-        reference: what moves.
-        config: when, and how far.
-        kl: gives the KL of the last step, nats per token over all ranks; needed for `max_kl`.
-        batch: gives the tokens that the KL to the first reference is measured on; needed for `first_kl_every`.
-        temperature: of that measurement.
+        reference: the reference to update.
+        config: when to update, and by how much.
+        kl: returns the KL of the last step, nats per token over all ranks; needed for `max_kl`.
+        batch: returns the tokens on which the KL to the first reference is measured; needed for `first_kl_every`.
+        temperature: temperature of that measurement.
 
     Raises:
         ValueError: `kl` or `batch` is needed and missing.
@@ -250,32 +252,33 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
                 )
         self._kl, self._batch, self._temperature = kl, batch, temperature
         self.metrics: dict[str, float] = {}
-        """Of the last step: what `ReferenceSync.step` returned."""
+        """The metrics of the last step, from `ReferenceSync.step`."""
         self.saves = True
-        """Whether it saves the moved reference with each checkpoint; a refkl trainer does so itself, and earlier."""
+        """True if this callback saves the updated reference with each checkpoint. A refkl trainer does that itself, and
+        earlier."""
 
     @property
     def reference(self) -> Reference:
-        """What moves."""
+        """The reference that is updated."""
         return self.sync.reference
 
     @property
     def config(self) -> SyncConfig:
-        """When, and how far."""
+        """The settings: when to update, and by how much."""
         return self.sync.config
 
     @property
     def updates(self) -> list[dict[str, Any]]:
-        """One entry for each update, as `ReferenceSync.updates`."""
+        """One entry per update, as in `ReferenceSync.updates`."""
         return self.sync.updates
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse to go on from a checkpoint whose reference had moved, with one that has not.
+        """Prepare the sync; on resume, check that the reference has had as many updates as the checkpoint's.
 
         Raises:
-            ValueError: that; or checkpoints are rotated so that a kill could leave none that is whole.
+            ValueError: it has not; or old checkpoints are deleted so early that a kill could leave no complete one.
         """
         if self.saves and args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
             raise ValueError(
@@ -284,8 +287,9 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
             )
         self.sync.optimizer = kwargs.get("optimizer")
         if state.global_step:
-            callbacks: Any = state.stateful_callbacks  # annotated as a list, which it is only until the state is made
-            # A run that is resumed with a sync it did not have before: transformers looks for this entry when it saves.
+            callbacks: Any = state.stateful_callbacks  # annotated as a list, but a list only until the state is made
+            # If the run is resumed with a sync that it did not have before, transformers still expects this entry when
+            # it saves.
             recorded = callbacks.setdefault(type(self).__name__, self.state())["attributes"]
             try:
                 self.sync.load_state_dict({"first_kl": [], **recorded, "steps": state.global_step})
@@ -304,19 +308,20 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
         self.metrics = self.sync.step(kwargs["model"], kl=kl, batch=batch, temperature=self._temperature)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the moved reference with the checkpoint, and mark this as complete; every rank calls."""
+        """Save the updated reference with the checkpoint, and mark the checkpoint as complete. Every rank must call
+        this."""
         if not self.saves:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.updates:
             self.reference.save(checkpoint / REFERENCE)
         if dist.is_initialized():
-            dist.barrier()  # what is marked is of all ranks
+            dist.barrier()  # the mark must cover the files of all ranks
         if args.should_save:
             complete(checkpoint)
 
     def state(self) -> dict[str, Any]:
-        """What the trainer keeps in trainer_state.json."""
+        """Return the state that the trainer keeps in trainer_state.json."""
         state = self.sync.state_dict()
         attributes = {name: state[name] for name in ("updates", "first_kl")}
         return {"args": {"config": asdict(self.config)}, "attributes": attributes}

@@ -1,7 +1,7 @@
-"""What flows between the parts of refkl: tensors with their shapes, units and mask polarity.
+"""The tensors that flow between the parts of refkl, with their shapes, units and mask polarity.
 
-Notation: B sequences, T tokens each (padding included), H hidden width. Log-probabilities are in nats.
-A mask is True (or 1) where a token counts.
+Notation: B sequences, T tokens each (padding included), H hidden width. Log-probabilities are in nats. A mask is True
+(or 1) where a token counts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PASSED_BY_REFKL = {"input_ids", "attention_mask", "position_ids", "labels", "us
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Token sequences and which of their tokens are scored.
+    """Token sequences, and a mask of the tokens that are scored.
 
-    Raises ValueError for tensors that are not [B, T] alike, and for a scored token that is padding.
+    Raises ValueError if the tensors do not share one shape [B, T], or if a scored token is padding.
     """
 
     input_ids: Tensor
@@ -37,15 +37,21 @@ class TokenBatch:
     attention_mask: Tensor
     """[B, T], 1 or True = a real token. Padding may be on either side."""
     completion_mask: Tensor
-    """[B, T], True = scored token; kept as bool. A sequence's first token has nothing before it that could
-    predict it, so it is never scored: it becomes False here, and what counts tokens should count this mask."""
+    """[B, T], True = scored token; stored as bool.
+
+    A sequence's first token has nothing before it that could predict it, so it is never scored: it becomes False here.
+    Code that counts tokens should count this mask.
+    """
     position_ids: Tensor | None = None
     """[B, T] or None: positions are then counted from the attention mask, for models that take them."""
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's forward, passed on untouched (pixel_values, …)."""
     prefix: Literal["auto", "off"] = "auto"
-    """"auto": a prompt that several rows share runs once, and padding does not, where that is exact and costs less;
-    "off": a model is given the batch as it is. It is the batch's, so that policy and reference do the same."""
+    """Prefix sharing and padding, the same for policy and reference because the batch carries it.
+
+    "auto": compute a prompt that several rows share once, and skip padding, where that is exact and costs less. "off":
+    give the model the batch as it is.
+    """
 
     def __post_init__(self) -> None:
         if self.input_ids.dim() != 2:
@@ -74,7 +80,7 @@ class TokenBatch:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch with its tensors on `device`; itself where they are there already."""
+        """Return the same batch with its tensors on `device`; the batch itself if they are there already."""
         if self.input_ids.device == torch.device(device):
             return self
         extra = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
@@ -85,21 +91,21 @@ class TokenBatch:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """What one model says of the tokens of a batch."""
+    """One model's scores of the tokens of a batch."""
 
     logp: Tensor
     """[B, T] fp32 (fp64 for an fp64 model), nats: log p(input_ids[b, t] | input_ids[b, :t]); 0.0 where not scored."""
     entropy: Tensor | None = None
     """[B, T], nats: entropy of the distribution that predicts token t; 0.0 where not scored."""
     hidden: Tensor | None = None
-    """[B, T, H]: the state that enters the output head to predict token t; 0.0 where not scored."""
+    """[B, T, H]: the output head's input that predicts token t; 0.0 where not scored."""
     temperature: float = 1.0
-    """What the logits were divided by."""
+    """The divisor of the logits."""
     fingerprint: str | None = None
-    """Of the reference that gave these scores, once it has been taken; None for a policy."""
+    """Fingerprint of the reference that gave these scores, if it has been computed; None for a policy."""
 
     def to(self, device: torch.device | str) -> TokenScores:
-        """The same scores with their tensors on `device`."""
+        """Return the same scores with their tensors on `device`."""
         moved = (None if t is None else t.to(device) for t in (self.logp, self.entropy, self.hidden))
         logp, entropy, hidden = moved
         assert logp is not None
@@ -108,28 +114,28 @@ class TokenScores:
 
 @dataclass(frozen=True, eq=False)
 class PairScores:
-    """Policy and reference on the same tokens: the policy with grad, the reference without."""
+    """Scores of policy and reference on the same tokens."""
 
     policy: TokenScores
-    """With grad."""
+    """The policy's scores, with grad."""
     reference: TokenScores
-    """Without."""
+    """The reference's scores, without grad."""
     divergence: Tensor | None = None
     """[B, T], nats: exact divergence per scored token, with grad to the policy; 0.0 where not scored."""
 
 
 @dataclass(frozen=True, eq=False)
 class KLOutput:
-    """A penalty: a scalar to add to the loss, and what it is made of."""
+    """A penalty: a scalar to add to the loss or a reward, the KL per token, and metrics."""
 
     loss: Tensor | None
-    """Scalar, with grad to the policy: coef times the aggregated KL."""
+    """Scalar, with grad to the policy: coef times the aggregated KL; None when the penalty is in the reward."""
     reward: Tensor | None
-    """[B, T], detached: -coef times the KL, to be added to the rewards; None when the penalty is in the loss."""
+    """[B, T], detached: -coef times the KL, to add to the rewards; None when the penalty is in the loss."""
     per_token: Tensor
     """[B, T], nats: the KL estimate of each token; 0.0 where the mask is False."""
     metrics: dict[str, float]
-    """Over this call's tokens on this rank; `KLPenalty.step` gives them over all ranks."""
+    """Metrics over this call's tokens on this rank; `KLPenalty.step` returns them over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +155,15 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class KLFloor:
-    """How far quantising moved a reference: KL(full precision ‖ quantised) over the scored tokens, exact, in nats.
+    """The shift of a reference by quantisation: exact KL(full precision ‖ quantised) over the scored tokens, in nats.
 
-    At temperature 1, over the tokens of all ranks. A KL to the reference below the mean says nothing of the policy.
+    It is measured at temperature 1, over the tokens of all ranks. A KL to the reference below the mean says nothing
+    about the policy.
     """
 
     mean: float
     """Nats per token."""
     max: float
-    """Of any token."""
+    """The largest KL of a token, in nats."""
     tokens: int
-    """How many it was measured on."""
+    """The number of tokens measured."""

@@ -1,4 +1,4 @@
-"""Which versions something was made with."""
+"""Versions of refkl and its main dependencies, for records."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ PACKAGES = ("refkl", "torch", "transformers", "accelerate", "peft", "trl")
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of refkl and of what it stands on, by package."""
+    """Return the versions of refkl and its main dependencies, by package."""
     return {package: version(package) for package in PACKAGES}

@@ -1,4 +1,4 @@
-"""What a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. The only place that knows these wrappers."""
+"""The backend a model runs on: one process, DDP, DeepSpeed ZeRO, FSDP. Only this package handles their wrappers."""
 
 from refkl.backend.compile_lock import watch_compile_locks
 from refkl.backend.deepspeed_settings import given_once

@@ -1,4 +1,4 @@
-"""What of a model belongs to PEFT's adapters, how they are switched, and what is under them."""
+"""PEFT adapters of a model: their tensors, switching them on and off, and their LoRA factors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from refkl.backend.learned_prompt import learned_prompt, without_prompt
 from refkl.backend.modules import named_weights, parameters_in, submodules
 
 _SAME_FORWARD = {"ALoraLinearVariant", "MiCAEmbeddingVariant", "MiCALinearVariant", "VeloraLinearVariant"}
-"""Variants of LoRA whose forward outside of training adds the product of the two factors, as plain LoRA's does."""
+"""LoRA variants whose forward outside of training adds the product of the two factors, as plain LoRA's does."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class LoraFactors:
     module: str
     """The layer's name in the model, for messages."""
     a: str
-    """[r, inputs]; of a layer of experts [experts · r, inputs]"""
+    """[r, inputs]; for a layer of experts [experts · r, inputs]."""
     b: str
-    """[outputs, r]; of a layer of experts [outputs, r · experts]"""
+    """[outputs, r]; for a layer of experts [outputs, r · experts]."""
     experts: int
     scaling: float
-    """The layer's weight changes by scaling · B · A."""
+    """The adapter adds scaling · B · A to the layer's weight."""
     refused: str | None = None
-    """Why that is not all that the adapter does, so that averages of it are not averages of the layer; else None."""
+    """None if the adapter does nothing else. Otherwise the reason why averages of it are not averages of the layer."""
 
 
 def lora_factors(model: nn.Module) -> list[LoraFactors]:
-    """Of each LoRA layer and each of its adapters, on or not."""
+    """Return the factors of each LoRA layer and each of its adapters, active or not."""
     names = {id(tensor): name for name, tensor in named_weights(model)}
     found = []
     for module_name, module in model.named_modules():
@@ -57,14 +57,15 @@ def lora_factors(model: nn.Module) -> list[LoraFactors]:
 
 
 def rank_dims(layers: Iterable[LoraFactors]) -> dict[str, int]:
-    """The dimension of each factor that counts the rank."""
+    """Return the rank's dimension in each factor."""
     return {name: dim for layer in layers for name, dim in ((layer.a, 0), (layer.b, 1))}
 
 
 def check_scalings(layers: Iterable[LoraFactors], saved: Mapping[str, float], other: Collection[str]) -> None:
-    """Raise ValueError if a saved layer's factors would make another product here.
+    """Raise ValueError if a saved layer's factors would give another product here.
 
     Args:
+        layers: the layers of this policy.
         saved: by name of B, the scaling with which it was saved; older folders have none.
         other: names of factors that were saved with another rank.
     """
@@ -80,7 +81,7 @@ def check_scalings(layers: Iterable[LoraFactors], saved: Mapping[str, float], ot
 
 
 def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """What an adapter has for A and B, in whatever shape; None if it has no such two."""
+    """Return an adapter's A and B, of any shape; None if it does not have both."""
     if adapter in module.lora_embedding_A:
         return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
     if adapter not in module.lora_A:
@@ -90,7 +91,7 @@ def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _weight(factor: Tensor | nn.Module) -> Tensor | None:
-    """AdaLoRA's factors are parameters, which a ModuleDict is not said to hold."""
+    """Return a factor's weight. AdaLoRA's factors are parameters, which the type of a ModuleDict does not include."""
     weight = factor if isinstance(factor, Tensor) else getattr(factor, "weight", None)
     return weight if isinstance(weight, Tensor) else None
 
@@ -110,26 +111,26 @@ def _refused(module: LoraLayer, adapter: str) -> str | None:
 
 
 def adapter_parameters(policy: nn.Module) -> set[int]:
-    """ids of the adapters' parameters, trained or not: AdaLoRA changes those that hold its ranks."""
+    """Return ids of the adapters' parameters, trained or not: AdaLoRA changes those that hold its ranks."""
     modules = _adapter_modules(policy, copies=True)
     return {id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None}
 
 
 def adapter_buffers(policy: nn.Module) -> set[int]:
-    """ids of the adapters' buffers, such as the projections that VeRA's layers share: nothing changes them."""
+    """Return ids of the adapters' buffers, such as the projections that VeRA's layers share: nothing changes them."""
     modules = _adapter_modules(policy, copies=False)
     return {id(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None}
 
 
 def adapter_tensors(policy: nn.Module) -> set[int]:
-    """ids of all that PEFT added: what the model inside would not have without it."""
+    """Return ids of all tensors that PEFT added to the model."""
     return adapter_parameters(policy) | adapter_buffers(policy)
 
 
 def _adapter_modules(policy: nn.Module, *, copies: bool) -> Iterator[nn.Module]:
-    """What an adapted layer has beside the layer that it adapts; learned prompts; with `copies` modules_to_save too.
+    """Yield an adapted layer's modules other than its base layer, learned prompts, and with `copies` modules_to_save.
 
-    One walk with a stack: each score of an adapter's base makes it, and `modules()` of every part takes five times as
+    One walk with a stack: it runs at each score of an adapter's base, and `modules()` of every part takes five times as
     long.
     """
     stack = [(policy, False)]
@@ -146,7 +147,7 @@ def _adapter_modules(policy: nn.Module, *, copies: bool) -> Iterator[nn.Module]:
 
 
 def switches(policy: nn.Module) -> dict[str, str]:
-    """Of each adapted layer, which of its adapters are on, and whether they are merged."""
+    """Return for each adapted layer which adapters are active, and whether they are merged."""
     return {
         name: f"{'off' if module.disable_adapters else 'on'} with {list(module.active_adapters)}"
         + (f", merged {list(module.merged_adapters)}" if module.merged_adapters else "")
@@ -157,10 +158,10 @@ def switches(policy: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def switched_off(policy: PeftModel) -> Iterator[None]:
-    """While open the policy's adapter is off, layer by layer, and so is a prompt that it learns.
+    """Switch off the policy's adapter, layer by layer, and its learned prompt; restore both on exit.
 
-    PEFT's disable_adapter first makes a report of all layers, which takes several times as long as switching them, and
-    in the end turns on what was off before, and requires_grad of all that the user froze in the adapter.
+    PEFT's disable_adapter first makes a report of all layers, which takes several times as long as switching them. On
+    exit it turns on layers that were off before, and sets requires_grad on adapter parameters that the user froze.
     """
     modules = submodules(policy)
     trains = [(p, p.requires_grad) for p in parameters_in(modules)]
@@ -182,7 +183,7 @@ def _let_train(before: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def quantised(policy: nn.Module) -> str:
-    """Words to add to a reference's source where the base that it shares with the policy is quantised, else ""."""
+    """Return a suffix for a reference's source if the base that it shares with the policy is quantised, else ""."""
     base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     if config is None:

@@ -21,9 +21,9 @@ from refkl.messages import RunError
 logger = logging.get_logger(__name__)
 
 PATIENCE = 30.0
-"""Seconds until a lock is named: as one that nobody holds, or with the process that holds it."""
+"""Seconds until a lock is reported: as one that nobody holds, or with the process that holds it."""
 _LOOK = 1.0
-"""Seconds between two looks at who holds a lock."""
+"""Seconds between two checks of who holds a lock."""
 _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse.", "9p", "afs", "orangefs")
 """Prefixes of file system types on which the holder of a lock may run on another machine."""
 

@@ -47,20 +47,21 @@ _FIELDS: dict[str, tuple[str, str, Any]] = {
     "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", 1),
     "gradient_clipping": ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", 0.0),
 }
-"""accelerate's name of a setting: its environment variable, the JSON's key, and what a JSON without that key means."""
+"""accelerate's name of a setting: its environment variable, the JSON's key, and the value if the JSON lacks that
+key."""
 _AUTO = {"gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_clipping": "max_grad_norm"}
 """The trainer's argument that "auto" stands for in the JSON."""
 
 
 @contextmanager
 def given_once(trainer: Mapping[str, Any]) -> Iterator[None]:
-    """Open while transformers makes its TrainingArguments from `trainer`, so that accelerate takes agreeing settings.
+    """Let accelerate accept settings that agree, while transformers makes its TrainingArguments from `trainer`.
 
     Args:
         trainer: the arguments; `deepspeed` is a JSON file's path, or its content.
 
     Raises:
-        ValueError: the two differ, and in what.
+        ValueError: the two configurations differ; the message lists the differences.
     """
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
     if trainer.get("deepspeed") is None or not asked:
@@ -82,7 +83,7 @@ def given_once(trainer: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _differences(config: HfDeepSpeedConfig, trainer: Mapping[str, Any], env: Mapping[str, str]) -> list[str]:
-    """Return a phrase for each setting of accelerate's that the JSON has otherwise. "auto" agrees with anything."""
+    """Return a phrase for each of accelerate's settings that differs in the JSON. "auto" agrees with anything."""
     file = env.get(_CONFIG_FILE, "none")
     if file != "none" and HfDeepSpeedConfig(file).config != config.config:
         return [f"accelerate's deepspeed_config_file is {file}, with other content"]
@@ -94,7 +95,7 @@ def _differences(config: HfDeepSpeedConfig, trainer: Mapping[str, Any], env: Map
         if "auto" not in (theirs, ours) and theirs != (absent if ours is None else ours):
             found.append(f"{field} is {theirs} in accelerate's and {ours} in the JSON ({key})")
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no" and precision != (ours := _precision(config, trainer)):  # "no" has no opinion
+    if precision != "no" and precision != (ours := _precision(config, trainer)):  # "no" means unset
         found.append(
             f"mixed_precision is {precision} in accelerate's and {ours} in the JSON and the trainer's arguments"
         )
@@ -107,7 +108,7 @@ def _precision(config: HfDeepSpeedConfig, trainer: Mapping[str, Any]) -> str:
 
 
 def _value(text: str) -> Any:
-    """Return a value of the environment as it stands in a JSON: "3" as 3, "true" as True, other words as they are."""
+    """Parse a value of the environment as JSON: "3" as 3, "true" as True; other words stay text."""
     try:
         return json.loads(text.lower())
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which backend a model or a process is on, and whether it is the one that was asked for."""
+"""Detection of the backend of a model or a process, and a check that it is the configured one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """What a policy runs on."""
+    """The backend of a policy, and its number of processes."""
 
     name: str
     """"plain", "ddp", "zero1", "zero2", "zero3", "fsdp1" or "fsdp2"."""
@@ -35,7 +35,7 @@ class Backend:
 
 
 def detect(policy: nn.Module | None = None, accelerator: Accelerator | None = None) -> Backend:
-    """The backend of a policy, from what is around it, what is in it, and the accelerator that will prepare it."""
+    """Detect the backend of a policy, from its wrappers, its parameters, and the accelerator that will prepare it."""
     processes = accelerator.num_processes if accelerator is not None else _world_size()
     if policy is not None:
         parameters = list(unwrap(policy).parameters())
@@ -67,18 +67,19 @@ def check_launch(
     processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse a launch that would train something else than was asked for.
+    """Refuse a launch that would not train what was configured.
 
-    A wrong launch often exits 0: two processes that train apart, ZeRO that became DDP, FSDP that became DDP on CPU.
+    A wrong launch often exits 0: two processes that train separately, ZeRO that became DDP, FSDP that became DDP on
+    CPU.
 
     Args:
-        found: the backend that this process has.
-        expected: the backend that the run's configuration names, if any.
-        processes: the number of processes that it names, if any.
-        environment: os.environ, in which launchers leave what they were asked for.
+        found: the backend of this process.
+        expected: the backend in the run's configuration, if any.
+        processes: the number of processes in the run's configuration, if any.
+        environment: os.environ, in which launchers leave their settings.
 
     Raises:
-        ValueError: what was asked, what was found, and what to do.
+        ValueError: the launch differs; the message says what was asked, what was found, and what to do.
     """
     env = os.environ if environment is None else environment
     cpu_hint = (

@@ -1,4 +1,4 @@
-"""FSDP2: parameters that are DTensors between forwards, and whole during them."""
+"""FSDP2: parameters are DTensors between forwards, and whole during them."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from refkl.backend.modules import submodules
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward left gathered, so that every parameter is its shard again: FSDP2 keeps the root's own."""
+    """Free gathered parameters, so that every parameter is its shard again: after a forward FSDP2 keeps the root's."""
     for module in submodules(model):
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards some module of the model."""
+    """Return True if FSDP2 shards a module of the model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def mixed_precision(model: nn.Module) -> list[str]:
-    """The dtypes that FSDP2 casts parameters to for a forward, where it does."""
+    """Return the dtypes to which FSDP2 casts parameters for a forward; empty if it casts none."""
     dtypes = {group.mp_policy.param_dtype for group in _groups(model)}
     return sorted(str(dtype) for dtype in dtypes if dtype is not None)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class before FSDP2 put its own in front of it."""
+    """Return the module's class before FSDP2 put its own in front of it."""
     classes = (c for c in type(module).__mro__ if issubclass(c, nn.Module))
     return next(c for c in classes if not issubclass(c, FSDPModule))
 
 
 def shard_like(model: nn.Module, policy: nn.Module, *, offload: bool = False) -> None:
-    """Shard a model as a policy of the same modules is: the same units, mesh, mixed precision and offload.
+    """Shard a model like a policy with the same modules: the same units, mesh, mixed precision and offload.
 
-    With `offload` the shards wait in host memory, wherever the policy's are. Every unit frees its parameters after its
-    forward, the root's too: nothing follows that would use them again.
+    With `offload` the shards stay in host memory between forwards, wherever the policy's are. Every unit, including the
+    root, frees its parameters after its forward, since nothing uses them again.
     """
     modules, seen = dict(model.named_modules()), set()
     names = {module: name for name, module in policy.named_modules()}
-    for name, theirs in reversed(list(policy.named_modules())):  # what is inside first
+    for name, theirs in reversed(list(policy.named_modules())):  # inner modules first
         if not isinstance(theirs, FSDPModule):
             continue
         state = theirs._get_fsdp_state()
@@ -57,7 +57,7 @@ def shard_like(model: nn.Module, policy: nn.Module, *, offload: bool = False) ->
                 f"{name or 'The policy'} is sharded over several meshes at once. Use reference.strategy 'swap', which "
                 "follows any sharding."
             )
-        # A root whose parameters are all in units inside it has no group of its own, and is still what they hang on.
+        # A root without parameters outside its inner units has no group of its own, but must be sharded too.
         like = groups[0] if groups else next(iter(_groups(policy)))
         units = [modules[names[unit]] for unit in groups[0].modules] if groups else [modules[name]]
         fully_shard(
@@ -74,7 +74,7 @@ def _offloading(mesh: DeviceMesh) -> CPUOffloadPolicy:
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:
-    """FSDP2's groups of parameters that are sharded and gathered together."""
+    """Yield FSDP2's groups of parameters that are sharded and gathered together."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             yield from module._get_fsdp_state()._fsdp_param_groups

@@ -1,6 +1,6 @@
-"""How a weight is spread over the ranks: whole on each, a ZeRO-3 partition, or a shard of a DTensor (FSDP2).
+"""Layouts of a weight over the ranks: whole on each, a ZeRO-3 partition, or a shard of a DTensor (FSDP2).
 
-A layout takes a whole weight apart and puts it together again, and says which elements of the whole this rank holds.
+A layout splits a whole weight, joins its parts again, and knows which elements of the whole this rank holds.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from refkl.backend.zero import full_shape, gathered, is_partitioned, local_shard
 
 
 class Run(NamedTuple):
-    """Elements that lie side by side, both in the local part and in the whole."""
+    """Elements that are contiguous both in the local part and in the whole."""
 
     local: int
-    """The first one's place in the local part, flattened."""
+    """Index of the first element in the flattened local part."""
     whole: int
-    """The first one's place in the whole, flattened."""
+    """Index of the first element in the flattened whole."""
     length: int
 
 
 class Block(NamedTuple):
-    """A rectangular part of a tensor, as a file of parts states it."""
+    """A rectangular part of a tensor, as described in a file of parts."""
 
     whole: tuple[int, ...]
-    """Shape of all of it: the weight's own, or [elements] where ranks hold parts of the flattened weight."""
+    """Shape of the whole: the weight's own, or [elements] if ranks hold parts of the flattened weight."""
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
     def runs(self) -> Iterator[Run]:
-        """Where its elements are in the whole."""
+        """Yield the contiguous runs of its elements in the whole."""
         if not prod(self.shape):
             return
-        # From the last dimension that is split on, elements lie side by side.
+        # From the last split dimension on, elements are contiguous.
         split = max((dim for dim, n in enumerate(self.shape) if n != self.whole[dim]), default=0)
         length = prod(self.shape[split:])
         strides = [prod(self.whole[dim + 1 :]) for dim in range(len(self.shape))]
@@ -58,43 +58,43 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """What this rank holds of a weight."""
+    """The part of a weight that this rank holds."""
 
     shape: torch.Size
-    """Of the whole."""
+    """Shape of the whole weight."""
 
     sharded = True
-    """Whether no rank holds the whole."""
+    """True if no rank holds the whole weight."""
     counted = True
-    """Whether this rank's part is to be counted, so that each element is counted once over all ranks."""
+    """True if this rank's part should be counted, so that each element is counted once over all ranks."""
 
     @abstractmethod
     def cut(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole weight, which every rank has. A view or a copy."""
+        """Return this rank's part of a whole weight, which every rank has. A view or a copy."""
 
     @abstractmethod
     def join(self, local: Tensor) -> Tensor:
-        """The whole weight, on every rank, from the parts; collective where sharded."""
+        """Return the whole weight on every rank, from the parts; collective if sharded."""
 
     @abstractmethod
     def block(self) -> Block:
-        """This rank's part, padding left out, as a file of parts states it."""
+        """Return the block of this rank's part, without padding, for a file of parts."""
 
     def part(self, local: Tensor) -> Tensor:
-        """This rank's part in the shape of its block."""
+        """Return this rank's part in the shape of its block."""
         return local
 
     def runs(self) -> Iterator[Run]:
-        """Where the elements of this rank's part are in the whole; padding is in none."""
+        """Yield the contiguous runs of this rank's part in the whole; padding is in none."""
         return self.block().runs()
 
     def empty(self, dtype: torch.dtype) -> Tensor:
-        """Memory for this rank's part, all 0."""
+        """Return zeros for this rank's part."""
         return torch.zeros(self.block().shape, dtype=dtype)
 
 
 class Whole(Layout):
-    """On every rank alike."""
+    """A weight that every rank holds entirely."""
 
     sharded = False
 
@@ -110,10 +110,10 @@ class Whole(Layout):
 
 @dataclass(frozen=True)
 class Partition(Layout):
-    """ZeRO-3: of the flattened weight each rank holds as much, the last one some padding."""
+    """ZeRO-3: each rank holds an equal part of the flattened weight; the last parts may include padding."""
 
     size: int
-    """Elements of a rank's part."""
+    """Number of elements of a rank's part."""
     group: dist.ProcessGroup
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ class Partition(Layout):
 
 @dataclass(frozen=True)
 class Sharded(Layout):
-    """A DTensor, split along dimensions and repeated along others of its mesh."""
+    """A DTensor, sharded over some dimensions of its mesh and replicated over others."""
 
     like: DTensor
-    """Of the same shape, mesh and placements; its numbers do not matter."""
+    """A DTensor of the same shape, mesh and placements; its values do not matter."""
 
     @property
     def counted(self) -> bool:  # type: ignore[override]
@@ -184,7 +184,7 @@ class Sharded(Layout):
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    """The layout of a parameter or buffer as it stands."""
+    """Return the present layout of a parameter or buffer."""
     if is_partitioned(tensor):
         return Partition(full_shape(tensor), tensor.ds_tensor.ds_numel, tensor.ds_process_group)  # type: ignore[attr-defined]
     if isinstance(tensor, DTensor):
@@ -193,7 +193,7 @@ def layout_of(tensor: Tensor) -> Layout:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a parameter or buffer, on every rank; collective where it is sharded."""
+    """Return the whole parameter or buffer, on every rank; collective if it is sharded."""
     if is_partitioned(tensor) and not local_shard(tensor).numel():  # on NVMe
         with gathered([tensor]):
             return tensor.detach().clone()
@@ -204,19 +204,19 @@ class Weight(NamedTuple):
     """A weight of the reference, as far as this rank holds it."""
 
     name: str
-    """Canonical."""
+    """The canonical name."""
     local: Tensor
-    """This rank's part: what to read, and to write in place."""
+    """This rank's part, to read and to write in place."""
     layout: Layout
 
 
 def weights_of(model: nn.Module, *, without: Collection[int] = ()) -> Iterator[Weight]:
-    """Parameters and persistent buffers, but for those whose id() is in `without`; tied ones once."""
+    """Yield parameters and persistent buffers, except those whose id() is in `without`; tied ones once."""
     for name, tensor in named_weights(model):
         if id(tensor) in without:
             continue
         local = local_shard(tensor).detach()
-        if is_partitioned(tensor) and not local.numel():  # on NVMe, where none of it can be read in place
+        if is_partitioned(tensor) and not local.numel():  # on NVMe, where it cannot be read in place
             with gathered([tensor]):
                 yield Weight(name, tensor.detach(), Whole(tensor.shape))
         else:
@@ -224,6 +224,6 @@ def weights_of(model: nn.Module, *, without: Collection[int] = ()) -> Iterator[W
 
 
 def communicating_device(group: dist.ProcessGroup | None = None) -> torch.device:
-    """Where a tensor must be for the ranks of a group to exchange it."""
+    """Return the device on which a tensor must be so that the ranks of a group can exchange it."""
     on_accelerator = "gloo" not in dist.get_backend(group)
     return torch.device("cuda", torch.cuda.current_device()) if on_accelerator else torch.device("cpu")

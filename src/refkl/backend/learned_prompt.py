@@ -1,8 +1,8 @@
-"""Learned prompts (PEFT's prompt learning): V virtual tokens before the T of a sequence, which the model alone sees.
+"""Learned prompts (PEFT's prompt learning): V virtual tokens before the T of a sequence, which only the model sees.
 
-Prompt tuning, p-tuning and their kin put V embeddings before those of the tokens: the model runs on V + T positions,
-and gives as many logits. Prefix tuning and cartridges put keys and values of V positions into its cache: the model runs
-on T. PEFT makes the attention mask longer in both, and drops position ids in the first.
+Prompt tuning, p-tuning and similar methods put V embeddings before those of the tokens: the model runs on V + T
+positions and returns as many logits. Prefix tuning and cartridges put keys and values of V positions into its cache:
+the model runs on T. PEFT extends the attention mask in both cases, and drops position ids in the first.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from refkl.types import TokenBatch
 
 _CACHED = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 OF_PROMPTS = "task_ids"
-"""A model input that PEFT reads, to choose a task's prompt, and no model."""
+"""A model input that only PEFT reads, to choose a task's prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a learned prompt adds before each sequence."""
+    """A learned prompt before each sequence."""
 
     kind: str
     """PEFT's name: "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", …"""
     tokens: int
-    """V."""
+    """V, the number of virtual tokens."""
     cached: bool
-    """Whether it is keys and values in the cache, and not embeddings."""
+    """True if it consists of keys and values in the cache instead of embeddings."""
 
     @property
     def ahead(self) -> int:
-        """Positions of the model's output before those of the batch."""
+        """Number of positions of the model's output before those of the batch."""
         return 0 if self.cached else self.tokens
 
     def positions(self, positions: Tensor) -> Tensor:
-        """[B, T] of the tokens -> [B, ahead + T] of all that the model runs on, the virtual ones first."""
+        """Return the positions of all tokens that the model runs on, virtual ones first: [B, T] -> [B, ahead + T]."""
         later = positions + self.tokens
         first = torch.arange(self.ahead, device=later.device, dtype=later.dtype).expand(len(later), -1)
         return torch.cat([first, later], 1)
 
     def check(self, base: nn.Module, batch: TokenBatch) -> None:
-        """Raise ValueError where the prompt, or something that is given beside it, would be left out without a word."""
+        """Raise ValueError if the prompt, or a model input given with it, would be dropped silently."""
         for name, value in batch.model_inputs.items():
             if isinstance(value, Tensor) and value.shape[:2] == batch.input_ids.shape:
                 raise ValueError(
                     f"model_inputs[{name!r}] has a value for each token, and none for the {self.tokens} virtual ones "
                     f"that {self.kind} puts before them: PEFT drops it, or the model cannot use it. Leave it out."
                 )
-        # As its layers decide; transformers' property for it has another name in each version.
+        # The layers decide this; transformers' property for it has another name in each version.
         checkpointing = any(m.training and getattr(m, "gradient_checkpointing", False) for m in submodules(base))
         if self.cached and checkpointing:
             raise ValueError(
@@ -64,7 +64,7 @@ class Prompt:
 
 
 def learned_prompt(model: nn.Module) -> Prompt | None:
-    """The prompt that a PEFT policy learns, switched on or off; None for any other adapter and model."""
+    """Return the prompt that a PEFT policy learns, switched on or off; None for any other adapter or model."""
     inner = unwrap(model)
     if not isinstance(inner, PeftModel) or not inner.active_peft_config.is_prompt_learning:
         return None
@@ -73,21 +73,21 @@ def learned_prompt(model: nn.Module) -> Prompt | None:
 
 
 def active_prompt(model: nn.Module) -> Prompt | None:
-    """The prompt that the next forward has; None if there is none, or PEFT's disable_adapter holds."""
+    """Return the prompt that the next forward uses; None if there is none, or if PEFT's disable_adapter is active."""
     prompt = learned_prompt(model)
-    # PEFT has no other mark for it.
+    # PEFT marks it in no other way.
     return None if prompt is None or unwrap(model)._adapters_disabled else prompt
 
 
 @contextmanager
 def without_prompt(model: nn.Module) -> Iterator[None]:
-    """While open, a learned prompt is off. Nothing is done to other models."""
+    """Switch a learned prompt off while open. Other models are not changed."""
     inner = unwrap(model)
     if active_prompt(model) is None:
         yield
         return
     assert isinstance(inner, PeftModel)
-    # PEFT puts the base's methods on the instance, and leaves its own there afterwards.
+    # PEFT sets the base's methods on the instance, and on exit leaves its own there.
     added = {"forward", "prepare_inputs_for_generation"} - vars(inner).keys()
     try:
         with inner.disable_adapter():

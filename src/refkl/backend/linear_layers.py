@@ -1,4 +1,4 @@
-"""The linear layers of a model, as transformers has them: nn.Linear, and GPT-2's Conv1D with its transposed weight."""
+"""The linear layers of a transformers model: nn.Linear, and GPT-2's Conv1D with its transposed weight."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from refkl.backend.zero import full_shape
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that can be quantised: nn.Linear and GPT-2's Conv1D, but for the output head, what is tied to an
-    embedding, and adapters; none whose forward was replaced, or whose weight is packed or sharded."""
+    """Yield the layers that can be quantised: nn.Linear and GPT-2's Conv1D.
+
+    Excluded are the output head, weights tied to an embedding, adapters, layers whose forward was replaced, and layers
+    whose weight is packed or sharded.
+    """
     base = base_model(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     looked_up = (m.weight for m in base.modules() if isinstance(m, nn.Embedding))
@@ -32,6 +35,6 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def matrix_shape(layer: nn.Module) -> torch.Size:
-    """[out, in] of one of `linear_layers`."""
+    """Return [out, in] of one of `linear_layers`."""
     shape = full_shape(layer.weight)  # type: ignore[arg-type]
     return shape[::-1] if isinstance(layer, Conv1D) else shape

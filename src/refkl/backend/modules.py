@@ -1,4 +1,4 @@
-"""Wrapped modules: what is inside them, what their parameters are called, and how to score without changing them."""
+"""Wrapped modules: the modules inside, canonical names of their parameters, and evaluation without side effects."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 _OUTER_PREFIX = re.compile(r"^(?:module\.)+")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
-# Where LoRA adapts two parameters of one module, the adapter of one is inside the other's base_layer: its name stays.
+# If LoRA adapts two parameters of one module, one adapter is inside the other's base_layer: its name stays.
 _PEFT_INNER = re.compile(r"\.(?:(?:token_adapter\.)?base_layer|original_module)(?=\.|$)(?!(?:\.base_layer)*\.lora_)")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed wrappers; PEFT is left in place."""
+    """Return the module inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed wrappers; PEFT is left in
+    place."""
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
             model = model.module
@@ -34,22 +35,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_engine(model: nn.Module) -> bool:
-    """True for a DeepSpeed engine, without importing deepspeed (which need not be installed)."""
+    """Return True if the model is a DeepSpeed engine, without importing deepspeed (which need not be installed)."""
     return any(t.__name__ == "DeepSpeedEngine" and t.__module__.startswith("deepspeed.") for t in type(model).__mro__)
 
 
 @cache
 def canonical_name(name: str, *, prompt: bool = False) -> str:
-    """A parameter's name as the bare model has it: without wrappers' and PEFT's additions.
+    """Return a parameter's name in the bare model, without the parts that wrappers and PEFT add.
 
-    `prompt`: PEFT holds a learned prompt beside the model, and so the model one level higher than under an adapter.
+    Set `prompt` if the model has a learned prompt: PEFT then holds the model one level higher than under an adapter.
     """
     outer = _OUTER_PREFIX.sub("", _WRAPPERS.sub("", name))
     return _PEFT_INNER.sub("", outer.removeprefix("base_model.") if prompt else _PEFT_PREFIX.sub("", outer))
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then persistent buffers, with canonical names; tied ones once."""
+    """Yield parameters, then persistent buffers, with canonical names; tied ones once."""
     prompt = "prompt_encoder" in unwrap(model)._modules
     modules, seen = list(_named_submodules(model)), set()
     for prefix, module in modules:
@@ -66,7 +67,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _named_submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """In the order of `named_modules()`, names with a dot at their end, at a third of its time."""
+    """Yield what `named_modules()` yields in the same order, with a dot after each name, in a third of its time."""
     stack, seen = [("", model)], set()
     while stack:
         prefix, module = stack.pop()
@@ -78,8 +79,11 @@ def _named_submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def submodules(model: nn.Module) -> list[nn.Module]:
-    """The model and every module in it, once each: `modules()`, which makes names too, takes four times as long. A
-    large adapter has thousands, and each score looks at all."""
+    """Return the model and every module in it, once each.
+
+    `modules()`, which builds names too, takes four times as long. A large adapter has thousands of modules, and each
+    score visits all.
+    """
     found, seen = [model], {model}
     for module in found:  # grows meanwhile
         for child in module._modules.values():
@@ -90,15 +94,15 @@ def submodules(model: nn.Module) -> list[nn.Module]:
 
 
 def parameters_in(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """The modules' own; one that several of them have comes several times."""
+    """Yield the modules' own parameters; one that several modules share is repeated."""
     return (parameter for m in modules for parameter in m._parameters.values() if parameter is not None)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode: dropout is off, also where it is a float that a layer reads (attention_dropout).
+    """Set every submodule to eval mode. Dropout is off, also if it is a float that a layer reads (attention_dropout).
 
-    Each submodule's own mode comes back afterwards, so that one that was left in eval inside a training model stays so.
+    Each submodule's own mode is restored on exit, so that one left in eval inside a training model stays so.
     """
     changed = [(module, module.training) for module in submodules(model) if module.training != _evaluates_as(module)]
     for module, training in changed:
@@ -111,50 +115,52 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _evaluates_as(module: nn.Module) -> bool:
-    """What `training` is to be while a module is evaluated: False, but for quantised layers of bitsandbytes.
+    """Return the value of `training` during evaluation: False, except for quantised layers of bitsandbytes.
 
     Its 4-bit layers in eval mode, without gradients, on a processor with AVX-512 BF16, rewrite their weight in place,
-    in a form that passes no gradient, also when they train again. Its 8-bit layers compute another product on a CPU in
+    in a form that passes no gradient, even when they train again. Its 8-bit layers compute another product on a CPU in
     eval mode than in training, which would be a KL at step 0. Neither has dropout.
     """
-    # mypy holds the instances' __hash__ against the class.
+    # mypy compares the class with the instances' __hash__.
     kind = _of_bitsandbytes(type(module))  # type: ignore[arg-type]
     return kind == "Linear4bit" or (kind == "Linear8bitLt" and module.training)
 
 
 def eight_bit_layer(model: nn.Module) -> str | None:
-    """The name of a layer that bitsandbytes holds in 8 bits; None if there is none."""
+    """Return the name of a layer that bitsandbytes holds in 8 bits; None if there is none."""
     found = (n for n, module in model.named_modules() if _of_bitsandbytes(type(module)) == "Linear8bitLt")  # type: ignore[arg-type]
     return next(found, None)
 
 
 @cache
 def _of_bitsandbytes(cls: type) -> str | None:
-    """Which of its quantised layers a class is, by name: it need not be installed."""
+    """Return the name of bitsandbytes' quantised layer that a class is, or None. bitsandbytes need not be installed."""
     names = {base.__name__ for base in cls.__mro__ if base.__module__ == "bitsandbytes.nn.modules"}
     return next((name for name in ("Linear4bit", "Linear8bitLt") if name in names), None)
 
 
 def dropout_rates(module: nn.Module) -> dict[str, float]:
-    """The module's own rates above 0: an nn.Dropout's, and numbers that a layer reads, which helpers that look for
-    nn.Dropout miss (attention_dropout)."""
+    """Return the module's own dropout rates above 0.
+
+    They are an nn.Dropout's, and floats that a layer reads (attention_dropout), which a search for nn.Dropout misses.
+    """
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return {"p": module.p} if module.p > 0 else {}
     return {key: v for key, v in vars(module).items() if "drop" in key and isinstance(v, float) and v > 0}
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrappers and PEFT."""
+    """Return the transformers model inside wrappers and PEFT."""
     inner = unwrap(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
-    """The layers that the hidden states pass one after the other; None for a model without a list of them."""
+    """Return the layers that the hidden states pass in sequence; None for a model without a list of them."""
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         return None
     decoder = base.get_decoder()
-    # One inside another is a layer's own, such as its experts.
+    # A list inside another one belongs to a layer, such as its experts.
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     return max(lists, key=len, default=None)

@@ -1,4 +1,4 @@
-"""What is seen of another rank that is gone."""
+"""Detection of another rank's failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GONE = re.compile(
 
 
 def peer_gone(error: BaseException) -> bool:
-    """Whether an error is what a collective raises when a rank of it is gone, or no longer answers."""
+    """Return True if the error is one that a collective raises when a rank is gone or no longer answers."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return False
     found: BaseException | None = error

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: parameters of which each rank holds a part. The only file that imports deepspeed."""
+"""DeepSpeed ZeRO-3: each rank holds a part of every parameter. Only this file imports deepspeed."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _RANK_0_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-"""Where it is true, transformers reads weights on a node's first rank alone and leaves it to FSDP to send them."""
+"""Variable that, if true, lets transformers read weights only on a node's first rank; FSDP then sends them to the
+others."""
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """True for a parameter under ZeRO-3, of which this rank holds `ds_tensor` and otherwise a placeholder of size 0."""
+    """Return True if a parameter is under ZeRO-3: this rank holds `ds_tensor`, and otherwise a placeholder of size
+    0."""
     return hasattr(parameter, "ds_id")
 
 
 def local_shard(parameter: Tensor) -> Tensor:
-    """The data that this rank holds of a parameter: its ZeRO-3 partition (flat, padded), its DTensor part, or all."""
+    """Return this rank's data of a parameter: its ZeRO-3 partition (flat, padded), its DTensor part, or all."""
     if is_partitioned(parameter):
         return parameter.ds_tensor.data  # type: ignore[attr-defined]
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, not of the placeholder."""
+    """Return the shape of the whole parameter, not of the placeholder."""
     return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
 
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
-    """The whole parameters on every rank for as long as this is open; collective. With `write`, rank 0's stay."""
+    """Gather the whole parameters on every rank while open; collective. With `write`, rank 0's changes are kept."""
     sharded = [p for p in parameters if is_partitioned(p)]
     if not sharded:
         yield
         return
     import deepspeed
 
-    # Without modifier_rank, what is written inside is dropped on exit.
+    # Without modifier_rank, changes made inside are dropped on exit.
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
         yield
 
 
 def release(parameters: Iterable[Tensor]) -> None:
-    """Drop gathered copies that a forward left behind, so that the partitions are all that the next forward reads."""
+    """Drop gathered copies that a forward left behind, so that the next forward reads only the partitions."""
     for parameter in parameters:
         if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
             parameter.partition()  # type: ignore[attr-defined]
 
 
 def active_zero3_config(accelerator: Accelerator | None) -> dict[str, Any] | None:
-    """The DeepSpeed configuration of this run if it is ZeRO-3, else None."""
+    """Return the DeepSpeed configuration of this run if it is ZeRO-3, else None."""
     from accelerate.state import AcceleratorState
 
     if not is_deepspeed_available():
@@ -72,7 +74,7 @@ def active_zero3_config(accelerator: Accelerator | None) -> dict[str, Any] | Non
 
 
 def run_config(policy: nn.Module, accelerator: Accelerator | None) -> dict[str, Any] | None:
-    """The DeepSpeed configuration of this run, of whatever stage: the accelerator's, or that of the policy's engine."""
+    """Return the DeepSpeed configuration of this run, of any stage: the accelerator's, or the policy engine's."""
     from accelerate.state import AcceleratorState
 
     if not is_deepspeed_available():
@@ -87,11 +89,11 @@ def run_config(policy: nn.Module, accelerator: Accelerator | None) -> dict[str, 
 
 
 def inference_config(training: dict[str, Any], *, offload: bool = False) -> dict[str, Any]:
-    """A ZeRO-3 configuration for a model that never trains, from that of the run.
+    """Return a ZeRO-3 configuration for a model that never trains, derived from the run's.
 
-    No optimizer, whatever stage the run has. No parameter persists gathered and none is kept for reuse: each forward
-    reads the partitions, so that an update of the partitions is all that an update takes. Parameter offload stays as
-    the user set it; where it is not set, `offload` puts the partitions into host memory.
+    It has no optimizer, whatever stage the run has. No parameter stays gathered and none is kept for reuse: each
+    forward reads the partitions, so an update only has to change those. Parameter offload stays as the user set it; if
+    it is not set, `offload` puts the partitions into host memory.
     """
     stage = training.get("zero_optimization", {})
     zero: dict[str, Any] = {
@@ -116,11 +118,11 @@ def inference_config(training: dict[str, Any], *, offload: bool = False) -> dict
 
 @contextmanager
 def transformers_zero3(config: dict[str, Any]) -> Iterator[None]:
-    """from_pretrained partitions as it loads, under `config`; the run's own setting comes back afterwards."""
+    """Let from_pretrained partition as it loads, under `config`; the run's own setting is restored on exit."""
     import transformers.integrations.deepspeed as integration
 
     before = integration._hf_deepspeed_config_weak_ref
-    own = integration.HfDeepSpeedConfig(config)  # kept alive here: transformers holds it weakly
+    own = integration.HfDeepSpeedConfig(config)  # a local reference: transformers holds it weakly
     try:
         yield
     finally:
@@ -130,7 +132,8 @@ def transformers_zero3(config: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """from_pretrained gives every rank whole weights, under ZeRO-3 and FSDP too: for a model that these do not hold."""
+    """Let from_pretrained load whole weights on every rank, also under ZeRO-3 and FSDP, for a model that these do not
+    wrap."""
     import transformers.integrations.deepspeed as integration
 
     before = integration._hf_deepspeed_config_weak_ref
@@ -145,7 +148,7 @@ def loading_whole() -> Iterator[None]:
 
 
 def partitioned(kind: type[nn.Module], config: Any, dtype: torch.dtype, zero: dict[str, Any]) -> nn.Module:
-    """A transformers model from its configuration, partitioned while it is made, with whatever numbers it gets."""
+    """Make a transformers model from its configuration, partitioned from the start, with arbitrary weights."""
     import deepspeed
     from transformers import initialization
 
@@ -161,7 +164,7 @@ def partitioned(kind: type[nn.Module], config: Any, dtype: torch.dtype, zero: di
 
 
 def inference_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """A DeepSpeed engine without optimizer around a partitioned model, in eval mode."""
+    """Return a DeepSpeed engine without optimizer around a partitioned model, in eval mode."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, config=config)
@@ -170,14 +173,14 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def set_micro_batch(accelerator: Accelerator, size: int) -> None:
-    """Fill in what accelerate takes from a data loader, for a model that is prepared without one."""
+    """Set the micro-batch size that accelerate takes from a data loader, for a model that is prepared without one."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.deepspeed_config.get("train_micro_batch_size_per_gpu") == "auto":
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = size
 
 
 def check_can_save(accelerator: Accelerator) -> None:
-    """Raise ValueError for a ZeRO-3 run that could not write its trained model: DeepSpeed only warns, at the end."""
+    """Raise ValueError for a ZeRO-3 run that could not save its trained model: DeepSpeed only warns, at the end."""
     config = active_zero3_config(accelerator)
     if config is not None and not config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(

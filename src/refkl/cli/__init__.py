@@ -14,7 +14,7 @@ USAGE = """\
 usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
        refkl train CONFIG.yaml --resume [CHECKPOINT]   goes on from the newest whole checkpoint, or from this one
        refkl train --help [--method grpo|rloo|dpo|kto|sft]   every key, with what it means
-       refkl check CONFIG.yaml [--key value ...]     is the reference the right one? looks, and trains nothing
+       refkl check CONFIG.yaml [--key value ...]     verifies the reference without training
        refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
                                                      what a run takes on each rank; needs no weights
        refkl compare A B --data FILE [--sample] [--kind reverse_kl,jsd,...] [--output DIR]
@@ -26,8 +26,11 @@ usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a check that found a fault and for a run that could not go on, 2
-    for an input that cannot be used, 130 for a run that was stopped."""
+    """Run a command and return the exit status.
+
+    0 is success; 1 a check that found a fault, or a run that could not continue; 2 an input that cannot be used; 130 a
+    run that was stopped.
+    """
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     print_uncaught_failures()
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Take out `--local_rank=N`, which the deepspeed launcher puts first; the rank is in the environment."""
+    """Remove `--local_rank=N`, which the deepspeed launcher puts first; the rank is in the environment."""
     kept = []
     for argument in arguments:
         if match := re.fullmatch(r"--local[-_]rank=(\d+)", argument):

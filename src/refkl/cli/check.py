@@ -1,4 +1,4 @@
-"""`refkl check`: all that `refkl train` would begin with, and no step of it."""
+"""`refkl check`: verifies the reference of a run without training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "fault": "red"}
 
 
 def check(run: ParsedRun) -> int:
-    """Print a table of what was looked at, what was found, and what to do; 0, or 1 if something is wrong.
+    """Print a table of the checks, their results, and what to do. Return 0, or 1 if a check found a fault.
 
     Raises:
         ValueError: an input that cannot be used.
@@ -62,7 +62,7 @@ def check(run: ParsedRun) -> int:
 
 
 def _batch(tokenizer: Any, data: Any, device: torch.device) -> TokenBatch:
-    """The beginnings of a few of the data's texts, of different lengths; the second half of each is scored."""
+    """Make a batch from the beginnings of a few texts, of different lengths; the second half of each is scored."""
     rows = []
     for number, row in enumerate(data.select(range(min(_ROWS, len(data))))):
         text = next(row[column] for column in PROMPTS if column in row)

@@ -1,4 +1,4 @@
-"""`refkl compare`: the divergence between two checkpoints, exact over the whole vocabulary."""
+"""`refkl compare`: the exact divergence between two checkpoints, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -106,16 +106,16 @@ def _path(text: str, which: str) -> str:
 
 
 def _name(path: str) -> str:
-    """Of a run's folder the run's."""
+    """Return a name for a model folder; for the model of a run, the run's name."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _settle(options: argparse.Namespace, column: str | None) -> None:
-    """Fill in what was left open.
+    """Check the options, and fill in the defaults.
 
     Raises:
-        ValueError: a kind, a device, or an option that would be ignored.
+        ValueError: an invalid kind or device, or an option that would be ignored.
     """
     options.kind = [kind for kind in options.kind.split(",") if kind]
     if options.jsd_weight is not None and "jsd" not in options.kind:
@@ -147,7 +147,7 @@ def _device(given: str | None) -> str:
 
 
 def _limit(*given: int | None) -> int | None:
-    """Tokens of a sequence at most."""
+    """Return the largest allowed number of tokens of a sequence; None for no limit."""
     limit = min((number for number in given if number is not None), default=None)
     if limit is not None and limit < 2:
         raise ValueError(f"--max-length must be at least 2, got {limit}: a token is scored after another.")
@@ -194,7 +194,7 @@ def _compare(
 
 
 def _watching(console: Console) -> Watch:
-    """A progress bar, in a terminal."""
+    """Return a Watch that shows a progress bar if the console is a terminal."""
 
     def watch(items: Sequence[Any], what: str) -> Iterable[Any]:
         columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -1,4 +1,4 @@
-"""What `refkl compare` leaves behind: compare.json, tokens.jsonl, compare.png."""
+"""The output folder of `refkl compare`: compare.json, tokens.jsonl, compare.png."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from refkl.messages import RunError
 from refkl.versions import library_versions
 
 _RARE = 500
-"""Of so many scored tokens one must be a certain token for it to be in the table, unless a count is given."""
+"""By default a token is in the table if at least one in this many scored tokens is that token."""
 
 
 def check_free(output: Path) -> None:
-    """Raise ValueError if there is something already."""
+    """Raise ValueError if the output exists already."""
     if output.exists():
         raise ValueError(f"{output} exists already. Remove it or choose another --output.")
 
@@ -42,7 +42,7 @@ def record_of(
     column: str | None,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """All figures, and how they were come by. The settings are the command's options."""
+    """Return all results, and how they were computed. The settings are the command's options."""
     least = settings["min_count"]
     least = max(1, found.tokens // _RARE) if least is None else least
     fitted = {"truncated": texts.truncated, "left_out": texts.left_out, "moved": texts.moved, "limit": texts.limit}
@@ -75,7 +75,7 @@ def _result(found: Comparison, name: str) -> dict[str, Any]:
 def write_comparison(
     output: Path, record: dict[str, Any], found: Comparison, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Make the folder, whole or not at all.
+    """Write the folder, complete or not at all.
 
     Raises:
         ValueError: it exists.
@@ -103,7 +103,7 @@ def write_comparison(
 
 
 def _line(found: Comparison, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One sequence, with as many values of each kind as it has scored tokens."""
+    """Return one sequence, with one value of each kind per scored token."""
     text = found.texts[number]
     sampled = {} if text.sample is None else {"sample": text.sample}
     return {
@@ -119,13 +119,13 @@ def _line(found: Comparison, number: int, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text; of one that is part of a character, the tokenizer's own name."""
+    """Return a token as text; if it is part of a character, the tokenizer's own name for it."""
     text = str(tokenizer.decode([token]))
     return text if "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: as text."""
+    """Replace infinities by text, since JSON has none."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -162,7 +162,7 @@ def _draw(found: Comparison, path: Path) -> None:
 
 
 def _histogram(axis: Axes, found: Comparison, kind: str) -> None:
-    """On a logarithmic axis, which has no place for zeros: they are counted in the legend."""
+    """Plot on a logarithmic axis. Zeros cannot be shown there; the legend counts them."""
     values = np.concatenate(found.values[kind])
     shown = values[(values > 0) & np.isfinite(values)]
     zeros, infinite = int((values == 0).sum()), int(np.isinf(values).sum())

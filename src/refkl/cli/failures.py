@@ -1,4 +1,4 @@
-"""What a launched run prints when it fails: the first error of its processes, once.
+"""Error output of a launched run: only the first error of its processes is printed.
 
 When one process of a run fails, the others fail too, with errors about the process that is gone. Only the first process
 that fails on a machine prints its error. torchrun, which `accelerate launch` uses, prints last what a process wrote
@@ -23,7 +23,7 @@ _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def print_failure(message: str) -> None:
-    """Print why this process fails, unless it is one of several and another one has failed before it."""
+    """Print why this process fails, unless another process of the run has failed before it."""
     if not _launched():
         print(message, file=sys.stderr)
         return
@@ -32,7 +32,7 @@ def print_failure(message: str) -> None:
         if first:
             print(f"[rank {os.environ.get('RANK', '?')}] {message}", file=sys.stderr, flush=True)
         return
-    # Whole seconds decide which failure is the first, and a killed process has the time at which its end was seen.
+    # Whole seconds decide which failure is first; a killed process has the time at which its end was noticed.
     when = int(time.time()) + (-1 if first else 1)
     text = message if first else "ended because another process of the run failed"
     record = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(when)}}}
@@ -43,7 +43,7 @@ def print_failure(message: str) -> None:
 
 
 def print_uncaught_failures() -> None:
-    """Let errors that nothing catches be reported once, too, in a process that a launcher started."""
+    """Report uncaught errors only once, too, in a process that a launcher started."""
     if _launched():
         sys.excepthook = _hook
 
@@ -71,7 +71,7 @@ def _is_first() -> bool:
 
 
 def _mark() -> Path:
-    """Return the file that the first process that fails makes; files of launches that have ended are deleted."""
+    """Return the file that the first failing process creates. Files of launches that have ended are deleted."""
     if file := os.environ.get(_ERROR_FILE):  # .../attempt_0/LOCAL_RANK/error.json, in a folder that torchrun deletes
         return Path(file).parent.parent / "refkl-failed"
     folder = Path(tempfile.gettempdir()) / f"refkl-failed-{os.getuid()}"
@@ -83,7 +83,7 @@ def _mark() -> Path:
 
 
 def _name(process: psutil.Process) -> str:
-    """Return what tells this process from a later one with the same id."""
+    """Return a name that distinguishes this process from a later one with the same id."""
     return f"{process.pid}-{process.create_time()}"
 
 

@@ -1,4 +1,4 @@
-"""`refkl plan`: what a run takes on each rank, how its reference can be held, and which way to take."""
+"""`refkl plan`: memory of a run on each rank, the possible reference strategies, and a recommendation."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _parser() -> ArgumentParser:
 
 
 def _check_options(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Raise ValueError for an option that there is none of, with the nearest one."""
+    """Raise ValueError for an unknown option; the message names the nearest one."""
     known = [option for action in parser._actions for option in action.option_strings]
     for argument in arguments:
         if argument.startswith("-") and (option := argument.split("=")[0]) not in known:
@@ -88,7 +88,7 @@ def _model(path: str | None) -> Any:
         from refkl.cli.inputs import import_function
 
         path = str(import_function(path, "--model")())
-    logging.set_verbosity_error()  # what a configuration lacks to generate with is no matter here
+    logging.set_verbosity_error()  # missing generation settings do not matter here
     return read_config(path)
 
 
@@ -112,7 +112,7 @@ def _print(config: PlanConfig, plans: Sequence[Plan], taken: Plan | None, why: s
 
 
 def _print_comparison(console: Console, plans: Sequence[Plan]) -> None:
-    """One line each, with what auto takes."""
+    """Print one line per plan, with the choice of "auto"."""
     table = new_table(
         "method", "backend", *(f"{t.name}>" for t in plans[0].terms), "reference", "adds>", "all>", "fits"
     )
@@ -157,7 +157,7 @@ def _flops(number: int) -> str:
 
 
 def _as_json(config: PlanConfig, plans: Sequence[Plan], taken: Plan | None, why: str) -> dict[str, Any]:
-    """Bytes and operations as plain numbers."""
+    """Return the plans for JSON, with bytes and operations as plain numbers."""
     best = taken.best if taken is not None else None
     asked = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "model"}
     recommended = None

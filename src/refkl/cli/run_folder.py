@@ -1,4 +1,4 @@
-"""What a run leaves behind: resolved configuration, metrics, samples, and which model its reference was."""
+"""The folder of a run: resolved configuration, metrics, samples, and a record of its reference."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class RunFolder:
         self.path = Path(path)
         self.write = write
         self.forgiving = forgiving
-        """Whether a full disk costs lines of the logs, and not the run."""
+        """True if a full disk loses lines of the logs instead of ending the run."""
         self.resumed: dict[str, Any] = {}
-        """reference.json of the run that is resumed, on every rank."""
+        """reference.json of the resumed run, on every rank."""
 
     def start(self, resolved: str, *, resumed: bool) -> None:
-        """Begin anew with the configuration and empty metrics and samples; an earlier run there is set aside.
+        """Write the configuration and empty metrics and samples. An earlier run in the folder is renamed.
 
-        A resumed run goes on in the folder that it finds.
+        A resumed run continues in the folder that it finds.
         """
         if resumed and (self.path / "reference.json").is_file():
             self.resumed = json.loads((self.path / "reference.json").read_text())
@@ -60,9 +60,13 @@ class RunFolder:
         self._json("reference.json", {"versions": library_versions(), "status": "running"})
 
     def begin(self, reference: dict[str, Any], step: int, *, initial: bool = False) -> list[dict[str, Any]]:
-        """Record the reference as it is before the first step; the training steps already there, if resumed at `step`.
+        """Record the reference before the first step. Return the logged training steps that remain if resumed at
+        `step`.
 
-        `initial`: another reference than the run had was asked for.
+        Args:
+            reference: the reference's provenance.
+            step: number of training steps so far.
+            initial: True if the run was resumed with resume.reference "initial", so it may have another reference.
 
         Raises:
             ValueError: the run is resumed with another reference than it had.
@@ -83,7 +87,7 @@ class RunFolder:
         return kept
 
     def _trim(self, step: int) -> list[dict[str, Any]]:
-        """Drop what was logged after the checkpoint; the training steps that are left."""
+        """Drop lines logged after the checkpoint, and return the training steps that remain."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             lines = read_lines(self.path / name)
             lines = [line for line in lines if line.get("reference_update", line)["step"] <= step]
@@ -102,14 +106,14 @@ class RunFolder:
             self._json("reference.json", {**record, "status": "failed"})
 
     def finish(self, reference: dict[str, Any], updates: list[dict[str, Any]], *, stopped: bool) -> None:
-        """Record the reference as it is after training."""
+        """Record the reference after training."""
         if self.write:
             record = json.loads((self.path / "reference.json").read_text())
             status = "stopped" if stopped else "finished"
             self._json("reference.json", {**record, "after": reference, "updates": updates, "status": status})
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """One line of JSON at the end of a file."""
+        """Append one line of JSON to a file."""
         if not self.write:
             return
         try:
@@ -129,7 +133,7 @@ class RunFolder:
         os.replace(temporary, self.path / name)
 
     def _set_aside(self) -> None:
-        """An earlier run of the same name is kept, under a name with a number."""
+        """Rename an earlier run of the same name, adding a number."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
@@ -137,12 +141,12 @@ class RunFolder:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file with a JSON object a line; the last one may have been cut short by a kill.
+    """Read a file with one JSON object per line. The last line may have been cut short by a kill.
 
     Raises:
         ValueError: a line before the last is damaged.
     """
-    # Not str.splitlines, which also ends a line at characters that a sample may hold, nor text: a character can be cut.
+    # str.splitlines also splits at characters that a sample may hold. Bytes are used, since a character may be cut.
     texts = path.read_bytes().removesuffix(b"\n").split(b"\n")
     lines = []
     for number, text in enumerate(texts, 1):
@@ -155,7 +159,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics and samples while a run goes on, and shows a progress bar with reward and KL."""
+    """Writes metrics and samples during a run, and shows a progress bar with reward and KL."""
 
     def __init__(
         self, trainer: Any, folder: RunFolder, config: RunConfig, prompts: list[Any], console: Console
@@ -174,14 +178,14 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
-        # After the policy was prepared: the reference has followed it to its device and dtype.
+        # The policy is prepared by now, and the reference has followed it to its device and dtype.
         self.trainer.reference.verify()
         self.before = self.trainer.reference.provenance()
         self.digests = dict(self.trainer.reference.digests)
         initial = self.trainer.resume_reference == "initial"
         self.metrics = self.folder.begin(self.before, state.global_step, initial=initial)
         if self.trainer.sync is not None:
-            self.updates = list(self.trainer.sync.updates)  # of the run that is resumed
+            self.updates = list(self.trainer.sync.updates)  # those of the resumed run
         if state.global_step == 0:
             self._sample(0)
         if self.folder.write:
@@ -196,8 +200,8 @@ class RunRecorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         sync = self.trainer.sync
         if sync is not None and len(sync.updates) > len(self.updates):
-            record = sync.updates[-1]  # in the checkpoints too
-            if sync.config.every != 1:  # it reads all weights, and is too much for each step
+            record = sync.updates[-1]  # the same dict as in the checkpoints
+            if sync.config.every != 1:  # it reads all weights: too slow for each step
                 record["fingerprint"] = self.trainer.reference.fingerprint()
             self.updates.append(record)
             self.folder.append("metrics.jsonl", {"reference_update": record})
@@ -228,14 +232,14 @@ class RunRecorder(TrainerCallback):
         self._sample(state.global_step)
 
     def changed_weight(self) -> str | None:
-        """The first weight of the reference that is not as it was before training though no sync was made, or None."""
+        """Return the first weight of the reference that changed during training without a sync, or None."""
         if self.updates:
             return None
         now = self.trainer.reference.digests
         return next((name for name, digest in self.digests.items() if now.get(name) != digest), None)
 
     def closing_line(self, stopped: bool) -> str:
-        """Reward and KL from the first logged steps to the last, and the time."""
+        """Return a line with reward and KL in the first and the last logged steps, and the time."""
         seconds = time.perf_counter() - self._started
         parts = []
         for key, name, unit in (
@@ -253,7 +257,7 @@ class RunRecorder(TrainerCallback):
         return f"{verb} after {steps} step{'s' if steps != 1 else ''}, {seconds:.0f} s: {said}"
 
     def _by_our_names(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """In a run's folder "kl" is per token of the data, whatever TRL calls so: KTO's is of mismatched pairs."""
+        """Rename metrics so that "kl" is always the KL per token of the data. KTO's own "kl" is of mismatched pairs."""
         name = self.trainer.kl_metric
         if name == "kl":
             return logs
@@ -270,7 +274,7 @@ class RunRecorder(TrainerCallback):
         return "  ".join(f"{name} {logs[key]:.4g}" for key, name in keys if logs.get(key) is not None)
 
     def _sample(self, step: int) -> None:
-        """Generate at the fixed prompts. Every rank takes part, the main one writes."""
+        """Generate at the fixed prompts. Every rank must call this; the main one writes."""
         if not self.prompts:
             return
         for record in sample_texts(self.trainer, self.samples, self.prompts):
@@ -278,7 +282,7 @@ class RunRecorder(TrainerCallback):
 
 
 class Stopper(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after the step in hand, on every rank alike; a second one ends it at once."""
+    """Ends the run after the present step on Ctrl-C (or SIGTERM), on every rank; a second one ends it at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -297,8 +301,8 @@ class Stopper(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        # A second of the same kind ends it at once. The other kind still asks: on Ctrl-C the terminal sends SIGINT, and
-        # the deepspeed launcher then SIGTERM.
+        # A second signal of the same kind ends it at once. The other kind still asks: on Ctrl-C the terminal sends
+        # SIGINT, and the deepspeed launcher then SIGTERM.
         signal.signal(number, self._before[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -309,4 +313,4 @@ class Stopper(TrainerCallback):
         if asked:
             self.stopped = True
             control.should_training_stop = True
-            control.should_save |= args.save_strategy != SaveStrategy.NO  # to go on from here
+            control.should_save |= args.save_strategy != SaveStrategy.NO  # to resume from here

@@ -1,4 +1,4 @@
-"""Texts generated at fixed prompts, and where in them the policy has left its reference."""
+"""Texts generated at fixed prompts, with the KL between policy and reference at each token."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from refkl.config import SamplesConfig
 
 
 def sample_texts(trainer: Any, settings: SamplesConfig, prompts: Sequence[Any]) -> list[dict[str, Any]]:
-    """Generate at the prompts, and score what came out under policy and reference. Every rank calls (shards are
-    gathered), and gets the same.
+    """Generate at the prompts, and score the completions under policy and reference.
+
+    Every rank must call this (shards are gathered), and gets the same result.
 
     Returns:
-        For each prompt "prompt" and "completion"; and where the reference can say it (see `can_score`) "tokens", the
-        pieces of the completion, "log_ratio", log policy - log reference of each in nats, "kl_per_token", the exact
-        KL(policy ‖ reference) of the distributions that each was drawn from, and "kl", the sum of these over the
-        completion. A reference with a cache keeps no distributions: then "kl_per_token" is not there, and "kl" sums the
-        log-ratios. Both are at temperature 1, whatever the texts were sampled at: of the models, not of the sampler.
+        One dict per prompt, with "prompt" and "completion". If `can_score(reference)`, also "tokens", the pieces of the
+        completion; "log_ratio", log policy - log reference of each in nats; "kl_per_token", the exact KL(policy ‖
+        reference) of the distributions that each was drawn from; and "kl", their sum over the completion. A reference
+        with a cache keeps no distributions: then "kl_per_token" is missing, and "kl" sums the log-ratios. The numbers
+        are at temperature 1, whatever the sampling temperature: they compare the models, not the sampler.
     """
     tokenizer = trainer.processing_class
     texts = [
@@ -60,21 +61,21 @@ def sample_texts(trainer: Any, settings: SamplesConfig, prompts: Sequence[Any]) 
 
 
 def can_score(reference: Reference) -> bool:
-    """Whether it can be asked about texts that nobody knew before, without being the worse for it.
+    """Return True if the reference can score new texts without side effects.
 
-    Not once its weights are freed. And a quantised reference measures what rounding cost on the first batch that it is
-    asked about: that is to be one of the training data's.
+    It cannot after its weights were freed. A quantised reference measures its floor on the first batch it scores, which
+    must be training data.
     """
     return not reference.freed and (reference.config.quantize is None or reference.kl_floor is not None)
 
 
 def _generate(trainer: Any, settings: SamplesConfig, inputs: Any) -> tuple[Tensor, list[int]]:
-    """[N, P + C] prompts and completions, and how many tokens each completion has, its end-of-text token included."""
+    """Return [N, P + C] prompts and completions, and each completion's length, including its end-of-text token."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     length = settings.max_new_tokens or getattr(trainer.args, "max_completion_length", None) or 32
     warm = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     choice = warm if settings.temperature else {"do_sample": False}
-    # A fixed seed, and the run's own random numbers untouched.
+    # A fixed seed; the run's own random state is not changed.
     with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
         torch.manual_seed(0)
         tokens = model.generate(
@@ -93,8 +94,8 @@ def _generate(trainer: Any, settings: SamplesConfig, inputs: Any) -> tuple[Tenso
 
 
 def _score(trainer: Any, batch: TokenBatch) -> dict[str, Tensor]:
-    """[N, T] "log_ratio", and "kl_per_token" where it can be had; nats."""
-    # Under a head that is not redirected both models' logits are held at once: half a micro-batch's rows.
+    """Return [N, T] "log_ratio", and "kl_per_token" if it can be computed; nats."""
+    # Under a head that is not redirected both models' logits are in memory at once: use half a micro-batch's rows.
     rows = max(1, trainer.args.per_device_train_batch_size // 2)
     parts: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluating(unwrap(trainer.model)):
@@ -119,7 +120,8 @@ def _score_some(trainer: Any, batch: TokenBatch) -> dict[str, Tensor]:
 def _by_piece(
     tokenizer: PreTrainedTokenizerBase, row: list[int], text: str, numbers: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """The numbers of a completion's tokens, by pieces of its text: a character of several tokens has their sum."""
+    """Return the numbers of a completion's tokens by pieces of its text. A character of several tokens has their
+    sum."""
     pieces = text_pieces(tokenizer, row, text)
     bounds = [0]
     for _, count in pieces:
@@ -132,10 +134,9 @@ def _by_piece(
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -> list[tuple[str, int]]:
-    """What each token adds to the text, and how many tokens that is: several make up one character at times.
+    """Return the text that each token adds, and the number of tokens: several may make up one character.
 
-    The pieces join to `text`, which is what the tokens decode to without special tokens; one of those is an empty
-    piece.
+    The pieces join to `text`, the tokens decoded without special tokens. A special token is an empty piece.
     """
     pieces: list[tuple[str, int]] = []
     special = set(tokenizer.all_special_ids)
@@ -145,12 +146,12 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -
 
     position = before = start = 0
     for end in range(1, len(row) + 1):
-        # Decoded with the piece before it: alone, a first token can lose the space that it begins with.
+        # Decoded with the piece before it: by itself, a first token can lose its leading space.
         piece = decoded(row[before:end])[len(decoded(row[before:start])) :]
-        if text.startswith(piece, position):  # a character that is not whole yet decodes to another
+        if text.startswith(piece, position):  # an incomplete character decodes to another one
             position += len(piece)
             if not piece and pieces and pieces[-1][0].endswith("\ufffd") and special.isdisjoint(row[start:end]):
-                pieces[-1] = (pieces[-1][0], pieces[-1][1] + end - start)  # more of the bytes that are shown as that
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + end - start)  # further bytes of the replacement character
             else:
                 pieces.append((piece, end - start))
                 before = start
@@ -163,5 +164,5 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -
 
 
 def _short(number: float) -> float:
-    """Six digits, which is what 32 bits hold."""
+    """Round to six digits, the precision of 32 bits."""
     return float(f"{number:.6g}")

@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a RunConfig."""
+"""Parsing of a YAML file and the command line to a RunConfig."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ TRAINER_CONFIGS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class ParsedRun:
-    """A run as asked for and not yet started: TRL's configuration, once made, takes hold of devices and processes."""
+    """A parsed run that has not started: making TRL's configuration would occupy devices and processes."""
 
     config: RunConfig
-    """Checked; its `trainer` is still None."""
+    """The checked configuration; its `trainer` is still None."""
     trainer: dict[str, Any]
     """Arguments for TRL's configuration."""
     resolved: str
-    """YAML of everything, defaults included."""
+    """YAML of all settings, including defaults."""
     path: Path
     """The configuration file."""
 
     def trainer_config(self) -> Any:
-        """TRL's configuration object.
+        """Make TRL's configuration object.
 
         Raises:
-            ValueError: TRL refuses the combination; DeepSpeed is configured twice, and differently.
+            ValueError: TRL refuses the combination, or DeepSpeed is configured twice with different values.
         """
-        watch_compile_locks()  # DeepSpeed compiles an op as it is made
+        watch_compile_locks()  # DeepSpeed compiles an op when the configuration is made
         with given_once(self.trainer):
             return TRAINER_CONFIGS[self.config.method](**self.trainer)
 
@@ -71,7 +71,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     if given & {"help", "h"} or "-h" in options:
         parser.parse_args(["--help"])
     if sections := [o for o in options if o.startswith("--") and o.endswith(".help")]:
-        parser.parse_args(sections[:1])  # of a section that is a list, or that may be left out
+        parser.parse_args(sections[:1])  # help of a section that is a list or optional
     if path is None:
         raise ValueError("refkl train needs a configuration file, as in: refkl train configs/quickstart.yaml")
     given |= set(_flat(values))
@@ -101,7 +101,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
 
 
 def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
-    """The PEFT configuration that `peft_type` names, made of the other fields.
+    """Return the PEFT configuration that `peft_type` names, made of the other fields.
 
     Raises:
         ValueError: an unknown type or field.
@@ -121,7 +121,7 @@ def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
 
 
 def _parser(method: str) -> ArgumentParser:
-    # The text under each field of a configuration is what --help says of it.
+    # --help shows the docstring under each field of a configuration.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="refkl train CONFIG.yaml", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="The YAML file; also without the option's name.")
@@ -131,7 +131,7 @@ def _parser(method: str) -> ArgumentParser:
 
 
 def _settle_beta(namespace: Any, given: set[str]) -> None:
-    """RLOO's own coefficient, which is not 0 unless it is set so, gives way to `kl`."""
+    """Set RLOO's own coefficient to 0, which is not its default, since `kl` replaces it."""
     if "trainer.beta" in given and namespace["trainer.beta"]:
         raise ValueError(
             f"trainer.beta {namespace['trainer.beta']} and kl.coef both set the coefficient of the KL. Leave "
@@ -141,7 +141,7 @@ def _settle_beta(namespace: Any, given: set[str]) -> None:
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The configuration file and the other arguments."""
+    """Split off the configuration file from the other arguments."""
     rest = list(arguments)
     path = None
     if rest and not rest[0].startswith("-"):
@@ -154,7 +154,7 @@ def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _resume_in_full(arguments: list[str]) -> list[str]:
-    """`--resume` and `--resume PATH` as the option that they stand for."""
+    """Expand `--resume` and `--resume PATH` to the full option."""
     full: list[str] = []
     for at, argument in enumerate(arguments):
         if argument == "--resume" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
@@ -187,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of every key, sections included."""
+    """Yield the dotted path of every key, including sections."""
     for key, value in values.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -195,17 +195,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _at(values: Any, key: str) -> Any:
-    """What a file has under a dotted path; None where it has nothing."""
+    """Return the value under a dotted path; None if there is none."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
 
 
 def _check_key(key: str, trainer: type) -> Any:
-    """The type of a key, None in free-form sections (peft, kwargs), which are checked where they are used.
+    """Return the type of a key; None in free-form sections (peft, kwargs), which are checked where they are used.
 
     Raises:
-        ValueError: no section has it.
+        ValueError: no section has the key.
     """
     cls: type | None = RunConfig
     walked: list[str] = []
@@ -226,16 +226,16 @@ def _check_key(key: str, trainer: type) -> Any:
 
 
 def _dataclass_of(hint: Any) -> type | None:
-    """The dataclass in a type such as SyncConfig | None; None for free-form types."""
+    """Return the dataclass in a type such as SyncConfig | None; None for free-form types."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     return next((m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)), None)
 
 
 def _settle_cpu(namespace: Any, given: set[str]) -> None:
-    """What the trainer must know on a machine without an accelerator, where the user has not said it.
+    """Set the trainer's options for a machine without an accelerator, unless the user has set them.
 
-    Without use_cpu, processes that accelerate starts there train apart. bf16 is several times slower than fp32 on a CPU
-    that has no instructions for it.
+    Without use_cpu, processes that accelerate starts there train separately. bf16 is several times slower than fp32 on
+    a CPU without instructions for it.
     """
     if "trainer.use_cpu" not in given:
         namespace["trainer.use_cpu"] = True

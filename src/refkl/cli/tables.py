@@ -1,4 +1,4 @@
-"""Tables as the commands print them, and how a run's numbers are put in one."""
+"""Tables of the commands, and formatting of a run's numbers in them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich import box
 from rich.table import Table
 
 WIDTH = 112
-"""Columns that a table takes: in a narrower terminal its lines wrap, which loses nothing."""
+"""Width of a table in columns. In a narrower terminal its lines wrap, which loses nothing."""
 
 
 def new_table(*columns: str) -> Table:
-    """With a column for each name; ">" at its end sets numbers to the right."""
+    """Make a table with a column for each name; ">" at the end of a name aligns numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
@@ -20,6 +20,6 @@ def new_table(*columns: str) -> Table:
 
 
 def first_to_last(values: Sequence[float], most: int = 10) -> tuple[float, float]:
-    """The means of the first and of the last values: of `most` each, or of half of them if there are fewer."""
+    """Return the means of the first and of the last values: of `most` each, or of half of them if there are fewer."""
     span = min(most, max(1, len(values) // 2))
     return sum(values[:span]) / span, sum(values[-span:]) / span

@@ -1,4 +1,4 @@
-"""`refkl train`: from a parsed configuration to a run folder."""
+"""`refkl train`: trains from a parsed configuration and writes a run folder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from refkl.messages import RunError
 
 
 def train(run: ParsedRun) -> int:
-    """Train, and leave a run folder; returns 0, or 130 if it was stopped by a signal (the folder is usable then too).
+    """Train, and write a run folder. Return 0, or 130 if a signal stopped the run (the folder is usable then too).
 
     Raises:
-        ValueError: an input that cannot be used, a launch that gave something else than was asked for, or no whole
+        ValueError: an input that cannot be used, a launch that differs from the configuration, or no complete
             checkpoint to resume from.
-        RunError: a checkpoint could not be written, and the run was to stop then; another process of it ended.
+        RunError: a checkpoint could not be written and checkpoint.on_error is "stop", or another process of the run
+            ended.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = run.config
@@ -49,7 +50,7 @@ def train(run: ParsedRun) -> int:
     if main and checkpoint is not None:
         console.print(f"resumes from {checkpoint}")
     folder = RunFolder(args.output_dir, write=main, forgiving=config.checkpoint.on_error == "continue")
-    # From a checkpoint of another run's folder it is a run of its own.
+    # Resuming from a checkpoint in another run's folder starts a new run.
     here = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
     folder.start(run.resolved, resumed=here)
     if here and main:
@@ -73,7 +74,7 @@ def train(run: ParsedRun) -> int:
         if not ended:
             _keep_what_there_is(trainer, folder)
     _save_trained(trainer, folder.path)
-    trainer.reference.fingerprint()  # anew: `changed_weight` compares it with what it was
+    trainer.reference.fingerprint()  # recomputed: `changed_weight` compares it with the earlier one
     folder.finish(trainer.reference.provenance(), recorder.updates, stopped=stopper.stopped)
     if main:
         reports = write_page(folder.path).name, draw_report(folder.path).name
@@ -85,15 +86,15 @@ def train(run: ParsedRun) -> int:
             f"The reference changed during training though nothing was to update it: {changed} is another. The KL of "
             "this run is not to one reference; look for code that writes to the policy's frozen weights."
         )
-    accelerator.end_training()  # a process group that is left to the interpreter's end can abort there
+    accelerator.end_training()  # a process group left to the interpreter's exit can abort there
     return 130 if stopper.stopped else 0
 
 
 def _resumed_from(resume: ResumeConfig, of_trainer: str | None) -> str | bool | None:
-    """What is asked for: True for the newest whole checkpoint, or a folder.
+    """Return the checkpoint to resume from: True for the newest complete one, or a folder.
 
     Raises:
-        ValueError: asked for twice, or a reference for a run that is not resumed.
+        ValueError: it is given twice, or resume.reference is set for a run that is not resumed.
     """
     if resume.checkpoint is not None and of_trainer is not None:
         raise ValueError(
@@ -106,7 +107,7 @@ def _resumed_from(resume: ResumeConfig, of_trainer: str | None) -> str | bool | 
 
 
 def _lost(error: RuntimeError, folder: Path, config: Path) -> str:
-    """What to say, and do, when another rank is gone."""
+    """Return the error message for a rank that is gone, including what to do."""
     whole = newest_whole(folder, contents=False).path
     last = "There is no whole checkpoint yet." if whole is None else f"The newest whole checkpoint is {whole}."
     how = "start again" if whole is None else f"go on, launched as before, with: refkl train {config} --resume"
@@ -117,7 +118,7 @@ def _lost(error: RuntimeError, folder: Path, config: Path) -> str:
 
 
 def _save_trained(trainer: Any, folder: Path) -> None:
-    """The trained model; every rank calls.
+    """Save the trained model; every rank must call this.
 
     Raises:
         RunError: the disk is full, or fails.
@@ -133,18 +134,18 @@ def _save_trained(trainer: Any, folder: Path) -> None:
 
 
 def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
-    """After an error, the model as it is: of one process, since of several the others may be in another collective."""
+    """Save the present model after an error. Only with one process: of several, others may be in another collective."""
     try:
         folder.fail()
         if trainer.accelerator.num_processes == 1:
             trainer.save_model(str(folder.path / "model"))
     except Exception as error:
         if disk_failure(error) is None:
-            raise  # else the error that ended the run says more
+            raise  # a disk failure is dropped: the error that ended the run says more
 
 
 def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:
-    """The trainer that the configuration asks for, its reference built."""
+    """Make the configured trainer, including its reference."""
     from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer, KLSFTTrainer
 
     config = run.config
@@ -171,7 +172,7 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
 
 
 def _prompts(data: Any, count: int) -> list[Any]:
-    """The first `count` different prompts; of whole texts their beginnings."""
+    """Return the first `count` different prompts; for data without prompts, the beginnings of its texts."""
     distinct: list[Any] = []
     column = next(column for column in PROMPTS if column in data.column_names)
     for text in data[column]:
@@ -184,11 +185,11 @@ def _prompts(data: Any, count: int) -> list[Any]:
 
 
 _WORDS = 6
-"""How much of a text is its beginning."""
+"""Number of words in the beginning of a text."""
 
 
 def _beginning(text: Any) -> Any:
-    """A few words; of a conversation what comes before the first answer."""
+    """Return the first words of a text, or the messages of a conversation before its first answer."""
     if isinstance(text, str):
         return " ".join(text.split()[:_WORDS])
     return list(takewhile(lambda message: message["role"] != "assistant", text))

@@ -1,13 +1,13 @@
-"""Means per token and per sequence, each with a 95 % interval in which prompts are independent, and tokens are not.
+"""Means per token and per sequence with 95 % intervals that treat prompts, not tokens, as independent.
 
-The tokens of one sequence depend on each other, and so do the answers to one prompt. What is drawn independently is a
-unit: a prompt with all its answers, or a sequence where each has its own. A mean is a ratio of sums over the U units,
-θ = Σ s_u / Σ n_u, where s_u sums up the values of unit u and n_u counts its tokens (or sequences). Its standard error
-is the cluster-robust one of a ratio (W. G. Cochran, "Sampling Techniques", 3rd ed. 1977, chapter 6):
+The tokens of one sequence depend on each other, and so do the answers to one prompt. The independent unit is a prompt
+with all its answers, or a sequence if each has its own prompt. A mean is a ratio of sums over the U units, θ = Σ s_u /
+Σ n_u, where s_u sums the values of unit u and n_u counts its tokens (or sequences). Its standard error is the
+cluster-robust one of a ratio (W. G. Cochran, "Sampling Techniques", 3rd ed. 1977, chapter 6):
 
     se² = U / (U - 1) · Σ (s_u - θ n_u)² / (Σ n_u)²,        θ ± t · se,   t: Student's, with U - 1 degrees of freedom
 
-Per sequence, with one sequence a unit, this is Student's own interval.
+Per sequence, with one sequence per unit, this is Student's own interval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 _MANY = 200
-"""Degrees of freedom from which the expansion for many of them is good to ten digits."""
+"""Degrees of freedom from which the expansion for large degrees is accurate to ten digits."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,19 @@ class Mean:
 
     mean: float
     low: float | None
-    """None for an interval that there is none of: a single unit, or a mean that is not finite."""
+    """None if there is no interval: a single unit, or a mean that is not finite."""
     high: float | None
 
 
 def ratio_mean(
     sums: NDArray[np.float64], counts: NDArray[np.float64], units: NDArray[np.int64], *, floor: float | None = None
 ) -> Mean:
-    """Σ sums / Σ counts, with its interval.
+    """Compute Σ sums / Σ counts, with its interval.
 
     Args:
-        sums, counts: [S] of each sequence: its values summed up, and how many they are.
-        units: [S] which unit a sequence belongs to.
-        floor: what no value is below; the interval then does not reach below it either.
+        sums, counts: [S] per sequence: the sum of its values, and their number.
+        units: [S] the unit of each sequence.
+        floor: lower bound of all values, and therefore of the interval.
     """
     mean = float(sums.sum() / counts.sum())
     if not math.isfinite(mean):
@@ -61,7 +61,7 @@ def ratio_mean(
 
 @lru_cache
 def student(freedom: int) -> float:
-    """The t within ± which Student's distribution has 95 % of its mass."""
+    """Return the t such that ± t contains 95 % of Student's distribution."""
     if freedom >= _MANY:
         z = NormalDist().inv_cdf((1 + LEVEL) / 2)
         first = (z**3 + z) / 4
@@ -76,7 +76,8 @@ def student(freedom: int) -> float:
 
 
 def _within(t: float, freedom: int) -> float:
-    """Student's mass within ± t: a finite sum for a whole number of degrees (Abramowitz and Stegun, 26.7.3 and 4)."""
+    """Return Student's mass within ± t: a finite sum for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and
+    4)."""
     angle = math.atan(t / math.sqrt(freedom))
     sine, square = math.sin(angle), math.cos(angle) ** 2
     odd = freedom % 2

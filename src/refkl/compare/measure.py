@@ -1,4 +1,4 @@
-"""The divergence of two models, token by token over the whole vocabulary, and its means."""
+"""Divergence of two models, token by token over the whole vocabulary, and its means."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ ORDERED = ("amari", "alpha", "renyi")
 """Kinds that take an order."""
 ESTIMATES = ("k1", "k3")
 Values = list[NDArray[np.float64]]
-"""Of each text, one number a scored token."""
+"""For each text, one number per scored token."""
 
 
 @dataclass(frozen=True)
 class TokenMean:
-    """The mean over all places where a token stands."""
+    """The mean over all occurrences of a token."""
 
     token: int
     count: int
     mean: float
-    """Nats."""
+    """Mean divergence or estimate, in nats."""
     log_ratio: float
     """Mean of log p_policy - log p_reference of the token itself, nats."""
 
 
 @dataclass(frozen=True)
 class PositionMean:
-    """The mean over a range of places in a completion."""
+    """The mean over a range of positions in a completion."""
 
     first: int
-    """Counted from 1."""
+    """First position of the range, counted from 1."""
     last: int
     tokens: int
     sequences: int
@@ -55,27 +55,29 @@ class PositionMean:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What was found: values of each token, and means with their intervals."""
+    """The result of a comparison: values of each token, and means with their intervals."""
 
     texts: list[Text]
     kinds: tuple[str, ...]
     """The exact divergences."""
     estimates: tuple[str, ...]
-    """Of KL(policy ‖ reference) from the sampled tokens alone; none for given text."""
+    """The estimates of KL(policy ‖ reference) from the sampled tokens only; none for given text."""
     values: dict[str, Values]
-    """Of each kind and estimate, in nats (as in kl.divergence)."""
+    """The values of each kind and estimate, in nats (as in kl.divergence)."""
     log_ratio: Values
     """log p_policy - log p_reference of each scored token, nats."""
 
     @property
     def tokens(self) -> int:
-        """How many were scored."""
+        """The number of scored tokens."""
         return int(self._counts.sum())
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
-        """[S] what each sequence is drawn with: the sequences of one prompt are one unit. Where all are of one prompt,
-        each is its own, and an interval is about that prompt."""
+        """[S] the unit of each sequence: all sequences of one prompt are one unit.
+
+        If all sequences have the same prompt, each is its own unit, and an interval is about that prompt.
+        """
         seen: dict[str, int] = {}
         for number, text in enumerate(self.texts):
             seen.setdefault(self._prompt(number, text), number)
@@ -85,20 +87,20 @@ class Comparison:
 
     @property
     def unit(self) -> str:
-        """What is independent: "prompt" if some prompt has several sequences, "sequence" otherwise."""
+        """The independent unit: "prompt" if some prompt has several sequences, "sequence" otherwise."""
         return "sequence" if len(np.unique(self.units)) == len(self.texts) else "prompt"
 
     def per_token(self, name: str) -> Mean:
-        """The mean over tokens."""
+        """Return the mean over tokens."""
         return ratio_mean(self._sums(name), self._counts, self.units, floor=self._floor(name))
 
     def per_sequence(self, name: str) -> Mean:
-        """The mean over sequences of the sum over a sequence's tokens."""
+        """Return the mean over sequences of the sum over a sequence's tokens."""
         ones = np.ones(len(self.texts))
         return ratio_mean(self._sums(name), ones, self.units, floor=self._floor(name))
 
     def by_token(self, name: str, *, top: int | None = None, least: int = 1) -> list[TokenMean]:
-        """The tokens with the largest means first, of those that stand in at least `least` places."""
+        """Return the tokens with the largest means first, of those that occur at least `least` times."""
         ids, member, counts = np.unique(self._ids, return_inverse=True, return_counts=True)
         with np.errstate(invalid="ignore"):
             means = np.bincount(member, np.concatenate(self.values[name])) / counts
@@ -107,7 +109,8 @@ class Comparison:
         return [TokenMean(int(ids[at]), int(counts[at]), float(means[at]), float(ratios[at])) for at in order[:top]]
 
     def by_position(self, name: str, *, bins: int = 16) -> list[PositionMean]:
-        """Means over ranges of places in the completion, all of the same width, with what is there."""
+        """Return means over position ranges of equal width in the completion, with their numbers of tokens and
+        sequences."""
         longest = int(self._counts.max())
         width = math.ceil(longest / bins)
         found = []
@@ -122,7 +125,7 @@ class Comparison:
 
     @staticmethod
     def _prompt(number: int, text: Text) -> str:
-        # An empty prompt ties nothing together.
+        # Sequences with an empty prompt are independent.
         return repr(text.prompt) if text.prompt else f"sequence {number}"
 
     @cached_property
@@ -157,19 +160,20 @@ def compare_models(
     """Score texts under both models.
 
     Args:
-        policy: p; put in eval mode for the time of this.
-        reference: q; `hold` makes one of a model.
+        policy: p; put in eval mode during the comparison.
+        reference: q; `hold` makes one from a model.
         texts: from `read_texts` or `sample_texts`.
-        kinds: of kl.DIVERGENCES: exact divergences of the distributions that predict each scored token. Each takes a
-            forward pass of both.
-        sampled: the texts are the policy's own at this temperature: also the estimates k1 and k3 from their tokens.
+        kinds: exact divergences, from kl.DIVERGENCES, of the distributions that predict each scored token. Each takes a
+            forward pass of both models.
+        sampled: True if the texts are the policy's own samples at this temperature: also computes the estimates k1 and
+            k3.
         temperature: divides the logits of both.
         order, jsd_weight: as in kl.divergence, for the kinds that take them.
-        batch_size: sequences at once, those of similar length together.
-        watch: shows how far it is.
+        batch_size: number of sequences per forward pass; those of similar length are together.
+        watch: shows the progress.
 
     Raises:
-        ValueError: as `score_pair`; no texts; a token that the models have no logit for; a model that gives NaN.
+        ValueError: as `score_pair`; no texts; a token without a logit; a model that gives NaN.
     """
     ways = divergences(kinds, order=order, jsd_weight=jsd_weight)
     if not texts:
@@ -195,10 +199,10 @@ def compare_models(
 
 
 def divergences(kinds: Sequence[str], *, order: float | None = None, jsd_weight: float = 0.5) -> list[Divergence]:
-    """The kinds with what they take, each once.
+    """Return the kinds with their options, without repetitions.
 
     Raises:
-        ValueError: none, an unknown one, an order that is missing or has no use, a weight outside (0, 1).
+        ValueError: no kind, an unknown one, an order that is missing or unused, a weight outside (0, 1).
     """
     if not kinds:
         raise ValueError(f"No kind of divergence is asked for. Known: {', '.join(DIVERGENCES)}.")
@@ -215,7 +219,7 @@ def _score(
     temperature: float,
     sampled: bool,
 ) -> dict[str, Tensor]:
-    """[B, T] each."""
+    """Return [B, T] for each name."""
     found: dict[str, Tensor] = {}
     pair: PairScores | None = None
     for how in ways:
@@ -232,7 +236,7 @@ def _score(
 
 
 def _batch(texts: Sequence[Text], device: torch.device) -> TokenBatch:
-    """Padded on the right; what pads is masked."""
+    """Make a batch, padded on the right."""
     width = max(map(_length, texts))
     ids, real, scored = (torch.zeros(len(texts), width, dtype=torch.long) for _ in range(3))
     for row, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""What is compared on: a model's own samples."""
+"""Samples of a model, as texts for a comparison."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from refkl.backend import base_model, evaluating
 from refkl.compare.texts import Row, Text, Texts, prompt_ids
 
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Goes through items one by one, and may show how far it is; the string says what is being done."""
+"""Iterates over items, and may show the progress; the string describes the task."""
 
 
 def unwatched(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """Shows nothing."""
+    """Iterate without showing progress."""
     return items
 
 
@@ -35,23 +35,25 @@ def sample_texts(
     limit: int | None = None,
     watch: Watch = unwatched,
 ) -> Texts:
-    """Completions that a model draws from its whole distribution: nothing is cut off it (no top-k, top-p or penalty,
-    whatever the model's generation_config says), so that an estimate on them is unbiased.
+    """Draw completions from a model's whole distribution.
+
+    Sampling has no top-k, top-p or penalty, whatever the model's generation_config says, so that an estimate on the
+    samples is unbiased.
 
     Args:
         model: a causal language model, bare or inside PEFT.
-        tokenizer: its own.
-        rows: with "prompt", a string or messages.
-        samples: completions of each prompt.
-        max_new_tokens: their length at most; the end-of-text token that ends one is part of it.
+        tokenizer: the model's.
+        rows: rows with "prompt", a string or messages.
+        samples: completions per prompt.
+        max_new_tokens: largest length of a completion, including its end-of-text token.
         temperature: divides the logits.
-        seed: of the draws; torch's own random numbers are left alone. Another batch size gives other samples.
-        batch_size: sequences at once.
-        limit: tokens that a sequence has room for; of a prompt that leaves too little the last ones are taken.
-        watch: shows how far it is.
+        seed: seed of the draws; torch's own random state is not changed. Another batch size gives other samples.
+        batch_size: sequences per forward pass.
+        limit: largest number of tokens of a sequence; of a prompt that is too long the last ones are used.
+        watch: shows the progress.
 
     Raises:
-        ValueError: a number that makes no sense; no room for a prompt; a prompt without tokens; as `prompt_ids`.
+        ValueError: an invalid number; no room for a prompt; a prompt without tokens; as `prompt_ids`.
     """
     for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if number < 1:
@@ -88,7 +90,7 @@ def sample_texts(
 
 
 def _draw(model: nn.Module, prompts: list[list[int]], length: int, temperature: float) -> list[list[int]]:
-    """One completion each, with what generation puts behind the end of the shorter ones."""
+    """Draw one completion per prompt, including the padding that generation adds to the shorter ones."""
     width, device = max(map(len, prompts)), next(model.parameters()).device
     rows = [[0] * (width - len(ids)) + ids for ids in prompts]
     real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -106,7 +108,7 @@ def _draw(model: nn.Module, prompts: list[list[int]], length: int, temperature: 
 
 @contextmanager
 def _neutral(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[set[int]]:
-    """While open, the model's generation_config does nothing but end; gives the tokens that end."""
+    """Set a generation_config that only ends sequences while open; yield the end tokens."""
     base: Any = base_model(model)
     before = base.generation_config
     found = before.eos_token_id if before.eos_token_id is not None else tokenizer.eos_token_id
@@ -119,13 +121,13 @@ def _neutral(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
 
 
 def _ended(completion: list[int], ends: set[int]) -> list[int]:
-    """Up to and with the first token that ends it."""
+    """Cut a completion after its first end token."""
     length = next((at + 1 for at, token in enumerate(completion) if token in ends), len(completion))
     return completion[:length]
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
-    """What an empty prompt begins with."""
+    """Return the tokens that replace an empty prompt."""
     if tokenizer.bos_token_id is None:
         raise ValueError(
             f"Row {number} of the data has an empty prompt, and the tokenizer has no beginning-of-text token to sample "

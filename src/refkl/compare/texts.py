@@ -1,4 +1,4 @@
-"""What is compared on: texts that are given, as tokens, of which some are scored."""
+"""Given texts for a comparison, as tokens, some of which are scored."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Text:
-    """One sequence: a prompt that is not scored, and a completion of which each token is."""
+    """One sequence: a prompt, which is not scored, and a completion, of which each token is."""
 
     row: int
-    """Which row of the data it is of, from 0."""
+    """Index of its row in the data, from 0."""
     prompt: Any
-    """As the data has it: a string or messages; None for text without a prompt."""
+    """The prompt in the data: a string or messages; None for text without a prompt."""
     prompt_ids: list[int]
-    """At least one token, after which the completion follows."""
+    """At least one token; the completion follows them."""
     completion_ids: list[int]
     """At least one token."""
     sample: int | None = None
-    """Which of a prompt's samples, from 0; None for given text."""
+    """Index among the prompt's samples, from 0; None for given text."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts, and what was done to fit them to the models."""
+    """Texts, and counts of the changes that fitted them to the models."""
 
     texts: list[Text] = field(default_factory=list)
     limit: int | None = None
-    """Tokens that there is room for: in a sequence, or in a prompt that is sampled from. None for no limit."""
+    """Largest number of tokens of a sequence, or of a prompt that is sampled from. None for no limit."""
     truncated: int = 0
-    """Rows that were longer."""
+    """Number of rows that were longer than the limit."""
     left_out: int = 0
-    """Rows of which no token can be scored: an empty completion, or a prompt that leaves no room for one."""
+    """Number of rows without a token to score: an empty completion, or a prompt that leaves no room for one."""
     moved: int = 0
-    """Rows in which the last tokens of the prompt become others with the completion behind it; these are scored too."""
+    """Number of rows whose prompt's last tokens change when the completion follows; those tokens are scored too."""
 
     def notes(self) -> list[str]:
-        """A sentence for each thing that was done."""
+        """Return a sentence for each change."""
         said = [
             (self.truncated, f"cut to {self.limit} tokens, which is the room that there is"),
             (self.left_out, "left out: no token of them can be scored"),
@@ -52,10 +52,10 @@ class Texts:
 
 
 def column_of(columns: Iterable[str], *, sample: bool = False) -> str | None:
-    """The column whose text is scored: "completion", "chosen" or "text"; None to sample from the prompts.
+    """Return the column whose text is scored: "completion", "chosen" or "text"; None to sample from the prompts.
 
     Raises:
-        ValueError: no column that is known.
+        ValueError: no known column.
     """
     found = set(columns)
     if "prompt" in found:
@@ -69,17 +69,17 @@ def column_of(columns: Iterable[str], *, sample: bool = False) -> str | None:
 def read_texts(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], *, column: str | None = None, limit: int | None = None
 ) -> Texts:
-    """Given text as tokens, without an end-of-text token that it does not have.
+    """Tokenize given text, without adding an end-of-text token.
 
     Args:
         tokenizer: the models'.
-        rows: with "prompt" and "completion" or "chosen", each a string or messages; or with "text", which is scored
-            all but its first token, which nothing precedes.
+        rows: rows with "prompt" and "completion" or "chosen", each a string or messages; or with "text", of which all
+            tokens are scored except the first, which nothing precedes.
         column: the column that is scored; None finds it.
-        limit: tokens that a sequence has room for; of a longer one the first are taken.
+        limit: largest number of tokens of a sequence; of a longer one the first are used.
 
     Raises:
-        ValueError: a row without its text; messages, and no chat template; nothing to score.
+        ValueError: a row without its text; messages, but no chat template; nothing to score.
     """
     texts: list[Text] = []
     truncated = left_out = moved = 0
@@ -102,7 +102,7 @@ def read_texts(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, number: int) -> list[int]:
-    """The tokens of a prompt: of a string as it is, of messages by the chat template.
+    """Return the tokens of a prompt: of a string as it is, of messages by the chat template.
 
     Raises:
         ValueError: neither string nor messages; no chat template.
@@ -113,8 +113,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, number: int) -> 
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, scored: Any, number: int) -> tuple[list[int], int, bool]:
-    """Prompt and completion as they read together, where the completion begins, and whether that is at the end of the
-    prompt's own tokens."""
+    """Tokenize prompt and completion together.
+
+    Return the tokens, where the completion begins, and True if that is at the end of the prompt's own tokens.
+    """
     if prompt is None:
         if not isinstance(scored, str):
             raise ValueError(f"Row {number} of the data: text must be a string, got a {type(scored).__name__}.")
@@ -127,7 +129,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, scored: Any, number
         answer = [{"role": "assistant", "content": scored}] if isinstance(scored, str) else _messages(scored, number)
         together = _encoded(tokenizer, _rendered(tokenizer, [*_messages(prompt, number), *answer], opened=False))
     alone = prompt_ids(tokenizer, prompt, number)
-    # It begins where the two part: a tokenizer may merge across the border, or end each text in its own way.
+    # The completion begins where the two differ: a tokenizer may merge across the border, or end each text differently.
     parted = (at for at, (one, other) in enumerate(zip(alone, together, strict=False)) if one != other)
     start = next(parted, min(len(alone), len(together)))
     return together, start, start == len(alone)
@@ -139,7 +141,7 @@ def _messages(value: Any, number: int) -> list[dict[str, Any]]:
             f"Row {number} of the data: a prompt or completion must be a string, or messages with role and content; "
             f"got {str(value)[:80]!r}."
         )
-    # Columns of messages come with every key that any of them has.
+    # In a column of messages each has the keys of all, with None for missing ones.
     return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
@@ -152,7 +154,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written the special tokens
 
 
 def _value(row: Row, column: str, number: int) -> Any:

@@ -1,4 +1,4 @@
-"""What the shipped configurations train: a small language model, prompts, preference pairs, a reward, a reward model.
+"""Data, models and rewards of the shipped configurations: a small language model, prompts, preference pairs, rewards.
 
 All of them are made from installed packages. Nothing is downloaded, and nothing here is part of refkl proper: no other
 module imports this one. The configs name its functions (`refkl.demo.smollm2.model_folder`,

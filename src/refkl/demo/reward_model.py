@@ -60,7 +60,7 @@ def accuracy(folder: str, limit: int | None = None, share: float = 1.0) -> float
     """Return the fraction of reviews of test films whose score has the right sign: above 0 for a fresh one.
 
     Args:
-        folder: what `model_folder` returned.
+        folder: the result of `model_folder`.
         limit: number of reviews; None for all 1,405.
         share: fraction of the words of a review that the model reads, from the beginning.
     """
@@ -80,7 +80,7 @@ def fit_head(features: Tensor, fresh: Tensor, shares: Tensor, l2: float) -> Tens
     Args:
         features: [N, H] hidden states.
         fresh: [N], 1.0 = fresh, 0.0 = rotten.
-        shares: [N], what each row counts in the loss.
+        shares: [N], the weight of each row in the loss.
         l2: strength of the regularisation, for shares that sum to 1.
 
     Returns:
@@ -142,8 +142,8 @@ def _make_here(base: Path, target: Path, reviews: int) -> None:
 def _hidden_states(
     model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 8
 ) -> list[Tensor]:
-    """Return for each text what the head reads at each token of its second half: [T, H] in float64."""
-    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))  # texts of like length share a forward
+    """Return the head's inputs at each token of each text's second half: [T, H] in float64."""
+    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))  # texts of similar length share a forward
     states = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

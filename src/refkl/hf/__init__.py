@@ -1,8 +1,8 @@
-"""transformers' Trainer with a refkl reference: supervised fine-tuning on a KL leash. Imports no trl.
+"""transformers' Trainer with a refkl reference: KL-regularised supervised fine-tuning. Does not import trl.
 
     from refkl.hf import KLTrainer             # instead of: from transformers import Trainer
 
-The Trainer's loss stays as it is; coef · KL(policy ‖ reference) is added to it.
+coef · KL(policy ‖ reference) is added to the Trainer's own loss.
 """
 
 from refkl.hf.supervised import KLTrainer, with_reference

@@ -1,4 +1,4 @@
-"""What the trainers' checkpoints hold, when they count, and how a run goes on from one."""
+"""Checkpoints of the trainers: saving the reference and the penalty, completeness, and resuming."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from refkl.sync import SyncReferenceCallback
 logger = logging.get_logger(__name__)
 
 PENALTY_STATE = "kl_penalty.json"
-"""In a checkpoint: the state of the coefficient's controller."""
+"""File in a checkpoint: the state of the coefficient's controller."""
 _INITIAL = (
     "To go on with the reference that this run starts with, ask for it: resume_reference='initial' (in refkl train, "
     "--resume.reference initial)."
@@ -48,12 +48,12 @@ _INITIAL = (
 
 
 def _nothing() -> None:
-    """What a rank does while another does its part."""
+    """Do nothing, on a rank that has no part in a step of the save."""
 
 
 @contextmanager
 def overridden(args: Any, **values: Any) -> Iterator[None]:
-    """The trainer's arguments with other values while TRL's __init__ reads them."""
+    """Override arguments of the trainer, for example while TRL's __init__ reads them."""
     if args is None:
         yield
         return
@@ -66,18 +66,19 @@ def overridden(args: Any, **values: Any) -> Iterator[None]:
 
 
 class Checkpointing(Trainer):
-    """A trainer whose checkpoints hold its reference and its penalty, and are whole or do not count."""
+    """A trainer whose checkpoints include its reference and its penalty. Incomplete checkpoints do not count."""
 
     reference: Reference
     penalty: KLPenalty
     sync: SyncReferenceCallback | None = None
-    model: nn.Module  # Trainer's type allows None; TRL's trainers always have one
+    model: nn.Module  # Trainer's type allows None; here it is always a model
     _resumed: str | None = None
-    """The checkpoint that was looked at and found whole."""
+    """The checkpoint that was checked and found complete."""
     resume_reference: ResumedReference = "recorded"
-    """On resume: the reference that the checkpoint was trained against, or ("initial") the one this trainer built."""
+    """On resume: "recorded" uses the reference that the checkpoint was trained against, "initial" the one this trainer
+    built."""
     on_checkpoint_error: OnCheckpointError = "stop"
-    """What to do when a checkpoint cannot be written, as on a full disk."""
+    """The reaction to a checkpoint that cannot be written, as on a full disk."""
 
     def _settle_checkpoints(self, resume_reference: ResumedReference, on_checkpoint_error: OnCheckpointError) -> None:
         for name, value, known in (
@@ -99,7 +100,8 @@ class Checkpointing(Trainer):
         self.resume_reference, self.on_checkpoint_error = resume_reference, on_checkpoint_error
 
     def _saves_together(self) -> str | None:
-        """Why a rank that fails while transformers saves would leave the others waiting; None where it would not."""
+        """Return why the other ranks would wait for a rank that fails while transformers saves; None if they would
+        not."""
         if self.accelerator.num_processes == 1:
             return None
         if self.is_deepspeed_enabled:
@@ -109,11 +111,11 @@ class Checkpointing(Trainer):
         return "with metric_for_best_model" if self.args.metric_for_best_model is not None else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that is whole or does not count, and only then the rotation of older ones.
+        """Write a complete checkpoint, and then delete old ones.
 
         Raises:
-            ValueError: the reference changed with no update to explain it.
-            CheckpointError: it could not be written, as on a full disk, and the run is to stop then.
+            ValueError: the reference changed without a recorded update.
+            CheckpointError: it could not be written, as on a full disk, and `on_checkpoint_error` is "stop".
         """
         folder = Path(self._get_output_dir(trial))
         checkpoint, first = folder / f"checkpoint-{self.state.global_step}", self.args.should_save
@@ -121,7 +123,7 @@ class Checkpointing(Trainer):
         self.reference.verify()
 
         def transformers_part() -> None:
-            with overridden(self.args, save_total_limit=None):  # its rotation comes before all ranks have written
+            with overridden(self.args, save_total_limit=None):  # transformers deletes before all ranks have written
                 save(model, trial)
 
         def closing() -> None:
@@ -141,9 +143,10 @@ class Checkpointing(Trainer):
                 return
 
     def _failure(self, step: Callable[[], None], checkpoint: Path, alone: str | None) -> str | None:
-        """Run a part of a save, and what a disk said to any of the ranks; all ranks get the same answer.
+        """Run a part of a save. Return the disk's error message from any rank, the same on all ranks; None if it
+        worked.
 
-        `alone` says why a rank that fails cannot wait for the others: it ends, and its launcher ends them.
+        `alone` says why a failed rank cannot wait for the others: it ends, and its launcher ends them.
         """
         own: str | None = None
         try:
@@ -174,7 +177,7 @@ class Checkpointing(Trainer):
         return f"{checkpoint} could not be written ({failure}); {last}."
 
     def _save_reference(self, checkpoint: Path) -> None:
-        """Our part: the reference, where the model that the run began with does not give it, and the controller."""
+        """Save the controller, and the reference if it cannot be rebuilt from the run's initial model."""
         saved = bool(self.reference.updates) or self._has_adapter_of_its_own()
         if saved:
             self.reference.save(checkpoint / REFERENCE)
@@ -186,7 +189,8 @@ class Checkpointing(Trainer):
             write_json(checkpoint / PENALTY_STATE, self.penalty.state_dict())
 
     def _has_adapter_of_its_own(self) -> bool:
-        """Whether it holds an adapter that a resumed script may not make again: small, and drawn at random."""
+        """Return True if the reference holds an adapter that a resumed script may not recreate: small, and drawn at
+        random."""
         reference = self.reference
         adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         own = reference.config.source == "policy" and any(map(reference.owns, reference.digests))
@@ -195,29 +199,31 @@ class Checkpointing(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """As transformers' own; a checkpoint that is resumed from is whole.
+        """Train as transformers does, and resume only from complete checkpoints.
 
         Args:
-            resume_from_checkpoint: True for the newest whole one of `args.output_dir`, or a checkpoint's folder.
-            trial, ignore_keys_for_eval: as transformers takes them.
+            resume_from_checkpoint: True for the newest complete checkpoint of `args.output_dir`, or a checkpoint's
+                folder.
+            trial, ignore_keys_for_eval: as in transformers.
 
         Raises:
-            ValueError: there is none, or the one that was named is not whole.
+            ValueError: there is no complete checkpoint, or the given one is not complete.
         """
         return super().train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers looks at max_steps after a step: resumed from the last one it would take one more.
+        # transformers checks max_steps after a step: resumed from the last step, it would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to go on from, the same on every rank: the first rank looks. Every rank calls.
+        """Return the checkpoint to resume from, the same on every rank. The first rank looks; every rank must call
+        this.
 
         Raises:
-            ValueError: there is none, or the one that was named is not whole.
+            ValueError: there is no complete checkpoint, or the given one is not complete.
         """
         if wanted is None or wanted is False or (isinstance(wanted, str) and wanted == self._resumed):
             return None if wanted is False else wanted
@@ -260,17 +266,17 @@ class Checkpointing(Trainer):
         return "" if whole is None else f"{whole} is the newest that is whole."
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """On resume, bring back the controller, and the reference that the checkpoint was trained against.
+        """Restore, on resume, the controller and the reference that the checkpoint was trained against.
 
         Raises:
-            ValueError: the checkpoint was trained against another reference, or its reference is not there.
+            ValueError: the checkpoint was trained against another reference, or its reference is missing.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         folder = Path(checkpoint)
         if self.resume_reference == "initial":
-            if self.sync is not None:  # its counters are of moves that this reference has not made
+            if self.sync is not None:  # its counters belong to updates that this reference has not had
                 callbacks: Any = self.state.stateful_callbacks
                 callbacks.pop(type(self.sync).__name__, None)
         else:
@@ -302,7 +308,7 @@ class Checkpointing(Trainer):
                 "weights come from the checkpoint."
             )
         if record.get("kl_floor") is not None:
-            self.reference.recall_floor(record["kl_floor"])  # a policy that has trained cannot show it any more
+            self.reference.recall_floor(record["kl_floor"])  # a trained policy can no longer give it
 
     def _load_controller(self, path: Path) -> None:
         kind = self.penalty.config.controller
@@ -318,4 +324,4 @@ class Checkpointing(Trainer):
         except ValueError as error:
             raise ValueError(f"{error} The state is {path}.") from None
         if kind == "fixed":
-            self.penalty.controller.coef = coef  # a setting, not a state: what this run asks for holds
+            self.penalty.controller.coef = coef  # a setting, not a state: this run's value applies

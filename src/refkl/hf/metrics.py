@@ -1,4 +1,5 @@
-"""The KL's metrics on their way to TRL's log, and its histogram on its way to the trackers, which TRL gives numbers."""
+"""Logging: the KL's metrics go to the trainer's log, and its histogram to the trackers, since the log takes only
+numbers."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ if TYPE_CHECKING:
     from refkl.hf.trainer_mixin import KLTrainerMixin
 
 NAME = "kl/log_ratio"
-"""What the histogram is logged as."""
+"""The name under which the histogram is logged."""
 
 
 def record(trainer: KLTrainerMixin, metrics: dict[str, float]) -> None:
-    """Keep a step's metrics for TRL's log, which is of their means over the steps since the last one.
+    """Keep a step's metrics for the trainer's log, which shows means over the steps since the last log.
 
-    Largest values and quantiles are no means: each time they are those of all tokens of these steps.
+    Largest values and quantiles are not means: they are recomputed over all tokens of these steps.
     """
     logged = trainer._metrics["train"]
     if "kl/max" not in logged:
-        trainer.kl_histogram = None  # TRL has logged, and forgets what it has logged
+        trainer.kl_histogram = None  # the trainer has logged, and cleared its metrics
     for name, value in metrics.items():
         logged[trainer.kl_metric if name == "kl" else name].append(value)
     if (latest := trainer.penalty.histogram) is None:
@@ -37,7 +38,7 @@ def record(trainer: KLTrainerMixin, metrics: dict[str, float]) -> None:
 
 
 class HistogramCallback(TrainerCallback):
-    """Sends the log-ratios' histogram to TensorBoard, Weights & Biases and Trackio, where `report_to` names them."""
+    """Sends the log-ratios' histogram to TensorBoard, Weights & Biases and Trackio, if `report_to` names them."""
 
     def __init__(self, trainer: KLTrainerMixin) -> None:
         self.trainer = trainer
@@ -72,7 +73,7 @@ def _to_tensorboard(callback: Any, histogram: Histogram, step: int) -> None:
         sum=float(counts @ centres),
         sum_squares=float(counts @ centres**2),
         bucket_limits=edges.tolist(),
-        bucket_counts=[0, *counts.tolist()],  # it wants what is below the first edge too
+        bucket_counts=[0, *counts.tolist()],  # the first count is for values below the first edge
         global_step=step,
     )
 
@@ -100,7 +101,7 @@ _TRACKERS: dict[type, Callable[[Any, Histogram, int], None]] = {
 
 
 def _drawn(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and edges with some width for the bin of 0, without which a tracker shows nothing of it."""
+    """Return counts and edges. The bin of 0 gets some width, since a tracker would not show it otherwise."""
     found = histogram.trimmed()
     counts, edges = np.array(found["counts"]), np.array(found["edges"])
     half = min(x for x in Histogram.edges if x > 0) / 2

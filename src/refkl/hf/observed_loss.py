@@ -1,5 +1,8 @@
-"""The policy in a loss of somebody else's: the first time that it is called, what it says is compared with the
-reference. Either the policy is called as it is, and watched, or something stands in for it that gives the same loss."""
+"""Comparison of policy and reference inside another trainer's loss, at the policy's first call there.
+
+The policy is either called as it is and observed (`Watch`), or replaced by a stand-in that gives the same loss
+(`CrossEntropy`).
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,28 @@ from refkl.types import TokenBatch, TokenScores
 
 EXACT = Divergence("reverse_kl")
 IGNORED = -100
-"""The label of a token that has none."""
+"""The label of a token without a label."""
 
 
 class Watch:
-    """One loss of one micro-batch."""
+    """Observes the policy in the loss of one micro-batch."""
 
     def __init__(self, reference: Reference, batch: TokenBatch) -> None:
         self.reference = reference
         self.batch = batch
         self.found: Compared | None = None
-        """The comparison, once there has been one."""
+        """The comparison, once it has been made."""
 
     @contextmanager
     def open(self, model: nn.Module) -> Iterator[None]:
-        """While open, the model is called as its caller likes, once at least; at the end its logits are compared.
+        """Observe the caller's first call of the model, and compare its logits with the reference on exit.
 
-        The loss gets the model's own outputs, and the KL comes from the same forward. Where there is padding on the
-        left, positions that the caller does not give are counted from the attention mask, as for the reference.
+        The caller gets the model's own outputs, and the KL comes from the same forward. If there is padding on the left
+        and the caller gives no positions, they are counted from the attention mask, as for the reference.
 
         Raises:
-            ValueError: the model is not called, or first on other tokens than the batch's, or gives no logits.
+            ValueError: the model is not called, its first call is on other tokens than the batch's, or it returns no
+                logits.
         """
         if self.found is not None:
             yield
@@ -47,7 +51,7 @@ class Watch:
         call = prepare(model, replace(self.batch, prefix="off"))
         counted = self._positions(call)
         outputs: list[Any] = []
-        # Before the hooks: it may run the model to look at it.
+        # Enter this before adding the hooks: it may run the model to inspect it.
         with self.reference.sharing_work_with(model, self.batch):
             hooks = self._hooks(model, counted, outputs)
             try:
@@ -72,7 +76,7 @@ class Watch:
         return [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
 
     def _positions(self, call: Call) -> dict[str, Tensor]:
-        """The position ids to add, if a real token is not where the model itself would count it to be."""
+        """Return the position ids to add, if the model itself would count those of a real token differently."""
         if (positions := call.inputs.get("position_ids")) is None:
             return {}
         itself = torch.arange(positions.shape[-1], device=positions.device)
@@ -100,8 +104,8 @@ def _logits(outputs: list[Any]) -> Tensor:
 
 
 class CrossEntropy:
-    """The policy as Trainer.compute_loss calls it: what it gives for the loss comes from the forward that is compared
-    with the reference."""
+    """The policy as Trainer.compute_loss calls it. The loss comes from the forward that is compared with the
+    reference."""
 
     found: Compared
 
@@ -116,14 +120,15 @@ class CrossEntropy:
 
 
 def labelled(labels: Tensor) -> Tensor:
-    """[B, T] the tokens that a causal language model's loss is of; the first has nothing before it."""
+    """Return the [B, T] mask of tokens in a causal language model's loss. A first token has nothing before it: never in
+    it."""
     mask = labels != IGNORED
     mask[:, 0] = False
     return mask
 
 
 def predicts_its_labels(inputs: dict[str, Any], batch: TokenBatch) -> bool:
-    """Whether labels are the batch's own tokens, those that are scored: none is padding, or follows it."""
+    """Return True if the labels are the batch's own scored tokens: none is padding, or follows padding."""
     labels = inputs["labels"]
     beyond = ~batch.completion_mask | (labels != inputs["input_ids"])
     return not bool((labelled(labels) & beyond).any())

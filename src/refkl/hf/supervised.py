@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on a KL leash: the loss of a Trainer as it is, and coef · KL(policy ‖ reference) beside it.
+"""KL-regularised supervised fine-tuning: the loss of a Trainer, plus coef · KL(policy ‖ reference).
 
-The texts are given, and not sampled from the policy. A token's k1, k2 or k3 is an estimate of the KL only if the policy
-drew that token: on given text their means are something else, that of k1 the reference's loss less the policy's. So the
-KL here is exact, over the whole vocabulary at each position of the texts.
+The texts are given, not sampled from the policy. k1, k2 and k3 estimate the KL only on tokens that the policy sampled.
+On given text their means are another quantity; that of k1 is the reference's loss minus the policy's. The KL here is
+therefore exact, over the whole vocabulary at each position of the texts.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ _SCORED = "reference_scores"
 
 
 class SupervisedKL(KLTrainerMixin):
-    """What KLTrainer and KLSFTTrainer share."""
+    """Base class of KLTrainer and KLSFTTrainer."""
 
     kl_on: KLOn = "labels"
-    """Which tokens the KL is taken at: those that have a label, or all that are attended to, prompts too."""
+    """Tokens at which the KL is computed: "labels", those with a label; "all", all that are attended to, including
+    prompts."""
     _count: Tensor | None = None
-    """What each micro-batch's KL is divided by in this optimizer step."""
+    """Divisor of each micro-batch's KL in this optimizer step."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class SupervisedKL(KLTrainerMixin):
         return base_model(self.accelerator.unwrap_model(self.model))
 
     def _check_trainer(self) -> None:
-        """Raise ValueError for a Trainer or a model that this cannot be done with."""
+        """Raise ValueError if this Trainer or model is not supported."""
         name, inner = type(self).__name__, self._inner()
         kind = type(inner).__name__
         if vars(self)["model_init"] is not None:
@@ -90,10 +91,10 @@ class SupervisedKL(KLTrainerMixin):
             )
 
     def _batch_of(self, inputs: dict[str, Any]) -> TokenBatch:
-        """The tokens of a micro-batch, those that the KL is taken at scored.
+        """Return the tokens of a micro-batch; scored tokens are those at which the KL is computed.
 
         Raises:
-            ValueError: no labels, or other ones than a causal language model's; sequences that are not padded.
+            ValueError: there are no labels, the labels are not a causal language model's, or sequences are not padded.
         """
         ids, labels, attention = (inputs.get(name) for name in ("input_ids", "labels", "attention_mask"))
         name = type(self).__name__
@@ -127,7 +128,7 @@ class SupervisedKL(KLTrainerMixin):
         return batches, items
 
     def _begin_step(self, batches: list[dict[str, Any]], parts: list[TokenBatch]) -> None:
-        """The reference's scores of all micro-batches, where one sweep gives them; each takes its own along."""
+        """Score all micro-batches with the reference, if it scores in one sweep, and store each one's scores in it."""
         plain = all(not part.model_inputs and part.position_ids is None for part in parts)
         if not (self.reference.one_sweep and plain and self._fused()):
             return
@@ -152,16 +153,16 @@ class SupervisedKL(KLTrainerMixin):
             batch[_SCORED] = TokenScores(logp[:, :length], hidden=hidden[:, :length])
 
     def _fused(self) -> bool:
-        """Whether losses are computed inside the policy's forward, as far as the settings say."""
+        """Return True if the settings allow losses to be computed inside the policy's forward."""
         raise NotImplementedError
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The trainer's own loss plus coef · KL, from one forward of the policy.
+        """Compute the trainer's own loss plus coef · KL, from one forward of the policy.
 
         Raises:
-            ValueError: as `_batch_of`; a loss that does not begin with a forward on the batch.
+            ValueError: as `_batch_of`; or a loss whose first forward is not on the batch.
         """
         ready = inputs.pop(_SCORED, None)
         batch = self._batch_of(inputs)
@@ -197,53 +198,53 @@ class SupervisedKL(KLTrainerMixin):
         ready: TokenScores | None,
         return_outputs: bool,
     ) -> tuple[Any, Compared]:
-        """What `loss_of` gives for the policy, or for what stands in for it, and the comparison."""
+        """Return the result of `loss_of` for the policy or its stand-in, and the comparison."""
         raise NotImplementedError
 
     def _normalizer(self, items: Any) -> Tensor | None:
         if not self.model.training or not self.penalty.coef or self._count is None:
             return None
         scaled = self.loss_is_scaled_for_ga
-        if scaled is None:  # as training_step decides whether it divides by the micro-batches
+        if scaled is None:  # as training_step decides whether to divide by the number of micro-batches
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         return self._count if scaled else self._count / self.current_gradient_accumulation_steps
 
 
 class KLTrainer(SupervisedKL, Trainer):
-    """transformers.Trainer with `reference=`, `kl=`, `kl_on=` and `sync=`; all else is the Trainer's.
+    """transformers.Trainer with `reference=`, `kl=`, `kl_on=` and `sync=`; everything else is the Trainer's.
 
     Loss and `eval_loss` are the Trainer's own plus coef · KL(policy ‖ reference), a mean over the tokens of the
-    optimizer step. `kl` is logged, so that the Trainer's own is the loss less `kl/coef` · `kl`.
+    optimizer step. `kl` is logged; the Trainer's own loss is the logged loss minus `kl/coef` · `kl`.
 
-    The policy is run once. Where the loss is the model's own cross-entropy, both come out of the output head, and the
-    logits are never made. A loss of another kind (label smoothing, compute_loss_func, a compute_loss of a subclass, an
-    auxiliary loss of the model) is computed as it would be without the leash, and the KL from the logits it sees.
+    The policy runs once. If the loss is the model's own cross-entropy, loss and KL come from the fused output head, and
+    the logits are never stored. Any other loss (label smoothing, compute_loss_func, a compute_loss of a subclass, an
+    auxiliary loss of the model) is computed as without the penalty, and the KL from the logits that it uses.
 
-    Where a batch has padding on the left and no position_ids, positions are counted from the attention mask.
+    If a batch has padding on the left and no position_ids, positions are counted from the attention mask.
 
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
-        kl: the penalty; exact. By default at coefficient 0.05; 0 measures it alone.
-        kl_on: "labels": where a token has a label. "all": at every token that is attended to, prompts too.
-        sync: when the reference moves; by default never.
-        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
-        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
-        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
+        kl: the penalty; exact. The default coefficient is 0.05; 0 only measures the KL.
+        kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
+        sync: when to update the reference; by default never.
+        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
+        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
+        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
-        ValueError: an estimator that is for sampled tokens; a model that is no causal language model; a setting of the
-            Trainer's that refkl cannot honour.
+        ValueError: an estimator for sampled tokens; a model that is not a causal language model; an option of the
+            Trainer that refkl does not support.
     """
 
     _alike = True
-    """Whether the labels of this optimizer step are what the scorer scores, on all ranks."""
+    """True if, on all ranks, the labels of this optimizer step are the tokens that the scorer scores."""
     _plain: bool | None = None
-    """Whether the model's own loss is cross-entropy alone; None until it was looked at."""
+    """True if the model's own loss is only cross-entropy; None until it was checked."""
     _shows_outputs = True
-    """Whether who asks for the outputs of a loss looks at them."""
+    """True if the caller that asks for a loss's outputs uses them."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers' own, with the KL's metrics: means over the steps since the last time."""
+        """Log as transformers does, with the KL's metrics: means over the steps since the last log."""
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else "eval_"
         logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
@@ -251,7 +252,8 @@ class KLTrainer(SupervisedKL, Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """As transformers' own, which asks for the outputs also where it drops them."""
+        """Predict as transformers does. It asks for the outputs even if it drops them, which is noted for
+        `_compared`."""
         self._shows_outputs = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -264,7 +266,8 @@ class KLTrainer(SupervisedKL, Trainer):
             super()._begin_step(batches, parts)
 
     def _on_all_ranks(self, fits: bool) -> bool:
-        """One rank that scores in another way than the others would wait for their gathers, and they for its."""
+        """Return True if `fits` holds on all ranks. A rank that scores in another way would wait for gathers
+        forever."""
         if self.accelerator.num_processes == 1:
             return fits
         misfits = torch.tensor(float(not fits), device=self.accelerator.device)
@@ -276,7 +279,7 @@ class KLTrainer(SupervisedKL, Trainer):
         return own and self._plain is not False
 
     def _is_plain(self, model: nn.Module) -> bool:
-        """Whether the loss is cross-entropy alone; every rank calls."""
+        """Return True if the loss is only cross-entropy; every rank must call this."""
         if self._plain is None:
             self._plain = self._fused() and self._shows_plain(model)
             if not self._plain:
@@ -288,7 +291,7 @@ class KLTrainer(SupervisedKL, Trainer):
 
     @torch.no_grad()
     def _shows_plain(self, model: nn.Module) -> bool:
-        """Compare the loss that the model gives for a few tokens with the cross-entropy of the logits that it gives."""
+        """Compare the model's loss on a few tokens with the cross-entropy of its logits."""
         weight: Any = base_model(model).get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.arange(_LOOKED_AT, device=self.accelerator.device)[None] % full_shape(weight)[0]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -325,7 +328,7 @@ class KLTrainer(SupervisedKL, Trainer):
 
 
 _LOOKED_AT = 8
-"""Tokens that a model's own loss is looked at with."""
+"""Number of tokens in the check of a model's own loss."""
 
 
 def _is_text(inputs: dict[str, Any], batch: TokenBatch) -> bool:
@@ -336,15 +339,16 @@ _Trainer = TypeVar("_Trainer")
 
 
 def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
-    """The trainer with `reference=`, `kl=`, `kl_on=` and `sync=`, as KLTrainer has them.
+    """Return the trainer class with `reference=`, `kl=`, `kl_on=` and `sync=`, as in KLTrainer.
 
         MyKLTrainer = with_reference(MyTrainer)  # class MyTrainer(Trainer)
 
     Args:
-        trainer: transformers.Trainer or a subclass; for TRL's and theirs there is refkl.trl.with_reference.
+        trainer: transformers.Trainer or a subclass. For TRL's trainers and their subclasses use
+            refkl.trl.with_reference.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: any other class.
     """
     if not isinstance(trainer, type) or not issubclass(trainer, Trainer):
         raise ValueError(f"with_reference takes transformers.Trainer or a subclass, and was given {trainer!r}.")

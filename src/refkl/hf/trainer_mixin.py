@@ -1,4 +1,5 @@
-"""What the trainers share: settling the arguments with TRL's own, the reference, the penalty's steps, the sync."""
+"""Base class of all refkl trainers: merges its arguments with TRL's, builds the reference, steps the penalty and the
+sync."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
 
-watch_compile_locks()  # now: DeepSpeed compiles its first op when a script makes its TrainingArguments
+watch_compile_locks()  # at import: DeepSpeed compiles its first op when a script makes its TrainingArguments
 
 
 def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
-    """The sync to make: ours, or TRL's own setting (`sync_ref_model`) taken over.
+    """Return the sync config: refkl's, or one made from TRL's own setting (`sync_ref_model`).
 
     Raises:
         ValueError: both are given.
@@ -48,20 +49,20 @@ def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
 
 
 def check_given(kl: Any, sync: Any, scoring: Any) -> None:
-    """Raise ValueError for an argument of a trainer that is no configuration of its kind."""
+    """Raise ValueError if an argument of a trainer is not a configuration of its kind."""
     for name, given, kind in (("kl", kl, KLConfig), ("sync", sync, SyncConfig), ("scoring", scoring, ScoringConfig)):
         if given is not None and not isinstance(given, kind):
             raise ValueError(f"{name}= takes a {kind.__name__}, and got a {type(given).__name__}.")
 
 
 class KLTrainerMixin(Checkpointing):
-    """What a trainer gains: `.reference`, `.penalty`, `.sync`, and KL metrics."""
+    """Adds `.reference`, `.penalty`, `.sync` and KL metrics to a trainer."""
 
     _metrics: dict[str, defaultdict[str, list[float]]]
     _looked = False
-    """Whether the first KL of the training was looked at."""
+    """True once the first KL of the training was checked."""
     _penalised = False
-    """Whether the KL was ever added or measured."""
+    """True once a KL was added or measured."""
     _step_kl: float | None = None
     """The KL of the last optimizer step, nats per token over all ranks."""
     _measured_at: float = 1.0
@@ -69,27 +70,27 @@ class KLTrainerMixin(Checkpointing):
     _last_batch: TokenBatch | None = None
     """Tokens that were scored in the last optimizer step."""
     placements: ClassVar[tuple[str, ...]] = ("loss",)
-    """Where this trainer can put the penalty."""
+    """The placements of the penalty that this trainer supports."""
     kl_metric: ClassVar[str] = "kl"
-    """What the KL per token is logged as."""
+    """The name under which the KL per token is logged."""
     scoring: ScoringConfig
-    """What is run once for several rows."""
+    """Settings for prompts that several rows share."""
     kl_histogram: Histogram | None = None
     """The log-ratios of all tokens of the steps since the last log, over micro-batches and ranks."""
 
     @property
     def _exact(self) -> bool:
-        """Whether the KL is the exact divergence, and no estimate."""
+        """True if the KL is the exact divergence, not an estimate."""
         return self.penalty.config.estimator == "exact"
 
     @contextmanager
     def _joining(
         self, trainer: type, settle: Callable[[dict[str, Any]], AbstractContextManager[None]]
     ) -> Iterator[None]:
-        """While this trainer is made: `settle` is open around `trainer.__init__`, and gets its arguments by name.
+        """Open `settle` around `trainer.__init__` while this trainer is made, with its arguments by name.
 
-        There, and not at our own __init__, because between the two may stand a class of the user's, which calls its
-        arguments what it likes, and makes some of them itself.
+        It is done there and not in refkl's own __init__, because a user's class between the two may rename arguments or
+        make some of them itself.
         """
         original = trainer.__init__  # type: ignore[misc]
         signature = inspect.signature(original)
@@ -120,7 +121,8 @@ class KLTrainerMixin(Checkpointing):
         on_checkpoint_error: OnCheckpointError,
         temperature: float = 1.0,
     ) -> None:
-        """Build the reference from the policy as TRL has made it (adapter and all), not yet wrapped or trained."""
+        """Build the reference from the policy as TRL has made it (including the adapter), not yet wrapped or
+        trained."""
         self.scoring = scoring or ScoringConfig()
         self._check_kl(kl)
         self._check_settings()
@@ -153,7 +155,7 @@ class KLTrainerMixin(Checkpointing):
             self.add_callback(_SyncMetrics(self))
 
     def _check_kl(self, kl: KLConfig) -> None:
-        """Raise ValueError for a penalty that this trainer cannot apply as it is asked for."""
+        """Raise ValueError if this trainer cannot apply the penalty as configured."""
         name = type(self).__name__
         if kl.placement not in self.placements:
             raise ValueError(
@@ -166,7 +168,8 @@ class KLTrainerMixin(Checkpointing):
             )
 
     def _check_settings(self) -> None:
-        """Raise ValueError for a setting under which policy and reference would not be scored alike, or not at all."""
+        """Raise ValueError for a setting under which policy and reference would be scored differently, or not at
+        all."""
         name = type(self).__name__
         parallel = self.accelerator.parallelism_config
         for size, meaning in _PARALLEL.items():
@@ -195,7 +198,7 @@ class KLTrainerMixin(Checkpointing):
         normalizer: Tensor | None = None,
         count: bool = True,
     ) -> KLOutput:
-        """The penalty of a micro-batch; with `count` it is part of the step's KL, or of the evaluation's."""
+        """Compute the penalty of a micro-batch. With `count` it is part of the step's KL, or of the evaluation's."""
         policy, reference = (TokenScores(x, temperature=temperature) for x in (logp, ref_logp))
         output = self.penalty(
             policy,
@@ -220,15 +223,17 @@ class KLTrainerMixin(Checkpointing):
         return output
 
     def _measure_exact(self, model: Any, batch: TokenBatch) -> None:
-        """Where kl.exact_every asks for it, of the first micro-batch of a step, before its loss: under ZeRO-3 the
-        optimizer's step is over by the time that callbacks hear of it."""
+        """Measure the exact KL of the first micro-batch of a step, before its loss, if kl.exact_every asks for it.
+
+        Callbacks would be too late under ZeRO-3: the optimizer's step is over by then.
+        """
         if self.model.training and self.penalty.exact_due:
             pair = measure_pair(model, self.reference, batch, temperature=self._measured_at, exact=True)
             assert pair.divergence is not None
             self.penalty.add_exact(pair.divergence, batch.completion_mask)
 
     def _look_at_first(self, kl: Tensor) -> None:
-        """Say so if the KL is not 0 though the policy has not trained yet, and nothing explains it."""
+        """Warn if the KL is not 0 although the policy has not trained yet, and nothing explains it."""
         inner = self.accelerator.unwrap_model(self.model)
         noise = self.args.neftune_noise_alpha or any(dropout_rates(module) for module in inner.modules())
         trained = self.state.global_step or self.reference.updates
@@ -246,16 +251,16 @@ class KLTrainerMixin(Checkpointing):
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 _ROUNDING, _ROUNDING_16 = 1e-4, 0.05
-"""Nats per token that the first KL may be, where policy and reference are scored in batches of different size: in 32
-bits, and in 16, where it is an estimate of rounding errors."""
+"""Limits of the first KL in nats per token, in 32 and in 16 bits, if policy and reference are scored in batches of
+different size. In 16 bits it is an estimate of rounding errors."""
 
 
 _LOOK_EVERY, _LOOK_AT = 50, 4
-"""Every so many optimizer steps so many of the reference's weights are compared with its fingerprint."""
+"""Every _LOOK_EVERY optimizer steps, _LOOK_AT of the reference's weights are compared with its fingerprint."""
 
 
 class _SyncMetrics(TrainerCallback):
-    """Logs what the sync says of each step; added after it."""
+    """Logs the sync's metrics of each step. It must be added after the sync."""
 
     def __init__(self, trainer: KLTrainerMixin) -> None:
         self.trainer = trainer
@@ -270,8 +275,10 @@ class _SyncMetrics(TrainerCallback):
 
 
 class _PenaltySteps(TrainerCallback):
-    """Closes the penalty's window at each optimizer step, lets the reference follow the prepared policy, and sees to it
-    that nothing else moves the reference."""
+    """Steps the penalty after each optimizer step.
+
+    It also lets the reference follow the prepared policy, and verifies that only the sync changes the reference.
+    """
 
     def __init__(self, trainer: KLTrainerMixin) -> None:
         self.trainer = trainer
@@ -279,24 +286,24 @@ class _PenaltySteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The optimizer is there by now: look at who holds what, before the first step.
+        """Check before the first step, when the optimizer exists, which tensors policy, reference and optimizer share.
 
         Raises:
-            ValueError: the policy or the optimizer holds what is the reference's alone.
+            ValueError: the policy trains, or the optimizer holds, weights of the reference.
         """
         reference = self.trainer.reference
         if reference.freed:
             return
         reference.follow_policy()
         tokenizer = kwargs.get("processing_class")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds a tokenizer
         vocabulary = None if tokenizer is None else len(tokenizer)
         model, optimizer = self.trainer.model, kwargs.get("optimizer")
         for finding in check_held(model, reference, optimizer=optimizer):
             if finding.verdict == "fault":
                 raise ValueError(f"{finding.check}: {finding.found}; {finding.advice}.")
         if vocabulary is not None and (finding := check_vocabulary(model, reference, vocabulary)).verdict == "fault":
-            # Some tokenizers have a token that no text holds.
+            # Some tokenizers have a token that occurs in no text.
             logger.warning(f"{finding.found}: if such a token comes up, {finding.advice}.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -307,7 +314,7 @@ class _PenaltySteps(TrainerCallback):
                 "call it."
             )
         metrics = self.trainer.penalty.step(self.trainer.accelerator)
-        self.trainer._step_kl = metrics.get("kl", 0.0)  # none where every completion was cut off
+        self.trainer._step_kl = metrics.get("kl", 0.0)  # missing if every completion was cut off
         record(self.trainer, metrics)
         if state.global_step % _LOOK_EVERY == 0:
             self.trainer.reference.verify(_LOOK_AT)

@@ -1,7 +1,7 @@
-"""KL maths on plain tensors: no model, no configuration, no process group.
+"""KL maths on plain tensors. It needs no model, no configuration and no process group.
 
-Directions, written once. d = log p_policy - log p_reference. `reverse_kl` is KL(policy ‖ reference) = E_policy[d];
-`forward_kl` is KL(reference ‖ policy) = E_reference[-d].
+The directions are defined here. d = log p_policy - log p_reference. `reverse_kl` is KL(policy ‖ reference) =
+E_policy[d]; `forward_kl` is KL(reference ‖ policy) = E_reference[-d].
 """
 
 from refkl.kl.aggregation import AGGREGATIONS, aggregate, aggregation_count

@@ -1,4 +1,4 @@
-"""From [B, T] per-token values to one scalar.
+"""Aggregation of [B, T] per-token values to one scalar.
 
     token-mean               Σ x / number of scored tokens
     token-sum                Σ x
@@ -7,8 +7,8 @@
     seq-mean-token-sum-norm  Σ_b (Σ_t x / length) / number of sequences, with one constant length for all
                              ("Dr. GRPO", Liu et al., arXiv:2503.20783)
 
-Each is a sum over the batch divided by a count. A micro-batch, or one rank of several, gives the right share of the
-whole batch's value when the count is that of the whole: pass it as `normalizer`.
+Each is a sum over the batch divided by a count. A micro-batch or a rank contributes its correct share of the whole
+batch's value if it divides by the whole batch's count: pass that count as `normalizer`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from refkl.messages import unknown
 from refkl.types import require_shape
 
 CONSTANT_LENGTH = "seq-mean-token-sum-norm"
-"""The one mode that takes a `length`."""
+"""The only mode that takes a `length`."""
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", CONSTANT_LENGTH)
-"""From values per token to one number."""
+"""The modes of `aggregate`."""
 
 
 def aggregate(
@@ -35,25 +35,25 @@ def aggregate(
     normalizer: float | Tensor | None = None,
     length: float | None = None,
 ) -> Tensor:
-    """One scalar from per-token values.
+    """Aggregate per-token values to one scalar.
 
     Args:
         per_token: [B, T].
-        mask: [B, T], True = counts. What is elsewhere does not matter, NaN and inf included.
-        mode: one of AGGREGATIONS, see above.
-        normalizer: what to divide by instead of this batch's own count (see `aggregation_count`): in tokens for
-            "token-mean", a plain number for "token-sum", in sequences otherwise; positive.
-        length: for "seq-mean-token-sum-norm", in tokens: the constant that every sequence's sum is divided by, such as
-            the longest completion that is allowed. None is the width T, which is constant only if every batch is padded
-            to the same width: micro-batches and ranks add up to the whole batch only then (KLConfig asks for a length).
+        mask: [B, T], True = counts. Values elsewhere are ignored, including NaN and inf.
+        mode: one of AGGREGATIONS.
+        normalizer: positive divisor that replaces this batch's own count (see `aggregation_count`): in tokens for
+            "token-mean", a plain number for "token-sum", in sequences otherwise.
+        length: for "seq-mean-token-sum-norm", in tokens: the constant that divides every sequence's sum, such as the
+            longest completion allowed. None means the width T, which is constant only if every batch is padded to the
+            same width; only then do micro-batches and ranks add up to the whole batch (KLConfig requires a length).
 
     Returns:
         Scalar in the units of `per_token`. 0.0, connected to the graph, if nothing is scored. A sequence without a
-        scored token does not count as one.
+        scored token is not counted.
 
     Raises:
-        ValueError: an unknown mode, shapes that differ, a normalizer or length that is not positive and finite, a
-            length given to a mode that has no use for one.
+        ValueError: an unknown mode, shapes that differ, a normalizer or length that is not positive and finite, or a
+            length given to a mode that does not use one.
     """
     if per_token.dim() != 2:
         raise ValueError(f"per_token must be [B, T], got shape {list(per_token.shape)}.")
@@ -74,10 +74,11 @@ def aggregate(
 
 
 def aggregation_count(mask: Tensor, mode: str = "token-mean") -> Tensor:
-    """Scalar integer: what `mode` divides by.
+    """Return the count that `mode` divides by, as an integer scalar.
 
-    Scored tokens for "token-mean"; 1 for "token-sum", whatever the mask; sequences that have a scored token otherwise.
-    The counts of parts add up to the count of the whole, but for "token-sum" (`refkl.global_normalizer` knows).
+    It is the number of scored tokens for "token-mean", 1 for "token-sum" whatever the mask, and the number of sequences
+    that have a scored token otherwise. The counts of parts add up to the count of the whole, except for "token-sum"
+    (`refkl.global_normalizer` handles that).
 
     Args:
         mask: [..., T], True = counts.
@@ -97,7 +98,7 @@ def aggregation_count(mask: Tensor, mode: str = "token-mean") -> Tensor:
 
 
 def check_aggregation(mode: str, length: float | None) -> None:
-    """Raise ValueError for a mode that does not exist, or a `length` that is missing, has no use, or makes no sense."""
+    """Raise ValueError if the mode does not exist, or if `length` is missing, unused or invalid."""
     if mode not in AGGREGATIONS:
         raise unknown("aggregation", mode, AGGREGATIONS)
     if mode != CONSTANT_LENGTH:

@@ -1,13 +1,13 @@
-"""What the KL is multiplied by, and how that changes over a run.
+"""Controllers of the KL coefficient over a run.
 
-    fixed      stays as it is
+    fixed      a constant coefficient
     linear     from one coefficient to another over a number of steps, in a straight line
-    cosine     the same along half a cosine: slow, fast, slow
+    cosine     from one coefficient to another along half a cosine: slow, fast, slow
     adaptive   steers the KL to a target, in proportion to the error (Ziegler et al., arXiv:1909.08593)
-    dual       a Lagrange multiplier: the coefficient at which the KL stays within a budget
+    dual       a Lagrange multiplier: finds the coefficient at which the KL stays within a budget
 
 Each is updated once per optimizer step, with the KL over all micro-batches and ranks, in the controller's own `unit`:
-nats per "token" or per "sequence". The two differ by the length of a completion, and so do their targets.
+nats per "token" or per "sequence". The two units differ by the length of a completion, and so do their targets.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ UNITS = ("token", "sequence")
 
 
 class Controller:
-    """The contract, and what all of them share.
+    """Base class of the controllers.
 
     Raises:
         ValueError: a coefficient that is negative or not finite.
     """
 
     name: ClassVar[str]
-    """Its key in CONTROLLERS; a state can only be loaded by the controller that it is of."""
+    """The controller's key in CONTROLLERS. Only a controller of the same name can load its state."""
     unit: str = "token"
-    """What `update` expects: "token", nats per token; "sequence", nats per sequence, summed over its tokens."""
+    """The unit that `update` expects: "token", nats per token; "sequence", nats per sequence, summed over its
+    tokens."""
     target: float | None = None
-    """The KL that it steers to, in nats per `unit`; None where it steers to none."""
+    """The KL that the controller steers to, in nats per `unit`; None if it has no target."""
 
     def __init__(self, coef: float) -> None:
         self.coef = _coefficient("The KL coefficient", coef)
-        """What the KL is multiplied by now."""
+        """The present coefficient of the KL."""
 
     def update(self, kl: float, n: int) -> None:
-        """Called once per optimizer step.
+        """Update the coefficient; called once per optimizer step.
 
         Args:
             kl: nats per `unit`, the mean over the step, over all ranks.
-            n: how many tokens or sequences (the `unit`) it is a mean of. 0 where nothing was scored: schedules count
-                the step, and what follows the KL takes no notice.
+            n: number of tokens or sequences (the `unit`) in that mean. If it is 0, nothing was scored: schedules count
+                the step, and controllers that follow the KL ignore it.
 
         Raises:
             ValueError: the controller follows the KL, and it is not finite.
@@ -52,14 +53,14 @@ class Controller:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: plain numbers and strings, exact in JSON."""
+        """Return the state for a checkpoint: plain numbers and strings, exact in JSON."""
         return {"controller": self.name, **self._state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`. Settings (targets, bounds, lengths) stay this controller's own.
+        """Continue from `state_dict`. The settings (targets, bounds, lengths) of this controller stay.
 
         Raises:
-            ValueError: the state of another controller, or none at all.
+            ValueError: the state belongs to another controller, or to none.
         """
         if state.get("controller") != self.name:
             raise ValueError(
@@ -76,18 +77,18 @@ class Controller:
 
 
 class FixedKL(Controller):
-    """A coefficient that stays as it is. 0.0 measures the KL and penalises nothing."""
+    """A constant coefficient. With 0.0 the KL is measured but not penalised."""
 
     name = "fixed"
 
     def update(self, kl: float, n: int) -> None:
-        """A fixed coefficient takes no notice."""
+        """Do nothing: the coefficient is constant."""
 
 
 class LinearKL(Controller):
-    """From `coef` to `end_coef` in a straight line over `steps` optimizer steps, and `end_coef` from then on.
+    """A straight line from `coef` to `end_coef` over `steps` optimizer steps, then constant at `end_coef`.
 
-    The first step is taken at `coef`; whether anything was scored in a step does not matter.
+    The first step uses `coef`. Steps in which nothing was scored count too.
 
     Raises:
         ValueError: a coefficient that is negative or not finite, or less than one step.
@@ -107,7 +108,7 @@ class LinearKL(Controller):
         self.step = 0
 
     def update(self, kl: float, n: int) -> None:
-        """One step on, whatever the KL."""
+        """Advance the schedule by one step; the KL is ignored."""
         self._go_to(self.step + 1)
 
     def _go_to(self, step: int) -> None:
@@ -126,7 +127,7 @@ class LinearKL(Controller):
 
 
 class CosineKL(LinearKL):
-    """As LinearKL, along half a cosine: coef = end + (start - end) · (1 + cos(π · step / steps)) / 2."""
+    """LinearKL along half a cosine: coef = end + (start - end) · (1 + cos(π · step / steps)) / 2."""
 
     name = "cosine"
 
@@ -135,7 +136,7 @@ class CosineKL(LinearKL):
 
 
 class _FollowsKL(Controller):
-    """A coefficient that is multiplied each step, and so can never leave 0."""
+    """Base class of controllers that multiply the coefficient at each step. It can therefore never leave 0."""
 
     target: float
 
@@ -163,7 +164,7 @@ class _FollowsKL(Controller):
         super()._restore(state)
 
     def _error(self, kl: float, n: int) -> float:
-        """How far the KL is from the target, as a share of the target."""
+        """Return the relative error of the KL: kl / target - 1."""
         if not math.isfinite(kl):
             raise ValueError(
                 f"The {self.name} controller was given a KL of {kl}. Look for log-probabilities that are not finite in "
@@ -178,17 +179,17 @@ class AdaptiveKL(_FollowsKL):
     """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) · n / horizon (Ziegler et al. 2019, arXiv:1909.08593).
 
     Args:
-        coef: to start from.
-        target: KL to steer to, in nats per `unit`.
-        horizon: over how many samples the coefficient changes by its greatest factor: in sequences (the paper's
-            episodes), or in tokens where the unit is "token".
-        unit: "sequence", as in the paper: the mean over sequences of the sum over tokens. A target that was found
-            with one unit does not carry over to the other.
+        coef: the initial coefficient.
+        target: the KL to steer to, in nats per `unit`.
+        horizon: number of samples over which the coefficient changes by its greatest factor: sequences (the paper's
+            episodes), or tokens if the unit is "token".
+        unit: "sequence", as in the paper: the mean over sequences of the sum over tokens. A target found with one unit
+            does not carry over to the other.
 
     Raises:
-        ValueError: a coefficient of 0 (multiplied, it stays there), a target or horizon that is not positive and
-            finite, an unknown unit. From `update`: a KL that is not finite, or so many samples in one step
-            (5 · horizon) that the factor 1 - 0.2 · n / horizon would not be positive.
+        ValueError: a coefficient of 0 (multiplying it leaves it at 0), a target or horizon that is not positive and
+            finite, an unknown unit. From `update`: a KL that is not finite, or so many samples in one step (5 ·
+            horizon) that the factor 1 - 0.2 · n / horizon would not be positive.
     """
 
     name = "adaptive"
@@ -198,7 +199,7 @@ class AdaptiveKL(_FollowsKL):
         self.horizon = _positive("horizon", horizon)
 
     def update(self, kl: float, n: int) -> None:
-        """`n` sequences, or tokens where the unit is "token"."""
+        """Update the coefficient with `n` sequences, or `n` tokens if the unit is "token"."""
         error = min(max(self._error(kl, n), -0.2), 0.2)
         if n >= 5 * self.horizon:
             raise ValueError(
@@ -214,20 +215,20 @@ class DualKL(_FollowsKL):
 
     log coef += learning_rate · clip(kl / target - 1, -1, 1), then kept within [min_coef, max_coef].
 
-    The coefficient grows while the KL is over its budget and shrinks while it is under, so it comes to rest only where
-    the KL is the budget, or at a bound: at `min_coef` where the reward alone keeps the policy within the budget, at
-    `max_coef` where no coefficient can. In log space a step is a factor, of exp(learning_rate) at most, so the same
-    learning rate serves coefficients of .001 and of 10 (as SAC does for its temperature, Haarnoja et al.,
-    arXiv:1812.05905). Unlike AdaptiveKL it does not depend on the batch size. The policy must follow the coefficient
-    faster than the coefficient moves: where the KL swings around the target, lower the learning rate.
+    The coefficient grows while the KL is over its budget and shrinks while it is under. It settles where the KL equals
+    the budget, or at a bound: at `min_coef` if the reward by itself keeps the policy within the budget, at `max_coef`
+    if no coefficient can. In log space a step is a factor of at most exp(learning_rate), so the same learning rate
+    serves coefficients of 0.001 and of 10 (as SAC does for its temperature, Haarnoja et al., arXiv:1812.05905). Unlike
+    AdaptiveKL it does not depend on the batch size. The policy must follow the coefficient faster than the coefficient
+    moves: if the KL swings around the target, lower the learning rate.
 
     Args:
-        coef: to start from, within the bounds.
+        coef: the initial coefficient, within the bounds.
         target: the budget, in nats per `unit`.
-        learning_rate: of log coef, per optimizer step.
+        learning_rate: step size of log coef, per optimizer step.
         unit: "sequence" or "token".
-        min_coef: the coefficient goes no lower; positive.
-        max_coef: and no higher.
+        min_coef: lower bound of the coefficient; positive.
+        max_coef: upper bound.
 
     Raises:
         ValueError: a coefficient that is 0 or outside its bounds, bounds that are not positive, a target or learning
@@ -256,10 +257,10 @@ class DualKL(_FollowsKL):
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
-        self.coef = min(max(self.coef, self.min_coef), self.max_coef)  # bounds are settings, and may be others now
+        self.coef = min(max(self.coef, self.min_coef), self.max_coef)  # bounds are settings and may have changed
 
     def update(self, kl: float, n: int) -> None:
-        """`n` is not used, but for 0."""
+        """Update the coefficient. `n` matters only if it is 0: the coefficient then stays."""
         error = min(max(self._error(kl, n), -1.0), 1.0)
         if n:
             self.coef = min(max(self.coef * math.exp(self.learning_rate * error), self.min_coef), self.max_coef)
@@ -272,7 +273,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "adaptive": AdaptiveKL,
     "dual": DualKL,
 }
-"""What each value of kl.controller makes."""
+"""The controller class for each value of kl.controller."""
 
 
 def _coefficient(name: str, value: float) -> float:

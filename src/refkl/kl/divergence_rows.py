@@ -1,4 +1,4 @@
-"""Divergences between rows of logits, value and gradient: what the dense and the fused functions share.
+"""Divergences between rows of logits, value and gradient, shared by the dense and the fused functions.
 
 Notation: z the policy's logits and p = softmax(z), q the reference's distribution, d = log p - log q, V categories.
 
@@ -11,8 +11,8 @@ Notation: z the policy's logits and p = softmax(z), q the reference's distributi
     hellinger    1 - Σ √(p q), the squared distance
     tv           ½ Σ |p - q|
 
-Each is a sum Σ g(p, q) whose terms are arranged so that none is negative: Σ p d cancels terms larger than the sum,
-which in fp32 is 25 % off at a KL of 1e-6 and can come out below zero. With w_j = p_j ∂g/∂p_j the gradient is
+Each is a sum Σ g(p, q) whose terms are arranged so that none is negative. Σ p d itself cancels terms larger than the
+sum, which in fp32 is 25 % off at a KL of 1e-6 and can come out below zero. With w_j = p_j ∂g/∂p_j the gradient is
 ∂/∂z_j = w_j - p_j Σ w. (S. Amari, "Differential-Geometrical Methods in Statistics", 1985; J. Lin, "Divergence measures
 based on the Shannon entropy", 1991; T. van Erven, P. Harremoës, "Rényi divergence and Kullback-Leibler divergence",
 2014)
@@ -36,16 +36,16 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "amari", "renyi", "alpha", "ch
 """Exact divergences; "alpha" is another name of "amari"."""
 
 _FAR = 1e5
-"""Stands for a log-ratio of infinity where it is multiplied by a probability: 0 · inf is NaN."""
+"""Replaces an infinite log-ratio that is multiplied by a probability: 0 · inf is NaN."""
 _FLOOR = -1e6
-"""Stands for log 0 where two logarithms are mixed: inf - inf is NaN."""
+"""Replaces log 0 where two logarithms are mixed: inf - inf is NaN."""
 _STEEP = 40.0
-"""From this log q - log p on, p (q/p - 1) may be 0 · inf, or 0 where q is something."""
+"""From this log q - log p on, p (q/p - 1) may be 0 · inf, or 0 although q is not."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A kind of divergence with what it takes; refused at once if that makes no sense."""
+    """A kind of divergence and its options. Raises ValueError at once if they are invalid."""
 
     kind: str = "reverse_kl"
     weight: float = 0.5
@@ -77,7 +77,7 @@ class Divergence:
 
 
 class Softmax(NamedTuple):
-    """A row's distribution."""
+    """Distributions of rows of logits."""
 
     prob: Tensor
     """[n, V]."""
@@ -86,7 +86,7 @@ class Softmax(NamedTuple):
 
 
 def softmax(z: Tensor) -> Softmax:
-    """Of rows [n, V]."""
+    """Return the softmax of rows [n, V]."""
     peak = z.amax(-1, keepdim=True)
     prob = (z - peak).exp_()
     total = prob.sum(-1, keepdim=True)
@@ -104,25 +104,25 @@ def compare(
     finite: bool = False,
     slope: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence of rows, and its gradient.
+    """Compute the divergence of rows, and its gradient.
 
     Args:
-        how: which divergence.
+        how: the divergence.
         z, ref_z: logits [n, V] of policy and reference, in the dtype of the maths. -inf excludes a category.
-        policy, reference: softmax(z) and softmax(ref_z), where they are at hand.
-        difference: z - ref_z, where it is known to more digits than the two have.
+        policy, reference: softmax(z) and softmax(ref_z), if already computed.
+        difference: z - ref_z, if it is known to more digits than z and ref_z have.
         finite: promises that no logit is -inf, which saves passes.
-        slope: also the gradient.
+        slope: also compute the gradient.
 
     Returns:
-        value [n], never negative, and ∂value/∂z [n, V], finite even where the value is inf.
+        value [n], never negative, and ∂value/∂z [n, V] (None without `slope`), finite even if the value is inf.
     """
     p, log_z = policy or softmax(z)
     q, ref_log_z = reference or softmax(ref_z)
     d = (z - ref_z if difference is None else difference) - (log_z - ref_log_z)
     holes = None
     if not finite:
-        # NaN is -inf - -inf: a category that neither has.
+        # NaN comes from -inf - -inf: a category that neither distribution has.
         holes = (d == torch.inf) & (p > 0), (d == -torch.inf) & (q > 0)
         d.nan_to_num_(nan=0.0, posinf=_FAR, neginf=-_FAR)
     pair = _Pair(p, q, d, lambda: ((z - log_z).clamp_(min=_FLOOR), (ref_z - ref_log_z).clamp_(min=_FLOOR)))
@@ -131,7 +131,7 @@ def compare(
     else:
         value, weighted = _terms(how, pair)
         grad = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1.0) if slope else None
-    value.clamp_(min=0.0)  # what is left of terms that are zero but for rounding
+    value.clamp_(min=0.0)  # terms that should be zero may round below it
     if holes is not None:
         for direction, hole in zip(("policy", "reference"), holes, strict=True):
             if _infinite(how, direction):
@@ -140,20 +140,20 @@ def compare(
 
 
 def reverse_kl_in_place(z: Tensor, ref_z: Tensor, *, difference: bool) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) of rows without -inf, in the fewest passes: `compare` does the same, for the rest.
+    """Compute KL(p ‖ q) of rows without -inf, in the fewest passes; `compare` handles all other cases.
 
     Args:
         z, ref_z: logits [n, V]; both are overwritten.
-        difference: the first is z - ref_z, not z.
+        difference: True if the first argument is z - ref_z, not z.
 
     Returns:
-        value [n] and a factor [n, 1]; times the factor, what is left in the first is ∂value/∂z.
+        value [n] and a factor [n, 1]. The first argument, overwritten, times the factor is ∂value/∂z.
     """
     whole = z + ref_z if difference else z
     peak, ref_peak = whole.amax(-1, keepdim=True), ref_z.amax(-1, keepdim=True)
     weight = (whole - peak).exp_()
     total = weight.sum(-1, keepdim=True)
-    behind = (ref_z - ref_peak).exp_()  # only for its sum, then log q - log p
+    behind = (ref_z - ref_peak).exp_()  # used for its sum, then as the buffer of log q - log p
     shift = (peak - ref_peak) + (total.log() - behind.sum(-1, keepdim=True).log())
     if difference:
         torch.sub(shift, z, out=behind)
@@ -171,14 +171,15 @@ def reverse_kl_in_place(z: Tensor, ref_z: Tensor, *, difference: bool) -> tuple[
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """[n, 1] Σ a b."""
+    """Return Σ a b as [n, 1]."""
     return torch.linalg.vecdot(a, b)[:, None]
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For an autograd.Function's backward that has no derivative: refuses create_graph=True.
+    """Decorate an autograd.Function's backward that has no derivative, so that it refuses create_graph=True.
 
-    once_differentiable alone would treat its result as a constant, and a gradient penalty would lose a term silently.
+    once_differentiable by itself would treat the result as a constant, and a gradient penalty would silently lose a
+    term.
     """
     once = torch.autograd.function.once_differentiable(backward)
 
@@ -195,14 +196,14 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows that are worked on at a time: few enough that what is made on the way stays in a CPU's cache."""
+    """Return slices of rows to process at a time, small enough that the intermediate tensors stay in a CPU's cache."""
     elements = (1 << 19) if device.type == "cpu" else (1 << 23)
     size = max(1, elements // max(1, columns))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 class _Pair(NamedTuple):
-    """Two distributions: p, q, d each [n, V], and a function that gives their logarithms."""
+    """Two distributions: p, q, d each [n, V], and a function that returns their logarithms."""
 
     p: Tensor
     q: Tensor
@@ -211,7 +212,7 @@ class _Pair(NamedTuple):
 
 
 def _infinite(how: Divergence, direction: str) -> bool:
-    """Whether the divergence is inf where only the policy ("policy") or only the reference has mass."""
+    """Return True if the divergence is inf where only the policy ("policy") or only the reference has mass."""
     order = {"reverse_kl": 1.0, "forward_kl": 0.0, "chi2": 2.0}.get(how.kind, how.order)
     if order is None:  # jsd, hellinger and tv are bounded
         return False
@@ -219,7 +220,7 @@ def _infinite(how: Divergence, direction: str) -> bool:
 
 
 def _terms(how: Divergence, pair: _Pair) -> tuple[Tensor, Tensor]:
-    """Value [n], and w = p ∂g/∂p [n, V]."""
+    """Return the value [n], and w = p ∂g/∂p [n, V]."""
     if how.kind == "reverse_kl":
         weighted = pair.p * pair.d
         return _relative_entropy(pair.p, pair.q, pair.d, weighted).sum(-1), weighted
@@ -244,20 +245,21 @@ def _terms(how: Divergence, pair: _Pair) -> tuple[Tensor, Tensor]:
 
 
 def _relative_entropy(a: Tensor, b: Tensor, d: Tensor, ad: Tensor) -> Tensor:
-    """Terms a (d + exp(-d) - 1) = a d + b - a, d = log a - log b, which sum to KL(a ‖ b) and are never negative."""
-    # Where |d| is large a·exp(-d) would be 0·inf; where it is small a·d + b - a would cancel.
+    """Return terms a (d + exp(-d) - 1) = a d + b - a, d = log a - log b: they sum to KL(a ‖ b) and are never
+    negative."""
+    # If |d| is large, a·exp(-d) would be 0·inf; if it is small, a·d + b - a would cancel.
     small = torch.expm1(-d).add_(d).mul_(a)
     return torch.where(d.abs() < 1.0, small, (b - a).add_(ad))
 
 
 def _gap(pair: _Pair) -> Tensor:
-    """p - q, without cancellation where they are close."""
+    """Return p - q, without cancellation where they are close."""
     return torch.where(pair.d.abs() < 1.0, torch.expm1(-pair.d).mul_(pair.p).neg_(), pair.p - pair.q)
 
 
 def _jsd(pair: _Pair, weight: float) -> tuple[Tensor, Tensor]:
     p, q, d = pair.p, pair.q, pair.d
-    # log p/m and log q/m from exp(-|d|) - 1, which cannot overflow; they differ by d.
+    # log p/m and log q/m come from exp(-|d|) - 1, which cannot overflow; they differ by d.
     shrink = torch.expm1(-d.abs())
     ahead = d >= 0
     larger = -torch.log1p(torch.where(ahead, (1.0 - weight) * shrink, weight * shrink))
@@ -270,11 +272,11 @@ def _jsd(pair: _Pair, weight: float) -> tuple[Tensor, Tensor]:
 
 
 def _amari(pair: _Pair, order: float) -> tuple[Tensor, Tensor]:
-    """Terms (p^a q^(1-a) - a p - (1-a) q) / (a (a - 1)), never negative."""
+    """Return terms (p^a q^(1-a) - a p - (1-a) q) / (a (a - 1)), never negative."""
     p, q, d = pair.p, pair.q, pair.d
     log_p, log_q = pair.logs()
     power = (order * log_p + (1.0 - order) * log_q).clamp_(max=MAX_EXPONENT[p.dtype]).exp_()
-    # Towards order 1 the power becomes p, towards 0 q: their difference, over a (a - 1), is what must keep digits.
+    # Towards order 1 the power becomes p, towards 0 q. Its difference from that, over a (a - 1), must keep its digits.
     base, other, u, share = (p, q, d, 1.0 - order) if order > 0.5 else (q, p, -d, order)
     y = -share * u
     near = torch.maximum(y.abs(), u.abs()) < 1.0
@@ -289,7 +291,7 @@ def _amari(pair: _Pair, order: float) -> tuple[Tensor, Tensor]:
 
 def _renyi(pair: _Pair, amari: Tensor, weighted: Tensor, order: float) -> tuple[Tensor, Tensor]:
     excess = order * (order - 1.0) * amari  # Σ p^a q^(1-a) - 1
-    # Far apart the sum vanishes (order < 1) or overflows (order > 1): there it is taken of logarithms.
+    # If p and q are far apart, the sum vanishes (order < 1) or overflows (order > 1): take it from logarithms there.
     far = (excess < -0.5) | (excess > 1.0)
     log_p, log_q = pair.logs()
     apart = ((log_p <= _FLOOR) | (log_q <= _FLOOR)).all(-1)
@@ -303,10 +305,11 @@ def _renyi(pair: _Pair, amari: Tensor, weighted: Tensor, order: float) -> tuple[
 def _bucketed(
     how: Divergence, pair: _Pair, k: int, holes: tuple[Tensor, Tensor] | None, slope: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """The divergence of the policy's k likeliest categories and one bucket for all others: a lower bound, since merging
-    categories can only lose what tells two distributions apart (the data-processing inequality).
+    """Compute the divergence of the policy's k likeliest categories and one bucket for all others.
 
-    `holes` [n, V] are where only the policy, and only the reference, has mass; given back of the coarse distributions.
+    It is a lower bound: merging categories can only lose what distinguishes two distributions (the data-processing
+    inequality). `holes` [n, V] mark where only the policy, and only the reference, has mass; the result has those of
+    the coarse distributions.
     """
     p, q, d = pair.p, pair.q, pair.d
     top = p.topk(k, dim=-1, sorted=False).indices
@@ -314,7 +317,7 @@ def _bucketed(
     tail_p, tail_q = rest_p.sum(-1, keepdim=True), rest_q.sum(-1, keepdim=True)
     gap = torch.where(d.abs() < 1.0, rest_p * torch.expm1(-d), rest_q - rest_p).sum(-1, keepdim=True)
     shift = gap / tail_p  # q_tail / p_tail - 1
-    # Of logarithms: a tail that underflows is far from excluded.
+    # The tails come from logarithms: a tail that underflows is not an excluded one.
     log_p, log_q = pair.logs()
     tail_log_p, tail_log_q = (x.scatter(-1, top, _FLOOR).logsumexp(-1, keepdim=True) for x in (log_p, log_q))
     tail_d = torch.where(shift.abs() < 0.5, -torch.log1p(shift), (tail_log_p - tail_log_q).clamp_(-_FAR, _FAR))

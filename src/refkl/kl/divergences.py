@@ -1,6 +1,7 @@
-"""Exact divergences between two categorical distributions, from logits that are at hand.
+"""Exact divergences between two categorical distributions, from logits.
 
-`linear_divergence` gives the same from hidden states, without the logits in memory. The maths is in divergence_rows.py.
+`linear_divergence` computes the same from hidden states, without the logits in memory. The maths is in
+divergence_rows.py.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ def divergence(
     order: float | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Exact divergence over the last dimension, in nats (for the f-divergences that are no entropies: a plain number).
+    """Compute the exact divergence over the last dimension, in nats (chi2, hellinger, tv and amari: a plain number).
 
     Args:
         logits: policy, [..., V], any float dtype; computed in fp32, or in fp64 if an input is. -inf excludes a
             category.
-        ref_logits: reference, [..., V]. Always detached: grad flows to the policy alone.
+        ref_logits: reference, [..., V]. Always detached: grad flows to the policy only.
         kind: "reverse_kl" KL(policy ‖ reference), "forward_kl" KL(reference ‖ policy), "jsd", "amari" (also called
             "alpha") and "renyi" of an `order`, "chi2" Σ (p - q)²/q, "hellinger" 1 - Σ √(p q) (the squared distance),
             "tv" ½ Σ |p - q|.
         weight: for "jsd", the share of the policy in the mixture, in (0, 1). 0.5 is the Jensen-Shannon divergence.
-        order: for "amari" and "renyi", the power that p is raised to. Towards 1 both become "reverse_kl"; amari
-            towards 0 "forward_kl".
-        top_k: compare the policy's k likeliest categories and one bucket for all the others: never more than the
-            exact value, equal to it at k = V.
+        order: for "amari" and "renyi", the power that p is raised to. Towards 1 both become "reverse_kl"; towards 0
+            amari becomes "forward_kl".
+        top_k: compare the policy's k likeliest categories and one bucket for all others. The result never exceeds the
+            exact value and equals it at k = V.
 
     Returns:
-        [...], never negative. inf where a distribution puts mass on what the other excludes (never so for "jsd",
-        "hellinger", "tv" and orders in (0, 1), save "renyi" where they share nothing). In "amari" and "chi2" the power
-        p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64.
+        [...], never negative. inf if a distribution puts mass where the other has none; "jsd", "hellinger", "tv" and
+        orders in (0, 1) are always finite, except "renyi" of distributions that share no category. In "amari" and
+        "chi2" the power p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64.
 
     Raises:
-        ValueError: an unknown kind, shapes that differ, a weight outside (0, 1), an order that is missing or has no
-            use, a top_k below 1.
+        ValueError: an unknown kind, shapes that differ, a weight outside (0, 1), an order that is missing or unused, a
+            top_k below 1.
     """
     how = Divergence(kind, weight, order, top_k)
     require_shape("ref_logits", ref_logits, logits.shape, "logits")

@@ -1,4 +1,5 @@
-"""The autograd of the fused heads: when a tile's gradient is formed, and what is kept for the backward pass."""
+"""The autograd functions of the fused heads: when they form a tile's gradient, and what they keep for the backward
+pass."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from refkl.kl.tiles import Inputs, Job, Values, Walk, outputs
 
 
 def score(inputs: Inputs, job: Job) -> Values:
-    """Each of `job.names` as [N], 0.0 in rows left out; with a `token_loss`, "loss" alone."""
+    """Compute each of `job.names` as [N], 0.0 in rows left out; with a `token_loss`, only "loss"."""
     trained = inputs.hidden, inputs.weight, inputs.bias
     if inputs.hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         job = replace(job, autocast=torch.get_autocast_dtype("cuda"))
@@ -25,7 +26,10 @@ def score(inputs: Inputs, job: Job) -> Values:
 
 
 class _Fused(torch.autograd.Function):
-    """Frozen head: keeps ∂value/∂h. Trained: projects again, or with a `token_loss` keeps the finished gradients."""
+    """A head's autograd function.
+
+    A frozen head keeps ∂value/∂h. A trained head projects again, or with a `token_loss` keeps the finished gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, job: Job) -> Any:
@@ -69,7 +73,7 @@ class _Fused(torch.autograd.Function):
                 results = kept[0] * loss[:, None], None, None
             elif bool((loss == loss[:1]).all()):
                 results = tuple(_scaled(g, loss) for g in kept[:3])
-            else:  # the tokens' gradients were summed into the weight's with other weights
+            else:  # the weight's gradient was summed over tokens with other weights
                 coefs = {name: c * loss for name, c in zip(job.graded, kept[3:], strict=True)}
                 results = _again(inputs, job, coefs, ctx.needs_input_grad[:3])
         elif inputs is None:
@@ -83,7 +87,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _again(inputs: Inputs, job: Job, coefs: Values, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients by projecting once more, of no more than what has any."""
+    """Compute the gradients by projecting once more; a reference that has no part in them is skipped."""
     if "divergence" not in coefs:
         inputs = replace(inputs, ref_hidden=None, ref_weight=None, ref_bias=None)
     job = replace(job, names=tuple(coefs), graded=tuple(coefs), token_loss=None, observe=None)
@@ -92,14 +96,14 @@ def _again(inputs: Inputs, job: Job, coefs: Values, needs: tuple[bool, ...]) -> 
 
 
 def _scaled(grad: Tensor | None, factors: Tensor) -> Tensor | None:
-    """grad times the one factor that all tokens have; in place, since a weight's gradient is large."""
+    """Multiply grad by the one factor that all tokens have. In place, since a weight's gradient is large."""
     if grad is None or not factors.numel() or bool(factors[0] == 1.0):
         return grad
-    return grad.mul_(float(factors[0]))  # a number: rounded to bf16 it would lean all gradients one way
+    return grad.mul_(float(factors[0]))  # a Python float: rounded to bf16 it would bias all gradients
 
 
 def _whole(d_hidden: Tensor | None, job: Job, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """[R, H] to [N, H], 0.0 in rows left out."""
+    """Scatter [R, H] to [N, H], 0.0 in rows left out."""
     if d_hidden is None:
         return None
     d_hidden = d_hidden.to(dtype)
@@ -109,5 +113,5 @@ def _whole(d_hidden: Tensor | None, job: Job, shape: torch.Size, dtype: torch.dt
 
 
 def full_precision(inputs: Inputs) -> torch.autocast:
-    """Autocast would round every product to 16 bits."""
+    """Switch autocast off: it would round every product to 16 bits."""
     return torch.autocast(inputs.hidden.device.type, enabled=False)

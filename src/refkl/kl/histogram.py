@@ -1,8 +1,8 @@
-"""How the log-ratios of tokens are spread: a histogram of fixed bins, so that those of micro-batches and ranks add up.
+"""Histogram of the log-ratios of tokens. Its bins are fixed, so histograms of micro-batches and ranks can be added.
 
 Notation: d = log p_policy - log p_reference of a token. The bins are the same for both signs, ten in each power of ten
-of |d| (the preferred numbers of ISO 3), from 1e-5 to 1000 nats. One bin is for d = 0 exactly, one on either side for
-what is nearer to 0 than 1e-5, and the outermost two hold all that is beyond them, infinities too.
+of |d| (the preferred numbers of ISO 3), from 1e-5 to 1000 nats. One bin holds d = 0 exactly, one on either side holds
+values nearer to 0 than 1e-5, and the outermost two hold all values beyond them, including infinities.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 _STEPS = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)
 MAGNITUDES = (0.0, *(float(f"{step}e{power}") for power in range(-5, 3) for step in _STEPS), 1000.0)
-"""Nats: |d| is in bin i where MAGNITUDES[i - 1] < |d| <= MAGNITUDES[i], and in bin 0 where it is 0."""
+"""Bin edges in nats: |d| is in bin i if MAGNITUDES[i - 1] < |d| <= MAGNITUDES[i], and in bin 0 if it is 0."""
 _SIDE = len(MAGNITUDES) - 1
 BINS = 2 * _SIDE + 1
-"""The bin of d = 0 is in the middle."""
+"""Number of bins. The bin of d = 0 is in the middle."""
 
 
 def count_log_ratios(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """How many log-ratios are in each bin.
+    """Count the log-ratios in each bin.
 
     Args:
         log_ratio: any shape, nats.
@@ -49,14 +49,16 @@ def _bounds(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Log-ratios of tokens, counted; two are added up by `+`."""
+    """Counts of the tokens' log-ratios; `+` adds two histograms."""
 
     counts: tuple[int, ...]
-    """One for each bin, from the most negative log-ratios to the largest."""
+    """One count per bin, from the most negative log-ratios to the largest."""
     largest: float
-    """The largest |log-ratio|, in nats: what the outermost bins hold may be far beyond their edges. NaN if one was."""
+    """The largest |log-ratio|, in nats: values in the outermost bins may be far beyond the edges. NaN if a log-ratio
+    was."""
     edges: ClassVar[tuple[float, ...]] = (*(-x for x in MAGNITUDES[:0:-1]), 0.0, *MAGNITUDES)
-    """Nats: bin i is from edges[i] to edges[i + 1], with the edge that is further from 0. The bin of 0 has no width."""
+    """Bin edges in nats: bin i spans edges[i] to edges[i + 1], including the edge further from 0. The bin of 0 has no
+    width."""
 
     def __add__(self, other: Histogram) -> Histogram:
         counts = (a + b for a, b in zip(self.counts, other.counts, strict=True))
@@ -65,21 +67,21 @@ class Histogram:
 
     @property
     def tokens(self) -> int:
-        """How many log-ratios were counted."""
+        """The number of log-ratios counted."""
         return sum(self.counts)
 
     def quantile(self, q: float, *, magnitude: bool = False) -> float:
-        """What a share `q` of the tokens is below, as torch.quantile has it, to the width of a bin; nats.
+        """Return the quantile `q` in nats, as torch.quantile does, to the width of a bin.
 
-        Values are taken to be spread evenly over their bin, which is at most 1.28 times as far from 0 at one edge as at
-        the other. The result is no further from 0 than `largest`, and than 1000; it is NaN if a log-ratio was.
+        Values are assumed to be spread evenly over their bin, whose outer edge is at most 1.28 times as far from 0 as
+        its inner edge. The result is at most `largest` and at most 1000 away from 0. It is NaN if a log-ratio was.
 
         Args:
             q: from 0 to 1.
-            magnitude: of |log-ratio|.
+            magnitude: return the quantile of |log-ratio|.
 
         Raises:
-            ValueError: `q` is out of range; nothing was counted.
+            ValueError: `q` is out of range, or nothing was counted.
         """
         if not 0.0 <= q <= 1.0:
             raise ValueError(f"A quantile is a share of the tokens, from 0 to 1, got {q}.")
@@ -99,7 +101,7 @@ class Histogram:
         return max(-self.largest, min(self.largest, value))
 
     def trimmed(self) -> dict[str, list[float] | list[int]]:
-        """{"edges", "counts"} from the first bin that holds something to the last: plain numbers for JSON."""
+        """Return {"edges", "counts"} from the first non-empty bin to the last, as plain numbers for JSON."""
         held = [i for i, count in enumerate(self.counts) if count]
         if not held:
             return {"edges": [], "counts": []}
@@ -108,7 +110,7 @@ class Histogram:
 
 
 def _value(counts: Sequence[int], edges: Sequence[float], rank: int) -> float:
-    """The value of this rank, counted from 0 and the smallest."""
+    """Return the value of this rank, counted from 0 at the smallest."""
     for count, lower, upper in zip(counts, edges[:-1], edges[1:], strict=True):
         if rank < count:
             return lower + (upper - lower) * (rank + 0.5) / count

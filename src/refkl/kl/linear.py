@@ -1,15 +1,15 @@
 """Fused output heads: log-probability, entropy and exact divergence from hidden states, without the logits in memory.
 
-Tokens are taken a chunk at a time with the whole vocabulary in one tile, so that statistics, divergence and gradient
-come from one projection. In units of one product 2·N·V·H, forward and backward together:
+Tokens are processed a chunk at a time with the whole vocabulary in one tile, so that statistics, divergence and
+gradient come from one projection. Costs in units of one product 2·N·V·H, forward and backward together:
 
     frozen head    2 for log-probabilities, 3 for an exact divergence (one more for the entropy's gradient)
     trained head   4 and 6; with the loss given as a closure (`token_loss`) 3 and 4
 
 (A divergence from another head takes one product more, in each pass over the tiles, for as long as the two are near.)
 
-A frozen head (as with LoRA) keeps ∂f/∂h [N, H] from the forward pass, and the backward pass multiplies it.
-A trained one projects again in the backward pass, unless the closure lets it form the gradient in the forward pass.
+A frozen head (as with LoRA) keeps ∂f/∂h [N, H] from the forward pass, and the backward pass multiplies it. A trained
+head projects again in the backward pass, unless a closure lets it form the gradient in the forward pass.
 
 Notation: N tokens, H hidden width, V vocabulary, n the tokens of a tile.
 """
@@ -31,7 +31,7 @@ from refkl.types import require_shape
 
 
 class LinearScores(NamedTuple):
-    """Per token, in nats."""
+    """Scores per token, in nats."""
 
     logp: Tensor
     """[N], 0.0 where masked out."""
@@ -40,12 +40,12 @@ class LinearScores(NamedTuple):
 
 
 class LinearPair(NamedTuple):
-    """Policy and reference on the same tokens; 0.0 where masked out."""
+    """Scores of policy and reference on the same tokens; 0.0 where masked out."""
 
     logp: Tensor
     """[N] nats, with grad."""
     entropy: Tensor | None
-    """[N] nats, of the policy."""
+    """[N] nats, the policy's."""
     ref_logp: Tensor
     """[N] nats, without grad."""
     divergence: Tensor
@@ -67,28 +67,29 @@ def linear_logp(
     observe: Observer | None = None,
     chunk: int | None = None,
 ) -> Any:
-    """Log-probabilities of `targets` under softmax(softcap(logit_scale · hidden Wᵀ + bias) / temperature).
+    """Compute log-probabilities of `targets` under softmax(softcap(logit_scale · hidden Wᵀ + bias) / temperature).
 
     Args:
         hidden: [N, H], any float dtype.
-        weight: [V, H]. If it (or the bias) requires grad the head is trained, else frozen.
+        weight: [V, H]. The head is trained if this or the bias requires grad, else frozen.
         targets: [N] integers in [0, V).
         bias: [V]. -inf excludes a token.
         logit_scale: multiplies the product, not the bias.
-        softcap: c in c · tanh(x / c), taken before the temperature; None for none.
+        softcap: c in c · tanh(x / c), applied before the temperature; None for none.
         temperature: positive; divides the logits.
-        entropy: also each row's entropy: True with grad, "detached" without (which saves a product).
+        entropy: also compute each row's entropy: True with grad, "detached" without (which saves a product).
         mask: [N], True = scored. Other rows are dropped before any product, whatever they hold.
         token_loss: a loss per token, called as token_loss(TileScores) -> [n] on n tokens at a time. Its gradient is
             formed in the forward pass. It may depend on each token's own scores and on tensors that need no grad here.
         observe: called as observe(logits [n, V], rows [n]) on some rows at a time, without grad, to take statistics of
             the logits. It must not change them.
-        chunk: rows of a tile; by default from the vocabulary and the memory that is free.
+        chunk: rows of a tile; by default derived from the vocabulary and the free memory.
 
     Returns:
         LinearScores(logp [N], entropy [N] or None), in fp32, or in fp64 if an input is; with grad to hidden, weight and
-        bias. With `token_loss`, what it returned: [N], with grad. 0.0 where masked out. A trained head then wants all
-        rows weighed alike above (a sum, a mean, a normalizer); where they are not it projects a second time.
+        bias. With `token_loss`, its result: [N], with grad. 0.0 where masked out. A trained head with `token_loss` is
+        cheapest if the backward pass weights all rows alike (a sum, a mean, a normalizer); otherwise it projects a
+        second time.
 
     Raises:
         ValueError: shapes that do not fit, targets outside the vocabulary, a temperature or softcap not positive.
@@ -124,37 +125,37 @@ def linear_divergence(
     observe: Observer | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Exact divergence per token between two heads' distributions.
+    """Compute the exact divergence per token between two heads' distributions.
 
-    Where both sides have the same head (`ref_weight is weight`, as with LoRA) the difference of the logits is projected
+    If both sides have the same head (`ref_weight is weight`, as with LoRA), the difference of the logits is projected
     from the difference of the states, which keeps its digits however close the two are. Between two heads it is
     projected from the differences of states and weights where some row's logits differ by less than 1/64 of their size.
 
     Args:
         hidden: the policy's, [N, H].
         weight: the policy's, [V, H].
-        ref_hidden: the reference's, [N, H']; like all that is the reference's always detached.
+        ref_hidden: the reference's, [N, H']. All tensors of the reference are always detached.
         ref_weight: the reference's, [V, H'].
         kind: one of DIVERGENCES.
         bias: the policy's, [V].
         ref_bias: the reference's, [V].
-        logit_scale: of both, as in `linear_logp`.
-        softcap: of both.
-        temperature: of both.
+        logit_scale: of both heads, as in `linear_logp`.
+        softcap: of both heads.
+        temperature: of both heads.
         jsd_weight: for "jsd", `weight` in `divergence`.
         order: as in `divergence`.
         top_k: as in `divergence`.
-        vocab_size: how many columns to compare. A head with fewer is padded to it, its missing tokens counting as -inf.
+        vocab_size: number of columns to compare. A smaller head is padded to it; its missing tokens count as -inf.
         mask: [N], True = scored.
-        token_loss: as in `linear_logp`; `TileScores.divergence` is what it sees.
+        token_loss: as in `linear_logp`; it receives `TileScores.divergence`.
         observe: as in `linear_logp`.
         chunk: as in `linear_logp`.
 
     Returns:
-        [N], as in `divergence`; with grad to hidden, weight and bias. With `token_loss`, what it returned.
+        [N], as in `divergence`; with grad to hidden, weight and bias. With `token_loss`, its result.
 
     Raises:
-        ValueError: vocabularies of different size with no vocab_size given, and as in `linear_logp` and `divergence`.
+        ValueError: vocabularies of different size without vocab_size, and as in `linear_logp` and `divergence`.
     """
     inputs = Inputs(hidden, weight, bias, None, ref_hidden, ref_weight, ref_bias)
     how = Divergence(kind, jsd_weight, order, top_k)
@@ -188,12 +189,13 @@ def linear_pair(
     observe: Observer | None = None,
     chunk: int | None = None,
 ) -> Any:
-    """Log-probability, entropy, the reference's log-probability and exact divergence, from one projection of each side.
+    """Compute log-probability, entropy, reference log-probability and exact divergence, from one projection of each
+    side.
 
-    Arguments, errors and `token_loss` as in `linear_logp` and `linear_divergence`.
+    Arguments, errors and `token_loss` are as in `linear_logp` and `linear_divergence`.
 
     Returns:
-        LinearPair, each [N]. With `token_loss`, what it returned.
+        LinearPair, each [N]. With `token_loss`, its result.
     """
     inputs = Inputs(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias)
     how = Divergence(kind, jsd_weight, order, top_k)
@@ -219,7 +221,7 @@ def _rows(mask: Tensor | None) -> Tensor | None:
 
 
 def _check(inputs: Inputs, scaling: Scaling, mask: Tensor | None, chunk: int | None, vocab_size: int | None) -> int:
-    """Raise ValueError for what does not fit together; the number of columns to compute."""
+    """Return the number of columns to compute. Raise ValueError if the arguments do not fit together."""
     hidden, weight, targets = inputs.hidden, inputs.weight, inputs.targets
     _check_head(hidden, weight, inputs.bias, "")
     check_temperature(scaling.temperature)

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens from logits, without a second [N, V] tensor in fp32.
 
-`log_softmax` of bf16 logits in bf16 sums to 1.011, and in fp32 it doubles or triples the memory of the logits; here
-rows are taken a few at a time in fp32, and the backward pass makes the gradient from the logits again.
+`log_softmax` of bf16 logits in bf16 sums to 1.011, and in fp32 it doubles or triples the memory of the logits. Here a
+few rows at a time are computed in fp32, and the backward pass recomputes the gradient from the logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refkl.types import require_shape
 
 
 class LogpEntropy(NamedTuple):
-    """Per row, in nats."""
+    """Scores per row, in nats."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -28,14 +28,14 @@ class LogpEntropy(NamedTuple):
 def token_logp(
     logits: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False, mask: Tensor | None = None
 ) -> LogpEntropy:
-    """Log-probability of `targets` under softmax(logits / temperature).
+    """Compute the log-probability of `targets` under softmax(logits / temperature).
 
     Args:
         logits: [N, V], any float dtype; computed in fp32, or in fp64 if they are fp64.
         targets: [N] integers in [0, V).
         temperature: positive; divides the logits.
-        entropy: also give the entropy of each row.
-        mask: [N], True = wanted. Other rows are not read: they get 0.0 and no gradient, whatever they hold.
+        entropy: also compute the entropy of each row.
+        mask: [N], True = scored. Other rows are not read: they get 0.0 and no gradient, whatever they hold.
 
     Returns:
         logp [N] and entropy [N] or None, in nats, with grad to `logits`.

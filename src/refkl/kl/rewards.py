@@ -1,14 +1,14 @@
-"""Where a sequence's reward goes: from [B, T] rewards per token to what each token is credited with.
+"""Placement of a sequence's reward: from [B, T] rewards per token to the credit of each token.
 
-With r_t = -coef · (log p(x_t) - log q(x_t)) for the tokens x that the policy p sampled, the gradient of
-coef · KL(p ‖ q) of whole sequences is -E[Σ_t R_t · ∇log p(x_t)] for each of
+Let r_t = -coef · (log p(x_t) - log q(x_t)) for the tokens x that the policy p sampled. The gradient of coef · KL(p ‖ q)
+of whole sequences is -E[Σ_t R_t · ∇log p(x_t)] for each of
 
-    return_to_go   R_t = Σ_{s ≥ t} gamma^(s - t) r_s with gamma = 1: what came before a token is not its doing
+    return_to_go   R_t = Σ_{s ≥ t} gamma^(s - t) r_s with gamma = 1: a token gets no credit for earlier ones
     sequence       R_t = Σ_s r_s for every t: the same in expectation, with more variance
 
-and not for R_t = r_t ("token"), which leaves out what a token does to those after it (Tang and Munos, "On a few
-pitfalls in KL divergence gradient estimation for RL", arXiv:2506.09477). That form is for a trainer which makes returns
-of its own from rewards per token, as PPO does.
+and not for R_t = r_t ("token"), which leaves out the effect of a token on later ones (Tang and Munos, "On a few
+pitfalls in KL divergence gradient estimation for RL", arXiv:2506.09477). Use "token" with a trainer that computes its
+own returns from rewards per token, as PPO does.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from refkl.messages import unknown
 from refkl.types import require_shape
 
 REWARDS = ("return_to_go", "token", "sequence")
-"""What a token is credited with."""
+"""The forms of a token's credit."""
 
 
 def place_rewards(per_token: Tensor, mask: Tensor, form: str = "return_to_go", *, gamma: float = 1.0) -> Tensor:
-    """Rewards per token, placed.
+    """Place rewards per token.
 
     Args:
-        per_token: [B, T] rewards. What is not scored does not matter, NaN and inf included.
+        per_token: [B, T] rewards. Values that are not scored are ignored, including NaN and inf.
         mask: [B, T], True = counts.
         form: "return_to_go": each scored token gets its own reward and those of the tokens after it. "token": its own.
             "sequence": the sum over the sequence, at its last scored token.
         gamma: for "return_to_go", the discount from one scored token to the next, in (0, 1].
 
     Returns:
-        [B, T], detached, 0.0 where not scored. Padding changes nothing, on either side.
+        [B, T], detached, 0.0 where not scored. Padding on either side changes nothing.
 
     Raises:
-        ValueError: an unknown form, shapes that differ, a gamma outside (0, 1] or one that has no use.
+        ValueError: an unknown form, shapes that differ, a gamma outside (0, 1] or one that is unused.
     """
     check_rewards(form, gamma)
     if per_token.dim() != 2:
@@ -50,7 +50,8 @@ def place_rewards(per_token: Tensor, mask: Tensor, form: str = "return_to_go", *
     if form == "sequence":
         is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
         return rewards.sum(-1, keepdim=True) * is_last
-    # R_t = r_t + a_t R_{t+1}, a_t = gamma where t is scored: by doubling, log2(T) times, what 1, 2, 4, … tokens hold.
+    # R_t = r_t + a_t R_{t+1}, a_t = gamma where t is scored. Doubling: after log2(T) steps of span 1, 2, 4, … it is
+    # whole.
     returns, discount = rewards.clone(), torch.ones_like(rewards).masked_fill(mask, gamma)
     span = 1
     while span < mask.shape[1]:
@@ -61,7 +62,7 @@ def place_rewards(per_token: Tensor, mask: Tensor, form: str = "return_to_go", *
 
 
 def check_rewards(form: str, gamma: float) -> None:
-    """Raise ValueError for a form that does not exist, or a discount that makes no sense or has no use."""
+    """Raise ValueError if the form does not exist, or the discount is invalid or unused."""
     if form not in REWARDS:
         raise unknown("reward", form, REWARDS)
     if not 0.0 < gamma <= 1.0:

@@ -1,4 +1,4 @@
-"""What the metrics of a step are made of: one vector of sums and counts, which adds up over micro-batches and ranks."""
+"""The sums and counts behind the metrics of a step: one vector that can be added over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from refkl.kl.estimators import saturated
 from refkl.kl.histogram import BINS, Histogram, count_log_ratios
 
 MEASURED = ("k1", "k2", "k3")
-"""The estimators whose values are measured, whichever of them the penalty is of."""
+"""The estimators that are always measured, whichever one the penalty uses."""
 _SUMS = ("kl", *MEASURED, "exact", "exact_tokens", "tokens", "sequences", "saturated", "clipped")
 SIZE = len(_SUMS) + BINS + 1
-"""Of the vector: sums over tokens, the bins of the log-ratios, and the largest |log-ratio|, which is no sum."""
+"""Length of the vector: sums over tokens, the bins of the log-ratios, and the largest |log-ratio|, which is not a
+sum."""
 
 
 def statistics(
@@ -26,15 +27,15 @@ def statistics(
     exact: bool,
     max_log_ratio: float | None,
 ) -> Tensor:
-    """Of one micro-batch.
+    """Compute the statistics of one micro-batch.
 
     Args:
-        per_token: [B, T] nats, the KL of each token; 0.0 where the mask is False, as in all of these.
+        per_token: [B, T] nats, the KL of each token; 0.0 where the mask is False, as in all of these tensors.
         log_ratio: [B, T] nats.
         mask: [B, T], True = counts.
         estimates: [B, T] nats each, those of MEASURED.
-        exact: whether `per_token` is the exact divergence.
-        max_log_ratio: beyond which a log-ratio was clamped.
+        exact: True if `per_token` is the exact divergence.
+        max_log_ratio: limit beyond which a log-ratio was clamped.
 
     Returns:
         [SIZE] fp64 on the CPU.
@@ -50,7 +51,8 @@ def statistics(
 
 
 def exact_statistics(divergence: Tensor, mask: Tensor) -> Tensor:
-    """[SIZE] of a micro-batch whose exact divergence, [B, T] nats, was measured beside an estimate."""
+    """Return the vector [SIZE] of a micro-batch whose exact divergence, [B, T] nats, was measured besides an
+    estimate."""
     stats = torch.zeros(SIZE, dtype=torch.float64)
     measured = divergence.detach()[mask.bool()]
     stats[_SUMS.index("exact")], stats[_SUMS.index("exact_tokens")] = float(measured.sum()), measured.numel()
@@ -58,23 +60,23 @@ def exact_statistics(divergence: Tensor, mask: Tensor) -> Tensor:
 
 
 def merged(window: list[Tensor]) -> Tensor:
-    """[SIZE] of all micro-batches together; none is a step in which nothing was scored."""
+    """Merge the vectors [SIZE] of all micro-batches. An empty window is a step in which nothing was scored."""
     stacked = torch.stack([*window, torch.zeros(SIZE, dtype=torch.float64)])
     return torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].max(0).values])
 
 
 def counted(stats: Tensor) -> tuple[int, int]:
-    """Tokens and sequences."""
+    """Return the numbers of tokens and of sequences."""
     return int(stats[_SUMS.index("tokens")]), int(stats[_SUMS.index("sequences")])
 
 
 def histogram_of(stats: Tensor) -> Histogram:
-    """The log-ratios."""
+    """Return the histogram of the log-ratios."""
     return Histogram(tuple(int(count) for count in stats[len(_SUMS) : -1].tolist()), stats[-1].item())
 
 
 def metrics_of(stats: Tensor, coef: float, target: float | None) -> dict[str, float]:
-    """By the names they are logged under: docs/metrics.md says what each is."""
+    """Return the metrics by the names they are logged under; docs/metrics.md describes each."""
     sums = dict(zip(_SUMS, stats.tolist(), strict=False))
     tokens, histogram = max(sums["tokens"], 1.0), histogram_of(stats)
     metrics = {"kl": sums["kl"] / tokens, "kl/sequence": sums["kl"] / max(sums["sequences"], 1.0)}
@@ -87,7 +89,7 @@ def metrics_of(stats: Tensor, coef: float, target: float | None) -> dict[str, fl
 
 
 def quantiles_of(histogram: Histogram) -> dict[str, float]:
-    """What is read from the log-ratios of all tokens together, and is no mean: largest and quantiles, nats."""
+    """Return the metrics that are not means, in nats: the largest log-ratio of all tokens and the quantiles."""
     some = histogram.tokens > 0 or histogram.largest != 0.0
     found = {"kl/max": histogram.largest, "kl/p99": histogram.quantile(0.99, magnitude=True) if some else 0.0}
     for percent in (1, 50, 99):

@@ -1,8 +1,8 @@
-"""The engine of the fused heads: what is asked for, computed tile by tile, with its gradient.
+"""The engine of the fused heads: computes the requested values tile by tile, with their gradients.
 
-Notation: N tokens, of which R are scored, H hidden width, V columns (vocabulary), n rows of a tile, z a row's logits,
-p its softmax. A *slope* is ∂value/∂z [n, V]; one more product with the head's weight makes it ∂value/∂h. A *lean* walk
-works in place, for what is most asked for. A *bend* is what the soft cap multiplies slopes by.
+Notation: N tokens, of which R are scored, H hidden width, V columns (vocabulary), n rows of a tile, z a row's logits, p
+its softmax. A *slope* is ∂value/∂z [n, V]; one more product with the head's weight makes it ∂value/∂h. A *lean* walk
+works in place, for the most frequent requests. A *bend* is the factor by which the soft cap multiplies slopes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refkl.kl.token_rows import entropy, entropy_slope, logp_in_place, logp_slop
 
 
 class TileScores(NamedTuple):
-    """What a `token_loss` is given of the n tokens in hand, with grad; None for what was not asked for."""
+    """The scores of the present n tokens that a `token_loss` receives, with grad; None for those not requested."""
 
     logp: Tensor | None
     """[n] nats."""
@@ -31,11 +31,11 @@ class TileScores(NamedTuple):
     divergence: Tensor | None
     """[n]."""
     rows: Tensor
-    """[n] which of the N tokens these are, to look up what the loss needs of them (advantages, …)."""
+    """[n] indices of these tokens among the N, to look up other inputs of the loss (advantages, …)."""
 
 
 TokenLoss = Callable[[TileScores], Tensor]
-"""[n] a loss per token, with grad to what it was given."""
+"""Returns [n], a loss per token, with grad to the scores."""
 Observer = Callable[[Tensor, Tensor], None]
 Values = dict[str, Tensor]
 
@@ -53,29 +53,29 @@ class Inputs:
     ref_bias: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the fields."""
+        """Return the tensors in the order of the fields."""
         return tuple(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for, of which rows."""
+    """The requested values, and the rows to compute them for."""
 
     names: tuple[str, ...]
-    """Of "logp", "entropy", "ref_logp", "divergence"."""
+    """A selection of "logp", "entropy", "ref_logp", "divergence"."""
     graded: tuple[str, ...]
     """Those of `names` that carry grad."""
     scaling: Scaling
     columns: int
-    """V of the tile: the vocabulary, or what it is padded to."""
+    """V of the tile: the vocabulary, or the size it is padded to."""
     rows: Tensor | None
-    """[R] of the N; None for all."""
+    """[R] indices among the N tokens; None for all."""
     how: Divergence | None = None
     chunk: int | None = None
     token_loss: TokenLoss | None = None
     observe: Observer | None = None
     autocast: torch.dtype | None = None
-    """What autocast rounds the operands of products to on CUDA; the sums are fp32 all the same."""
+    """The dtype to which autocast rounds the operands of products on CUDA; the sums are fp32 all the same."""
 
 
 class Walk:
@@ -86,7 +86,7 @@ class Walk:
         self.dtype = result_dtype(inputs)
         self.head = Projection(inputs.weight, inputs.bias, job.scaling, self.dtype, job.autocast)
         self.ref: Projection | None = None
-        # In 16-bit products the difference of two states would be rounded, where each of the two is exact.
+        # 16-bit products would round the difference of two states; the states themselves are exact.
         self.shared = inputs.ref_weight is not None and _one_head(inputs) and self.head.low is None
         if self.shared:
             self.ref = self.head
@@ -94,10 +94,12 @@ class Walk:
             self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype, job.autocast)
         self.subtractable = self.ref is not None and not self.shared and self.head.subtractable(self.ref)
         self.apart = self.shared
-        """Whether the first buffer has z - z_ref in place of z: projected from differences it has all its digits,
-        subtracted from one another the logits have only those in which they differ."""
+        """True if the first buffer holds z - z_ref in place of z.
+
+        Projected from differences it has all its digits; subtracting the logits leaves only those in which they differ.
+        """
         self.finite = all(p is None or p.finite(job.columns) for p in (self.head, self.ref))
-        # Alone, these two are done in place, in the fewest passes.
+        # If requested by themselves, these two are computed in place, in the fewest passes.
         plain = job.how == Divergence() and self.finite and not self.head.capped
         self.lean = job.names == ("logp",) or (job.names == ("divergence",) and plain)
         self.count = inputs.hidden.shape[0] if job.rows is None else job.rows.numel()
@@ -108,7 +110,7 @@ class Walk:
     # the three passes
 
     def values(self) -> Values:
-        """Values alone, each [R]."""
+        """Compute the values only, each [R]."""
         found = []
         for _, index, hidden in self._parts():
             self._project(hidden, index)
@@ -119,7 +121,7 @@ class Walk:
         return self._joined(found)
 
     def directions(self) -> tuple[Values, Values]:
-        """Values [R], and ∂value/∂h [R, H] for each that carries grad."""
+        """Compute the values [R], and ∂value/∂h [R, H] for each value that carries grad."""
         hidden = self.inputs.hidden
         shape, dtype = (self.count, hidden.shape[1]), _kept_dtype(hidden)
         kept = {name: hidden.new_empty(shape, dtype=dtype) for name in self.job.graded}
@@ -135,11 +137,14 @@ class Walk:
     def gradients(
         self, needs: tuple[bool, ...], coefs: Values | None
     ) -> tuple[Values, tuple[Tensor | None, ...], Values]:
-        """Values [R]; gradients of Σ coef · value for hidden [R, H], weight and bias; and the coefficients [R].
+        """Compute values, gradients and coefficients.
 
         Args:
             needs: which of the three gradients are wanted.
             coefs: [R] by name; None takes them from the `token_loss`.
+
+        Returns:
+            Values [R]; gradients of Σ coef · value for hidden [R, H], weight and bias; and the coefficients [R].
         """
         hidden, weight, bias = self.inputs.hidden, self.inputs.weight, self.inputs.bias
         types = [t if t is None else t.dtype if coefs else _kept_dtype(t) for t in (hidden, weight, bias)]
@@ -180,7 +185,7 @@ class Walk:
         return self._joined(found), grads, self._joined(given, self.job.graded)
 
     def spread(self, values: Values) -> Values:
-        """[R] to [N], 0.0 in rows left out."""
+        """Scatter [R] to [N], 0.0 in rows left out."""
         rows, count = self.job.rows, self.inputs.hidden.shape[0]
         if rows is None:
             return values
@@ -189,7 +194,7 @@ class Walk:
     # tiles
 
     def _parts(self) -> Iterator[tuple[slice, Any, Tensor]]:
-        """Which of the R rows, which of the N, and their hidden states [n, H]."""
+        """Yield the indices of a tile among the R rows and among the N, and its hidden states [n, H]."""
         for start in range(0, self.count, max(1, self.size)):
             part = slice(start, min(start + self.size, self.count))
             index = part if self.job.rows is None else self.job.rows[part]
@@ -204,7 +209,7 @@ class Walk:
         return self.buffers[index]
 
     def _project(self, hidden: Tensor, index: Any) -> None:
-        """Products into the buffers, before the soft cap: z (or, if `apart`, z - z_ref) and z_ref."""
+        """Compute the products into the buffers, before the soft cap: z (or, if `apart`, z - z_ref) and z_ref."""
         tile = self._buffer(0)[: len(hidden)]
         if self.ref is None:
             self.head.product(hidden, tile)
@@ -221,7 +226,7 @@ class Walk:
             self.head.add_difference(self.ref, ref_hidden, tile)
 
     def _pull(self, tile: Tensor, factor: Tensor | None, out: Tensor) -> None:
-        """out [n, H] <- the tile's slopes back through the head."""
+        """Compute out [n, H] <- the tile's slopes back through the head."""
         direct = out if out.dtype == self.dtype else out.new_empty(out.shape, dtype=self.dtype)
         self.head.pull(tile[:, : self.head.size], direct)
         if factor is not None:
@@ -238,12 +243,15 @@ class Walk:
         coefs: Values | None = None,
         lean_slope: bool = False,
     ) -> tuple[Values, Tensor | None]:
-        """Values of the tile. Slopes are left in the buffers: one each, or (in the first) their sum weighed by `coefs`;
-        of a lean tile, which is overwritten, without a factor [n, 1], given back."""
+        """Compute the values of the tile, and leave slopes in its buffers.
+
+        They hold one slope for each graded value, or the first holds their sum weighted by `coefs`. A lean tile is
+        overwritten with a slope without its factor [n, 1], which is returned.
+        """
         targets = None if self.inputs.targets is None else self.inputs.targets[index][:, None]
         found, factors = [], []
         watched = None
-        if self.job.observe is not None and (coefs is None or self.job.token_loss is None):  # once a tile
+        if self.job.observe is not None and (coefs is None or self.job.token_loss is None):  # once per tile
             watched = _numbers(index, self.inputs.hidden.device)
         for block in blocks(rows, self.job.columns, self.inputs.hidden.device):
             seen = None if watched is None else watched[block]
@@ -288,7 +296,7 @@ class Walk:
     def _full(
         self, block: slice, rows: int, target: Tensor | None, seen: Tensor | None, graded: tuple[str, ...]
     ) -> tuple[Values, Values]:
-        """Values and slopes of a block of rows, whose products are left as they are."""
+        """Compute values and slopes of a block of rows; its products stay unchanged."""
         job, finite = self.job, self.finite
         z, ref_z, difference, bend = self._logits(block, rows, slope=bool(graded))
         self._observe(z, seen)
@@ -331,7 +339,7 @@ class Walk:
     def _logits(
         self, block: slice, rows: int, *, slope: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """z, z_ref, z - z_ref where it is known better than from these, and what the soft cap multiplies slopes by."""
+        """Return z, z_ref, z - z_ref if it is known to more digits than these give, and the bend of the soft cap."""
         raw = [buffer[:rows][block] for buffer in self.buffers]
         if self.ref is None:
             z = self._own(raw[0])
@@ -354,12 +362,12 @@ class Walk:
         return z, ref_z, difference, bend
 
     def _own(self, raw: Tensor) -> Tensor:
-        """A product that may be changed: itself if nothing will."""
+        """Return a product that may be changed: itself if nothing will change it."""
         padded = any(p is not None and p.size < self.job.columns for p in (self.head, self.ref))
         return raw.clone() if self.head.capped or padded else raw
 
     def _close(self, stats: Values, index: Any, *, grad: bool) -> tuple[Tensor, Values]:
-        """The `token_loss` [n] of a tile, and its derivative by each graded value [n]."""
+        """Return the `token_loss` [n] of a tile, and its derivative by each graded value [n]."""
         assert self.job.token_loss is not None
         rows = _numbers(index, self.inputs.hidden.device)
         with torch.set_grad_enabled(grad):
@@ -386,7 +394,7 @@ class Walk:
         return loss.detach().to(self.dtype), dict(zip(self.job.graded, coefs, strict=True))
 
     def _joined(self, found: list[Values], names: tuple[str, ...] | None = None) -> Values:
-        """Pieces of a batch as one; empty if nothing is scored."""
+        """Concatenate the pieces of a batch; empty if nothing is scored."""
         if not found:
             empty = self.inputs.hidden.new_empty(0, dtype=self.dtype)
             return dict.fromkeys(names or outputs(self.job), empty)
@@ -394,7 +402,7 @@ class Walk:
 
 
 def result_dtype(inputs: Inputs) -> torch.dtype:
-    """Of the maths and the results: fp64 if any input is, else fp32."""
+    """Return the dtype of the maths and the results: fp64 if any input is, else fp32."""
     dtype = torch.float32
     for t in inputs.tensors():
         if t is not None and t.is_floating_point():
@@ -407,7 +415,7 @@ def _numbers(index: slice | Tensor, device: torch.device) -> Tensor:
 
 
 def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """Of a gradient that waits for the backward pass: fp16 would lose the small ones, which a loss scale is to save."""
+    """Return the dtype of a stored gradient. fp16 would lose the small values, which a loss scale is to save."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
@@ -422,7 +430,7 @@ def _one_head(inputs: Inputs) -> bool:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are one piece of memory read alike."""
+    """Return True if two tensors are the same view of the same memory."""
     if a is None or b is None or a.device != b.device or a.dtype != b.dtype:
         return False
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

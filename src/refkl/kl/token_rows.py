@@ -1,9 +1,9 @@
-"""Log-probability of a token and entropy, from rows of logits: what the dense and the fused functions share.
+"""Log-probability of a token and entropy, from rows of logits, shared by the dense and the fused functions.
 
 Notation: z [n, V] a row's logits, t its target, e = exp(z - max z), s = Σ e, p = e / s.
 
 log p_t = -log(1 + Σ_{j≠t} e_j / e_t) keeps the digits of a log-probability near zero, which z_t - logsumexp(z) rounds
-away; so does its gradient 1 - p_t = Σ_{j≠t} e_j / s at the target.
+away. So does its gradient 1 - p_t = Σ_{j≠t} e_j / s at the target.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from refkl.kl.divergence_rows import Softmax
 
 
 def logp_in_place(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p_t [n] and a factor [n, 1]; z is overwritten: times the factor it is then ∂log p_t/∂z."""
+    """Return log p_t [n] and a factor [n, 1]. z is overwritten: z times the factor is then ∂log p_t/∂z."""
     own, rest, _ = _exponentiate(z, target, out=z)
     z.scatter_(-1, target, -rest)
     total = rest + own.exp()
@@ -25,7 +25,7 @@ def logp_in_place(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TokenRows(NamedTuple):
-    """Of rows of logits."""
+    """Softmax and log-probabilities of rows of logits."""
 
     softmax: Softmax
     shift: Tensor
@@ -33,13 +33,13 @@ class TokenRows(NamedTuple):
     log_total: Tensor
     """[n, 1] log Σ exp(shift)."""
     logp: Tensor | None
-    """[n, 1] of the target."""
+    """[n, 1] log-probability of the target."""
     left: Tensor | None
     """[n, 1] 1 - p_t."""
 
 
 def token_rows(z: Tensor, target: Tensor | None) -> TokenRows:
-    """The softmax of z [n, V], and log p_t if there is a target [n, 1]."""
+    """Compute the softmax of z [n, V], and log p_t if there is a target [n, 1]."""
     if target is None:
         peak = z.amax(-1, keepdim=True)
         shift = z - peak
@@ -60,7 +60,7 @@ def token_rows(z: Tensor, target: Tensor | None) -> TokenRows:
 
 
 def entropy(rows: TokenRows, *, finite: bool) -> Tensor:
-    """[n, 1] nats."""
+    """Return the entropy [n, 1] in nats."""
     parts = rows.softmax.prob * rows.shift
     if not finite:
         parts.nan_to_num_(nan=0.0)  # 0 · -inf
@@ -68,13 +68,13 @@ def entropy(rows: TokenRows, *, finite: bool) -> Tensor:
 
 
 def logp_slope(rows: TokenRows, target: Tensor) -> Tensor:
-    """∂log p_t/∂z [n, V]."""
+    """Return ∂log p_t/∂z [n, V]."""
     assert rows.left is not None
     return rows.softmax.prob.neg().scatter_(-1, target, rows.left)
 
 
 def entropy_slope(rows: TokenRows, value: Tensor, *, finite: bool) -> Tensor:
-    """∂H/∂z [n, V] = -p (log p + H), for the entropy H [n, 1]."""
+    """Return ∂H/∂z [n, V] = -p (log p + H), for the entropy H [n, 1]."""
     slope = (rows.shift + (value - rows.log_total)).mul_(rows.softmax.prob).neg_()
     return slope if finite else slope.nan_to_num_(nan=0.0)
 
@@ -82,7 +82,7 @@ def entropy_slope(rows: TokenRows, value: Tensor, *, finite: bool) -> Tensor:
 def _exponentiate(
     z: Tensor, target: Tensor, *, out: Tensor, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out <- e but 0 at the target; z_t - max z, Σ_{j≠t} e_j and max z, each [n, 1]."""
+    """Compute out <- e, with 0 at the target. Return z_t - max z, Σ_{j≠t} e_j and max z, each [n, 1]."""
     peak = z.amax(-1, keepdim=True)
     moved = torch.sub(z, peak, out=out if shift is None else shift)
     own = moved.gather(-1, target)

@@ -1,4 +1,4 @@
-"""Rewards of completions, called as TRL calls a reward function: a classification model's, and a verifiable task's."""
+"""Reward functions for TRL: a classification model's score, and the check of a verifiable task."""
 
 from refkl.rewards.classifier import RewardModel
 from refkl.rewards.tasks import TASK_SOURCE, TaskReward, task_data

@@ -1,11 +1,11 @@
-"""A sequence-classification model as a reward: frozen, and for each text what the model says of that text alone.
+"""A frozen sequence-classification model as a reward. The score of a text does not depend on other texts.
 
-TRL would take the model itself. It is given a function instead, because TRL runs all completions of a step through the
-model in one forward, cuts no text to what the model can take, adds no special tokens (which a BERT was trained with),
-reads the first label alone, and pads with the tokenizer's token, which it makes the model's: where that is the
-end-of-text token and the model had named none, a text that ends in it is read one token short, since the model looks
-for its last token that is not padding. A function also leaves the model to this file under ZeRO-3, where it is whole on
-each rank: a partitioned one would need every rank to make the same number of forwards.
+TRL accepts the model itself, but it is given a function instead. TRL runs all completions of a step through the model
+in one forward, does not truncate texts to the model's length, adds no special tokens (which a BERT was trained with)
+and reads only the first label. It also pads with the tokenizer's token, which it makes the model's: if that is the
+end-of-text token and the model had no padding token, a text that ends in it is read one token short, since the model
+looks for its last token that is not padding. With a function, this file also places the model under ZeRO-3: it is whole
+on each rank, since a partitioned one would need every rank to make the same number of forwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from refkl.rewards.text import Message
 logger = logging.get_logger(__name__)
 
 _NO_LIMIT = 10**9
-"""transformers writes a huge number for a tokenizer that has no length of its own."""
+"""transformers writes a huge number for a tokenizer without a length limit."""
 
 
 class RewardModel:
@@ -42,15 +42,15 @@ class RewardModel:
 
     Args:
         model: frozen and put into eval mode here; it moves to the run's device when it first scores.
-        tokenizer: the model's own. Conversations are written out by its chat template.
-        label: the logit that counts, by the label's name or number; None for a model with one.
-        probability: the label's probability instead, between 0 and 1.
+        tokenizer: the model's own. Conversations are written with its chat template.
+        label: the label whose logit is the reward, by name or number; None for a model with one label.
+        probability: use the label's probability instead, between 0 and 1.
         batch_size: texts in one forward.
-        max_length: in tokens; of a longer text the beginning is cut, which is the prompt's. None: what the model takes.
-        name: what it is called in logs.
+        max_length: in tokens; a longer text loses its beginning, which is the prompt's. None: the model's limit.
+        name: name in logs.
 
     Raises:
-        ValueError: a label that the model lacks, or none where it has several; a length that it cannot take.
+        ValueError: a label that the model lacks, or none although it has several; a length over the model's limit.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RewardModel:
 
     @classmethod
     def load(cls, folder: str, *, dtype: str | None = None, **options: Any) -> RewardModel:
-        """From a folder or hub name, the weights whole on every process, in `dtype` or as they were saved.
+        """Load a model from a folder or hub name, whole on every process, in `dtype` or as it was saved.
 
         Raises:
             ValueError: nothing there that can be loaded; a model without a trained classification head.
@@ -101,7 +101,7 @@ class RewardModel:
         return cls(model, tokenizer, **{"name": Path(folder).name, **options})
 
     def check(self, prompt: str | Sequence[Message]) -> None:
-        """Raise ValueError for a prompt that this reward could not read."""
+        """Raise ValueError if this reward could not read the prompt."""
         if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The prompts are conversations, and the tokenizer of the reward model {self.__name__} has no chat "
@@ -109,9 +109,9 @@ class RewardModel:
             )
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """`B` scores of `B` prompts with their completions: strings, or lists of messages."""
+        """Return the scores of `B` prompts with their completions: strings, or lists of messages."""
         rows = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        # The longest first: texts of like length share a forward, and memory runs out at once or never.
+        # The longest first: texts of similar length share a forward, and if memory runs out, it does so at once.
         order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
         scores = [0.0] * len(rows)
         device = PartialState().device
@@ -140,12 +140,12 @@ class RewardModel:
 
     @torch.no_grad()
     def _score(self, rows: list[list[int]], device: torch.device) -> Tensor:
-        """[B] in fp32."""
+        """Return the scores [B] in fp32."""
         pad = self._pad
-        if pad is None:  # the model names no padding: a token that none of these rows has
+        if pad is None:  # the model has no padding token: use one that is in none of these rows
             pad = next(token for token in count() if all(token not in row for row in rows))
         self._text_config.pad_token_id = pad
-        # On the right: a model that counts positions from the first column needs no other position ids there.
+        # Pad on the right: a model that counts positions from the first column needs no other position ids there.
         width = max(map(len, rows))
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
@@ -157,7 +157,7 @@ class RewardModel:
 
 
 def _column(config: PreTrainedConfig, label: int | str | None) -> int:
-    """Which logit is the reward."""
+    """Return the index of the logit that is the reward."""
     assert config.num_labels is not None and config.id2label is not None, "transformers counts the one by the other"
     names = [str(name) for _, name in sorted(config.id2label.items())]
     known = ", ".join(f"{at} {name!r}" for at, name in enumerate(names))
@@ -175,7 +175,7 @@ def _column(config: PreTrainedConfig, label: int | str | None) -> int:
 
 
 def _settled_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
-    """How many tokens a text may have, or None for any number."""
+    """Return the largest number of tokens of a text, or None for no limit."""
     # Models with relative positions have no such field.
     limits = [tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
     limit = min((n for n in limits if n is not None and 0 < n < _NO_LIMIT), default=None)

@@ -3,9 +3,9 @@
 Z. Stojanovski et al., "Reasoning Gym: Reasoning Environments for Reinforcement Learning with Verifiable Rewards",
 arXiv:2505.24760.
 
-A row keeps its entry (answer, metadata, and the task's settings) as JSON in a column, from which the reward makes the
-check anew. Some of the package's checks evaluate what the model wrote as Python. Such an answer reaches them only where
-it is a plain literal or plain arithmetic, and three tasks, for whose formulas no such line can be drawn, are refused.
+A row keeps its entry (answer, metadata, and the task's settings) as JSON in a column, from which the reward recreates
+the check. Some of the package's checks evaluate the model's answer as Python. They get an answer only if it is a plain
+literal or plain arithmetic. Three tasks are refused, because their formulas cannot be restricted in this way.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from refkl.messages import nearest, unknown
 from refkl.rewards.text import Message, completion_text
 
 TASK_SOURCE = "reasoning_gym:"
-"""What data.source begins with, before the task's name."""
+"""Prefix of data.source, before the task's name."""
 COLUMN = "entry"
-"""The data's column that holds each row's entry."""
+"""The data's column with each row's entry."""
 
 Entry = dict[str, Any]
 """`{"task", "config", "answer", "metadata"}`."""
@@ -41,13 +41,13 @@ def task_data(
     chat: bool = False,
     **config: Any,
 ) -> datasets.Dataset:
-    """Questions of a task, the same for the same arguments.
+    """Make the questions of a task, the same for the same arguments.
 
     Args:
         task: a data set's name in reasoning-gym, such as "leg_counting".
-        size: how many.
-        seed: chooses them.
-        instructions: what is said before each: the name of one of reasoning-gym's system prompts, which ask for the
+        size: number of questions.
+        seed: chooses the questions.
+        instructions: text before each question: the name of one of reasoning-gym's system prompts, which ask for the
             answer in <answer> tags, or a text of your own; None for nothing.
         chat: prompts are conversations (instructions as the system's turn, question as the user's), not text.
         config: the task's own settings.
@@ -56,7 +56,7 @@ def task_data(
         A data set with the columns `prompt` and `entry`.
 
     Raises:
-        ValueError: an unknown task, or one that is refused; settings that do not fit it.
+        ValueError: an unknown or refused task; settings that do not fit it.
         ModuleNotFoundError: reasoning-gym is not installed.
     """
     config = {**config, "size": size, "seed": seed}
@@ -66,7 +66,7 @@ def task_data(
     for at in range(size):
         try:
             item = dataset[at]
-        except (AssertionError, LookupError, TypeError, ValueError) as error:  # settings that let no question be made
+        except (AssertionError, LookupError, TypeError, ValueError) as error:  # settings that allow no question
             raise ValueError(f"The task {task} makes no question {at} with the settings {config}: {error}") from None
         entry = {"task": task, "config": config, "answer": item["answer"], "metadata": item["metadata"]}
         rows.append({"prompt": _prompt(item["question"], said, chat), COLUMN: _to_json(entry)})
@@ -74,17 +74,17 @@ def task_data(
 
 
 class TaskReward:
-    """A TRL reward function: what the task's own check says of each completion, 1 for a right answer.
+    """A TRL reward function: the task's own score of each completion, 1 for a right answer.
 
-    A row of another task gets None, which TRL leaves out of the sum: a mixture of tasks has a reward for each.
+    A row of another task gets None, which TRL leaves out of the sum: for a mixture of tasks, add a reward for each.
 
     Args:
         task: as for task_data.
-        answer: "tagged": the answer is what is between the last <answer> and </answer>, and none is a wrong one.
-            "whole": it is the whole completion.
+        answer: "tagged": the answer is the text between the last <answer> and </answer>; a completion without them is
+            wrong. "whole": the answer is the whole completion.
 
     Raises:
-        ValueError: an unknown task, or one that is refused.
+        ValueError: an unknown or refused task.
         ModuleNotFoundError: reasoning-gym is not installed.
     """
 
@@ -96,7 +96,7 @@ class TaskReward:
         self._datasets: dict[str, Any] = {}
 
     def check(self, data: datasets.Dataset) -> None:
-        """Raise ValueError for data that this reward could not score a row of."""
+        """Raise ValueError if the data has a row that this reward could not score."""
         if COLUMN not in data.column_names:
             raise ValueError(self._no_entry(f"the data has the columns {data.column_names}"))
         tasks = {self._read(text)["task"] for text in data[COLUMN]}
@@ -109,7 +109,7 @@ class TaskReward:
         entry: Sequence[str] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """`B` scores of `B` completions and the entries of their rows."""
+        """Return `B` scores of `B` completions, from the entries of their rows."""
         if entry is None:
             raise ValueError(self._no_entry("the rows have none"))
         return [self._score(completion_text(c), self._read(e)) for c, e in zip(completions, entry, strict=True)]
@@ -128,7 +128,7 @@ class TaskReward:
             dataset = self._dataset(entry["config"])
             try:
                 return float(dataset.score_answer(answer, entry))
-            except _STUMBLES:  # some checks do, over an answer that is not of the form that they expect
+            except _STUMBLES:  # some checks raise if the answer does not have the form that they expect
                 return float(dataset.score_answer(None, entry))
         except _STUMBLES as error:
             raise ValueError(
@@ -137,7 +137,7 @@ class TaskReward:
             ) from error
 
     def _dataset(self, config: dict[str, Any]) -> Any:
-        """What scores: some checks look at the task's settings."""
+        """Return the data set whose check scores; some checks use the task's settings."""
         key = json.dumps(config, sort_keys=True)
         if key not in self._datasets:
             self._datasets[key] = _create(self.task, config)
@@ -166,7 +166,7 @@ _STUMBLES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 
 
 def _tasks() -> dict[str, tuple[type, type]]:
-    """Every task's class and the dataclass of its settings, by name."""
+    """Return every task's class and the dataclass of its settings, by name."""
     try:
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
@@ -181,7 +181,7 @@ def _tasks() -> dict[str, tuple[type, type]]:
 
 
 def _check_task(task: str) -> type:
-    """The dataclass of a task's settings."""
+    """Return the dataclass of a task's settings. Raise ValueError if the task is unknown or refused."""
     tasks = _tasks()
     if task not in tasks:
         raise ValueError(
@@ -206,7 +206,7 @@ def _create(task: str, config: dict[str, Any]) -> Any:
 
     try:
         return create_dataset(task, **config)
-    except (AssertionError, TypeError, ValueError) as error:  # it asserts what its settings must be
+    except (AssertionError, TypeError, ValueError) as error:  # it asserts that its settings are valid
         raise ValueError(f"The task {task} does not take the settings {config}: {error}") from None
 
 
@@ -228,9 +228,10 @@ def _prompt(question: str, instructions: str | None, chat: bool) -> str | list[M
 
 
 def _to_json(entry: Entry) -> str:
-    """
+    """Serialise an entry.
+
     Raises:
-        ValueError: it would not come back as it is.
+        ValueError: it would not be restored exactly.
     """
     try:
         text = json.dumps(_packed(entry))
@@ -242,7 +243,7 @@ def _to_json(entry: Entry) -> str:
 
 
 def _packed(value: Any) -> Any:
-    """For JSON, which has no tuples and no keys but strings; checks tell them apart."""
+    """Encode tuples and non-string keys for JSON, which lacks them: checks distinguish them."""
     if isinstance(value, tuple):
         return {"__tuple__": [_packed(v) for v in value]}
     if isinstance(value, list):
@@ -266,7 +267,7 @@ def _unpacked(value: Any) -> Any:
     return {key: _unpacked(v) for key, v in value.items()}
 
 
-# What reasoning-gym 0.1.25 evaluates; a test looks for it in the package's source.
+# Tasks whose checks evaluate text in reasoning-gym 0.1.25; a test searches the package's source for them.
 
 
 def _any(*given: Any) -> bool:
@@ -274,7 +275,7 @@ def _any(*given: Any) -> bool:
 
 
 def _literal(text: str) -> bool:
-    """Numbers, strings and lists of them: what evaluating has no effect on."""
+    """Return True for numbers, strings and lists of them, which are safe to evaluate."""
     try:
         ast.literal_eval(text)
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
@@ -283,12 +284,12 @@ def _literal(text: str) -> bool:
 
 
 def _listed(answer: str, entry: Entry) -> bool:
-    """These checks evaluate what is not the right answer to the letter, for those who write it as a list."""
+    """Return True if evaluation is safe: these checks evaluate any answer that is not literally right, as a list."""
     return answer in (entry["answer"], *entry["metadata"].get("valid_answers", ())) or _literal(answer)
 
 
 def _arithmetic(answer: str, entry: Entry) -> bool:
-    """No names, and no powers: 9**9**9**9 would not end."""
+    """Return True for arithmetic without names and powers: 9**9**9**9 would not end."""
     return re.fullmatch(r"[0-9 ()+*/.-]+", answer) is not None and "**" not in answer
 
 
@@ -316,6 +317,7 @@ _ANSWERS: dict[str, Callable[[str, Entry], bool]] = {
     "countdown": _arithmetic,
     "puzzle24": _arithmetic,
 }
-"""Which answers may be evaluated. Any other is scored as none at all."""
+"""The answers that may be evaluated, by task. Any other is scored as no answer."""
 _ENTRIES: dict[str, Callable[[Entry], bool]] = {"number_sorting": _numbers, "bitwise_arithmetic": _hexadecimal}
-"""Which entries may be evaluated: these checks evaluate a part of theirs, and data can come from anywhere."""
+"""The entries that may be evaluated, by task: these checks evaluate a part of theirs, and data can come from
+anywhere."""

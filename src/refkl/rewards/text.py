@@ -1,4 +1,4 @@
-"""What a completion says, be it a string or the turns of a conversation."""
+"""The text of a completion, which is a string or the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Message = dict[str, Any]
 
 
 def completion_text(completion: str | Sequence[Message]) -> str:
-    """The text of one completion: the string itself, or what the messages of a conversational one say."""
+    """Return the text of one completion: the string itself, or the text of a conversation's messages."""
     if isinstance(completion, str):
         return completion
     texts: list[str] = []

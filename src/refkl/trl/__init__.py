@@ -1,9 +1,9 @@
-"""TRL's trainers with a refkl reference: the only place that imports trl.
+"""TRL's trainers with a refkl reference. Only this package imports trl.
 
     from refkl.trl import KLGRPOTrainer        # instead of: from trl import GRPOTrainer
 
-TRL's loop, generation, logging and arguments stay as they are. What changes is where the reference comes from, which
-KL is added, and that policy and reference are scored by one function.
+TRL's loop, generation, logging and arguments stay the same. refkl provides the reference and the KL, and scores policy
+and reference with one function.
 """
 
 from refkl.trl.compat import TESTED, check_trl

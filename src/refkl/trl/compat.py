@@ -1,7 +1,7 @@
-"""Is this a TRL that refkl's plugin was made for? Asked once, when refkl.trl is imported.
+"""Check of the installed TRL, once, when refkl.trl is imported.
 
-The plugin joins TRL's trainers at methods that TRL does not promise to keep. What it relies on is listed here, so that
-a TRL that has moved gives one message, and not an AttributeError at step 40.
+The plugin overrides methods that TRL does not promise to keep. They are listed here, so that a changed TRL gives one
+message instead of an AttributeError at step 40.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from packaging.version import Version
 
 TESTED = ("1.16", "1.17")
-"""From the first, below the second: docs/versions.md says which were tested, and how."""
+"""The first tested version, and the first that is not. docs/versions.md lists which were tested, and how."""
 
 _SCORING = (
     "model",
@@ -34,7 +34,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _METHODS |= {name: {"_compute_loss": ("model", "inputs", "return_outputs")} for name in ("DPOTrainer", "KTOTrainer")}
 _METHODS |= {"SFTTrainer": {"compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch")}}
-"""Their first parameters, after self."""
+"""The first parameters of each method, after self."""
 
 _SAMPLING = ("_buffered_inputs", "self.ref_model", "self.beta", "self.temperature", '"advantages"', '"completion_mask"')
 _PAIRS = ("self.ref_model", "fused_lm_head=True", "create_model_from_path", "self.precompute_ref_logps")
@@ -45,13 +45,13 @@ _USED: dict[str, tuple[str, ...]] = {
     "KTOTrainer": (*_PAIRS, "KL_completion_mask"),
     "SFTTrainer": ("fused_lm_head=True", "outputs.label_mask", "self.padding_free", 'self.args.loss_type == "nll"'),
 }
-"""What their source has to say."""
+"""Text that each trainer's source must contain."""
 
 _ANSWERS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "label_mask", "aux_loss")
 
 
 def check_trl() -> None:
-    """Raise ImportError unless the installed trl is one that refkl.trl works with."""
+    """Raise ImportError if refkl.trl does not work with the installed trl."""
     installed = version("trl")
     if not Version(TESTED[0]) <= Version(installed) < Version(TESTED[1]):
         raise ImportError(
@@ -68,7 +68,7 @@ def check_trl() -> None:
 
 
 def _changes() -> list[str]:
-    """What is not as refkl relies on it."""
+    """List the differences from the TRL that refkl relies on."""
     import trl
     from trl.trainer import utils
 

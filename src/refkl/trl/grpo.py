@@ -12,23 +12,25 @@ from refkl.trl.online import OnlineKL
 
 
 class KLGRPOTrainer(OnlineKL, GRPOTrainer):
-    """trl.GRPOTrainer with `reference=`, `kl=` and `sync=`; all else is TRL's.
+    """trl.GRPOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's.
+
+    With the KL in the reward, it is added to the advantages after TRL has scaled them: per token, or ("sequence") the
+    same for all tokens of a completion. It is then the KL of the policy that sampled, and `loss_type` treats it like
+    any advantage.
 
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
-        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 measures only),
-            aggregated as TRL does it for `args.loss_type`; with `args.use_bias_correction_kl` False, differentiated as
-            it stands, which is another gradient. Placed in the reward, it is added to the advantages, after
-            TRL has scaled them: per token, or ("sequence") the same for all tokens of a completion. It then is the
-            KL of the policy that sampled, and takes part in all that `loss_type` does to advantages.
-        sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
-        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
-        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
-        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
+        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 only measures),
+            aggregated as TRL does for `args.loss_type`. If `args.use_bias_correction_kl` is False, the gradient is
+            "autograd" instead, which is a different one.
+        sync: when to update the reference; by default never, or as `args.sync_ref_model` says.
+        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
+        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
+        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
-        ValueError: `kl` and `args.beta` both given; an option of TRL's that refkl cannot honour; with the KL in the
-            reward, one that drops tokens from the loss (top_entropy_quantile, off_policy_mask_threshold).
+        ValueError: `kl` and `args.beta` are both given; an option of TRL that refkl does not support; with the KL in
+            the reward, an option that drops tokens from the loss (top_entropy_quantile, off_policy_mask_threshold).
     """
 
     args: GRPOConfig
@@ -83,14 +85,14 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
         return dict(inputs) if self.penalty.config.placement == "reward" else inputs
 
     def _scored(self, logp: Tensor) -> None:
-        """With the KL in the reward, add it to the advantages, which become [B, C].
+        """Add the KL in the reward to the advantages, which become [B, C].
 
-        TRL scores the policy first and reads the advantages then, by which time they hold the KL.
+        TRL scores the policy before it reads the advantages, so they hold the KL by then.
         """
         inputs = self._inputs
         if inputs is None or self.penalty.config.placement != "reward":
             return
-        sampled = inputs.get("old_per_token_logps")  # None where it would be the present policy's
+        sampled = inputs.get("old_per_token_logps")  # None if it would equal the present policy's
         reward = self._reward_of(logp.detach() if sampled is None else sampled, inputs).reward
         assert reward is not None
         if self.penalty.config.reward == "sequence":
@@ -99,8 +101,11 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
         inputs["advantages"] = (advantages[:, None] if advantages.dim() == 1 else advantages) + reward
 
     def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
-        """Differentiated as it stands, k3 has the right gradient only times a ratio that is differentiated too,
-        on-policy as well, where the ratio is 1: TRL's use_bias_correction_kl."""
+        """Return the log-probabilities for the ratio; under "autograd" also on-policy, where the ratio is 1.
+
+        Under "autograd" k3 has the right gradient only if it is multiplied by a ratio that is differentiated too (TRL's
+        use_bias_correction_kl).
+        """
         found = super()._old_logp(inputs, policy_logp)
         config = self.penalty.config
         if config.gradient == "reverse_kl" or config.ratio == "prefix" or not self.args.use_bias_correction_kl:
@@ -115,4 +120,4 @@ TRL_AGGREGATION: dict[str, Any] = {
     "luspo": "seq-mean-token-sum",
     "dr_grpo": "seq-mean-token-sum-norm",
 }
-"""How TRL's loss types aggregate the KL; the others take a mean over tokens."""
+"""The aggregation of the KL for each of TRL's loss types; the others take a mean over tokens."""

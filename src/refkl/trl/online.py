@@ -1,7 +1,8 @@
-"""What GRPO and RLOO share: completions that the policy samples, scored by the reference once a rollout.
+"""Base class of the GRPO and RLOO trainers: the policy samples completions, and the reference scores them once per
+rollout.
 
-TRL's own KL is switched off (beta 0), so that it loads no reference and adds no copy of the adapter. Policy, old policy
-and reference are scored by the same function.
+TRL's own KL is switched off (beta 0), so that it loads no reference and adds no copy of the adapter. The same function
+scores policy, old policy and reference.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ logger = logging.get_logger(__name__)
 _SEQUENCES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
 _TEXT = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
 _ROW = "refkl_row"
-"""Where in its rollout a completion was, before TRL shuffled it: those of one prompt are neighbours there."""
+"""A completion's index in its rollout before TRL shuffled it; completions of one prompt are neighbours there."""
 _FLAGS = ("compute_entropy", "compute_aux_loss")
 
 
 class OnlineKL(KLTrainerMixin):
-    """GRPO's and RLOO's part of KLGRPOTrainer and KLRLOOTrainer."""
+    """The KL of KLGRPOTrainer and KLRLOOTrainer."""
 
     trl_trainer: ClassVar[Any]
-    """Which of TRL's trainers this is about."""
-    # What both of these have:
+    """The TRL trainer that is extended."""
+    # Attributes of both trainers:
     args: Any
     temperature: float
     beta: float
@@ -47,11 +48,11 @@ class OnlineKL(KLTrainerMixin):
     _step: int
     placements = ("loss", "reward")
     _inputs: dict[str, Any] | None = None
-    """In a loss: the micro-batch."""
+    """During a loss: the micro-batch."""
     _view: PolicyView | None = None
-    """In a loss: the policy's scores."""
+    """During a loss: the policy's scores."""
     _trained: Any = None
-    """In a loss: the policy, as TRL wraps it."""
+    """During a loss: the policy, as TRL wraps it."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class OnlineKL(KLTrainerMixin):
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:
-        """Open while TRL reads its arguments: without a KL of its own."""
+        """Switch TRL's own KL off while TRL reads its arguments."""
         config = given["args"]
         if config is not None:
             self._check_config(config)
@@ -95,18 +96,18 @@ class OnlineKL(KLTrainerMixin):
             yield
 
     def _check_config(self, config: Any) -> None:
-        """Raise ValueError for an option of TRL's that this trainer cannot honour."""
+        """Raise ValueError for an option of TRL that this trainer does not support."""
 
     def _settled_beta(self, config: Any, kl: KLConfig | None) -> float:
-        """TRL's coefficient, where it is what asks for a KL.
+        """Return TRL's coefficient.
 
         Raises:
-            ValueError: it is asked for twice.
+            ValueError: both it and `kl` ask for a KL.
         """
         if config is None:
             return 0.0
         own = type(config).__dataclass_fields__["beta"].default
-        # A configuration does not tell a default from a value that was given: RLOO's is not 0.
+        # A configuration does not distinguish a default from a given value, and RLOO's default is not 0.
         if kl is not None and config.beta not in (0.0, own):
             raise ValueError(
                 f"The KL is asked for twice: kl.coef {kl.coef} and TRL's beta {config.beta}. Leave beta at 0 and use "
@@ -115,11 +116,11 @@ class OnlineKL(KLTrainerMixin):
         return float(config.beta)
 
     def _as_trl(self, beta: float) -> KLConfig:
-        """The penalty that a script which sets TRL's own beta asks for."""
+        """Return the penalty for a script that sets TRL's own beta."""
         raise NotImplementedError
 
     def _differentiates_entropy(self) -> bool:
-        """Whether the entropy is in the loss: a gradient of it takes one more product with the head's weight."""
+        """Return True if the entropy is in the loss: its gradient costs one more product with the head's weight."""
         return False
 
     def _get_per_token_logps_and_entropies(
@@ -133,7 +134,7 @@ class OnlineKL(KLTrainerMixin):
         compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's own, with a view of the policy that refkl's scorer answers for."""
+        """Score as TRL does, with a view of the policy that uses refkl's scorer."""
         of_loss = self._is_of_the_loss(model, input_ids, attention_mask)
         exact = self._exact and of_loss
         view = PolicyView(
@@ -169,7 +170,8 @@ class OnlineKL(KLTrainerMixin):
         return found
 
     def _is_of_the_loss(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
-        """Whether this scores the policy on its micro-batch: a subclass may score other models, or other tokens."""
+        """Return True if this call scores the policy on its micro-batch. A subclass may score other models or
+        tokens."""
         if self._inputs is None or self._view is not None or model is not self._trained:
             return False
         inputs = self._inputs
@@ -181,24 +183,25 @@ class OnlineKL(KLTrainerMixin):
         return same_tokens(own, input_ids, attention_mask)
 
     def _scored(self, logp: Tensor) -> None:
-        """Called in a loss with [B, C] log-probabilities of the policy as soon as TRL has them."""
+        """Handle the policy's log-probabilities [B, C] in a loss, as soon as TRL has them."""
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts, and the reference's scores of them."""
+        """Make TRL's rollouts, and score them with the reference."""
         rollout = self._with_reference(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
         return rollout | {_ROW: torch.arange(len(rollout["prompt_ids"]))}
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL shuffles a rollout over its micro-batches: those of an optimizer step are put together again."""
+        """Undo TRL's shuffling of a rollout within each optimizer step, so that completions of a prompt are together
+        again."""
         known = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         found = self._buffered_inputs
         if not self.model.training or found is known or not found or self.scoring.prefix == "off":
             return inputs
         if any(_ROW not in part for part in found):
-            return inputs  # a subclass makes rollouts of its own
+            return inputs  # a subclass makes its own rollouts
         if getattr(self, "loss_type", None) == "bnpo":
-            return inputs  # a mean over each micro-batch's own tokens: it matters which rows are in one
+            return inputs  # a mean over each micro-batch's own tokens: its rows matter
         window = self.args.gradient_accumulation_steps
         if len(found) % window or any(x is not None for x in self._media(found[0]).values()):
             return inputs
@@ -207,8 +210,11 @@ class OnlineKL(KLTrainerMixin):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _with_reference(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """A rollout with the reference's scores; an exact divergence has them at each loss, in pairs with the policy's,
-        and at a rollout only where the reference is to be swept once for it."""
+        """Return a rollout with the reference's scores.
+
+        For an exact divergence the reference is scored with the policy at each loss, and here only if it scores in one
+        sweep.
+        """
         if self._exact and not self.reference.one_sweep:
             return rollout
         training = self.model.training
@@ -216,9 +222,10 @@ class OnlineKL(KLTrainerMixin):
         return rollout | self._reference_scores(rollout, size)
 
     def _reference_scores(self, rollout: dict[str, Any], batch_size: int | None = None) -> dict[str, Tensor]:
-        """[B, C] the reference's log-probabilities of the completions, by the names that a rollout keeps them under.
+        """Return the reference's log-probabilities [B, C] of the completions, under their names in a rollout.
 
-        With them [B] how often the reference had moved and, for an exact divergence, [B, C, H] its hidden states.
+        Also return [B] the number of updates of the reference and, for an exact divergence, [B, C, H] its hidden
+        states.
         """
         input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
         attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
@@ -234,7 +241,7 @@ class OnlineKL(KLTrainerMixin):
         media = self._media(rollout)
         limited = self.reference.config.max_tokens is not None and all(x is None for x in media.values())
         if self.reference.one_sweep or limited:
-            batch_size = None  # the reference cuts the rollout itself, by tokens
+            batch_size = None  # the reference splits the rollout itself, by tokens
         view = ReferenceView(score, self.scoring.prefix)
         with torch.no_grad(), self.reference.keep_active():
             logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
@@ -244,12 +251,14 @@ class OnlineKL(KLTrainerMixin):
         return found | ({"reference_hidden": torch.cat(hidden)} if hidden else {})
 
     def _media(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """What of a rollout is for the model, and no text: TRL's scoring method names it."""
+        """Return the model's inputs in a rollout that are not text: the parameters of TRL's scoring method name
+        them."""
         names = inspect.signature(self.trl_trainer._get_per_token_logps_and_entropies).parameters
         return {name: rollout.get(name) for name in names if name not in (*_TEXT, *_FLAGS)}
 
     def _present(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A micro-batch with the reference's scores, anew where it has moved: TRL keeps rollouts over steps."""
+        """Return a micro-batch with the reference's scores, renewed if it was updated: TRL keeps rollouts over several
+        steps."""
         if bool((inputs["reference_updates"] == self.reference.updates).all()):
             return inputs
         kept = self._buffered_inputs or []
@@ -268,7 +277,7 @@ class OnlineKL(KLTrainerMixin):
         return {**inputs, **{name: own[0][name] for name in scores}}
 
     def _ready_hidden(self, length: int) -> Callable[[TokenBatch], TokenScores] | None:
-        """The reference's scores with hidden states, where the rollout keeps them: [B, `length`, …]."""
+        """Return the reference's scores with hidden states [B, `length`, …], if the rollout has them."""
         assert self._inputs is not None
         if "reference_hidden" not in self._inputs:
             return None
@@ -295,11 +304,11 @@ class OnlineKL(KLTrainerMixin):
             self._inputs = self._view = self._trained = None
 
     def _to_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What TRL's loss is given: TRL keeps `inputs` itself for the next iteration over the same rollouts."""
+        """Return the inputs of TRL's loss. TRL keeps `inputs` itself for the next iteration over the same rollouts."""
         return inputs
 
     def _of_kl(self, view: PolicyView, inputs: dict[str, Any]) -> Tensor | float:
-        """What is added to TRL's loss, once that has scored the policy."""
+        """Return the term to add to TRL's loss, after that has scored the policy."""
         if self.penalty.config.placement == "reward":
             return 0.0
         keep = inputs["completion_ids"].shape[1]
@@ -323,44 +332,44 @@ class OnlineKL(KLTrainerMixin):
         return output.loss
 
     def _reward_of(self, logp: Tensor, inputs: dict[str, Any], *, count: bool = True) -> KLOutput:
-        """The penalty as a reward, [B, C], of the policy whose log-probabilities these are."""
+        """Compute the penalty as a reward, [B, C], from a policy's log-probabilities."""
         ref_logp = self._present(inputs)["ref_per_token_logps"]
         return self._penalise(logp, ref_logp, scored_tokens(inputs), self.temperature, count=count)
 
     def _old_logp(self, inputs: dict[str, Any], policy_logp: Tensor) -> Tensor | None:
-        """[B, C] what the KL estimate's ratio is to, or None where the estimate takes none."""
-        sampled = inputs.get("old_per_token_logps")  # None where it would be the present policy's
+        """Return the denominator [B, C] of the KL estimate's ratio, or None if the estimate uses no ratio."""
+        sampled = inputs.get("old_per_token_logps")  # None if it would equal the present policy's
         if self.penalty.config.ratio == "prefix":
             return policy_logp.detach() if sampled is None else sampled
         return sampled if self.penalty.config.gradient == "reverse_kl" else None
 
     def _normalizer(self, inputs: dict[str, Any]) -> Tensor | None:
-        """What this micro-batch's KL is divided by, so that a step's add up over micro-batches and ranks."""
+        """Return this micro-batch's divisor, so that a step's KL adds up over micro-batches and ranks."""
         if not self.model.training:
             return None
         steps, aggregation = self._accumulated(), self.penalty.config.aggregation
-        processes = self.accelerator.num_processes  # gradients are averaged over them
+        processes = self.accelerator.num_processes  # gradients are averaged over ranks
         if aggregation == "token-sum":
             return torch.tensor(steps / (self.current_gradient_accumulation_steps * processes))
         if aggregation != "token-mean":
-            # Every row, as TRL counts, one that was masked as truncated too: the same on each rank and micro-batch.
+            # Count every row as TRL does, also one that is masked as truncated: equal on each rank and micro-batch.
             return torch.tensor(float(inputs["completion_ids"].shape[0] * steps))
         # TRL counts the tokens of the whole generation batch, over all ranks.
         return inputs["num_items_in_batch"].clamp(min=1.0) * steps / self.args.steps_per_generation / processes
 
     def _accumulated(self) -> int:
-        """How many micro-batches a loss is to be divided by here; 1 where the Trainer divides."""
+        """Return the number of micro-batches to divide a loss by; 1 if the Trainer divides."""
         return self.current_gradient_accumulation_steps
 
 
 def scored_tokens(inputs: dict[str, Any]) -> Tensor:
-    """[B, C], 1 = a token that the policy sampled; what a tool put in is not."""
+    """Return the mask [B, C], 1 = a token that the policy sampled, which excludes a tool's output."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def in_order(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The micro-batches of an optimizer step with its rows in the order that they were sampled in."""
+    """Return an optimizer step's micro-batches with the rows in the order in which they were sampled."""
     size, order = len(parts[0][_ROW]), torch.cat([part[_ROW] for part in parts]).argsort()
     whole = {name: _ordered([part[name] for part in parts], order) for name in parts[0]}
     rows = [slice(start, start + size) for start in range(0, len(order), size)]

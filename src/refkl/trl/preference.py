@@ -1,7 +1,7 @@
-"""What DPO and KTO share: the policy and the reference scored together, on data that is given.
+"""Base class of the DPO and KTO trainers: policy and reference are scored together, on given data.
 
 TRL computes their losses from `model(..., labels=, fused_lm_head=True).log_probs`, for policy and reference alike. Both
-are given as views that answer this call with refkl's scorer; the rest of TRL's loss is untouched.
+are replaced by views that answer this call with refkl's scorer; the rest of TRL's loss is unchanged.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from refkl.types import TokenBatch, TokenScores
 
 _TOKENS = ("input_ids", "attention_mask", "completion_mask")
 _PARTS = ("KL_", "")
-"""What TRL prefixes these names with: KTO scores a batch of mismatched pairs before its own."""
+"""Prefixes of the names in _TOKENS: KTO scores a batch of mismatched pairs ("KL_") before its own."""
 _SCORED = "reference_scores"
 
 
 class PreferenceKL(KLTrainerMixin):
-    """DPO's and KTO's part of KLDPOTrainer and KLKTOTrainer."""
+    """The KL of KLDPOTrainer and KLKTOTrainer."""
 
     trl_trainer: ClassVar[Any]
-    """Which of TRL's trainers this is about."""
+    """The TRL trainer that is extended."""
     trl_module: ClassVar[ModuleType]
-    """Where TRL's trainer is written."""
-    ref_model: Any  # of both of these
+    """The module of that trainer."""
+    ref_model: Any  # of both trainers
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class PreferenceKL(KLTrainerMixin):
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:
-        """Open while TRL reads its arguments.
+        """Switch TRL's own reference and sync off while TRL reads its arguments.
 
         Raises:
-            ValueError: one that refkl cannot honour.
+            ValueError: an argument that refkl does not support.
         """
         if given["ref_model"] is not None:
             raise ValueError(
@@ -91,7 +91,7 @@ class PreferenceKL(KLTrainerMixin):
                 )
 
     def _statistics(self) -> tuple[str, ...]:
-        """Which of TRL's statistics of the logits its loss reads."""
+        """Return TRL's statistics of the logits that its loss reads."""
         raise NotImplementedError
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -103,7 +103,7 @@ class PreferenceKL(KLTrainerMixin):
         return batches, items
 
     def _score_together(self, batches: list[dict[str, Any]]) -> None:
-        """The reference's scores of all micro-batches, from one sweep; each takes its own along."""
+        """Score all micro-batches with the reference in one sweep, and store each one's scores in it."""
         parts = [(batch, prefix) for batch in batches for prefix in _PARTS if f"{prefix}input_ids" in batch]
         widths = [batch[f"{prefix}input_ids"].shape[1] for batch, prefix in parts]
         ids, attention, scored = (
@@ -140,7 +140,7 @@ class PreferenceKL(KLTrainerMixin):
             at = policy.call_of(batch.input_ids, batch.attention_mask)
             return self.reference.score(batch) if at is None else policy.references[at]
 
-        # TRL calls it for the batches that the policy was called for.
+        # TRL calls it on the batches on which it calls the policy.
         self.ref_model = ReferenceView(answer, self.scoring.prefix)
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]
@@ -173,7 +173,7 @@ class PreferenceKL(KLTrainerMixin):
             return None
         masks = [mask.to(self.accelerator.device) for mask in self._window]
         count = global_normalizer(masks, self.penalty.config.aggregation, self.accelerator)
-        return count / self.current_gradient_accumulation_steps  # the Trainer divides the loss by these
+        return count / self.current_gradient_accumulation_steps  # the Trainer divides the loss by this number
 
 
 def _tokens(inputs: dict[str, Any]) -> TokenBatch:
@@ -181,17 +181,17 @@ def _tokens(inputs: dict[str, Any]) -> TokenBatch:
 
 
 def _is_text(batch: dict[str, Any]) -> bool:
-    """Whether a micro-batch holds nothing for the model but tokens."""
+    """Return True if a micro-batch has only tokens as inputs."""
     return batch.keys() <= {f"{prefix}{name}" for prefix in _PARTS for name in _TOKENS} | {"label"}
 
 
 @contextmanager
 def _no_reference_of_trl(module: ModuleType, model: Any) -> Iterator[None]:
-    """TRL's __init__ without the reference that it makes there, for which it has no switch.
+    """Run TRL's __init__ without the reference that it makes there; TRL has no option for that.
 
-    For a full policy it loads the model's folder a second time: that call gives None. To a PeftModel it adds a copy of
-    the adapter called "ref", and making one of PiSSA or OLoRA rewrites the base once more: no adapter is made, and the
-    copying that follows finds the policy's own.
+    For a full policy TRL loads the model's folder a second time: that call returns None here. To a PeftModel it adds a
+    copy of the adapter called "ref", which for PiSSA or OLoRA rewrites the base once more. Here no adapter is made, and
+    TRL's copying finds the policy's own.
     """
     create = module.create_model_from_path
     policy_to_load = isinstance(model, str)

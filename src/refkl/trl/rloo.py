@@ -16,42 +16,45 @@ from refkl.trl.scored_model import PolicyView
 
 
 class KLRLOOTrainer(OnlineKL, RLOOTrainer):
-    """trl.RLOOTrainer with `reference=`, `kl=` and `sync=`; all else is TRL's.
+    """trl.RLOOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's.
+
+    With the KL in the loss, it is added to TRL's loss. With the KL in the reward and reward "sequence", it is
+    subtracted from the completion's reward before the leave-one-out baseline. With "return_to_go" or "token" it is an
+    advantage of each token, in a second term of the loss, weighted and clipped by that token's ratio; it has no
+    baseline, and `normalize_advantages` does not scale it. In the reward, it is the KL of the policy that sampled, with
+    the reference and the coefficient of that time. The log, a controller and `sync.max_kl` get the present policy's KL
+    at each step.
 
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
-        kl: the penalty. By default what TRL does: k1, summed over each completion, taken off its reward at
-            coefficient `args.beta` before the leave-one-out baseline. A `kl` in the reward is that too where it is
-            rewarded by "sequence"; by "return_to_go" or "token" it is an advantage of each token of its own, weighed
-            and clipped by that token's ratio, in a second term of the loss: it has no baseline, and
-            `normalize_advantages` does not scale it. In the loss it is added to TRL's. In the reward it is the KL of
-            the policy that sampled, to the reference as it was then, at the coefficient of then; what is logged, and
-            what a controller and `sync.max_kl` hear of at each step, is the present policy's.
-        sync: when the reference moves; by default never, or as `args.sync_ref_model` says.
-        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
-        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
-        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
+        kl: the penalty. By default TRL's: k1, summed over each completion, subtracted from its reward at coefficient
+            `args.beta`.
+        sync: when to update the reference; by default never, or as `args.sync_ref_model` says.
+        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
+        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
+        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
-        ValueError: `kl` and an `args.beta` other than TRL's default are both given; no `args`; an option of TRL's that
-            refkl's scorer cannot honour.
+        ValueError: `kl` and an `args.beta` other than TRL's default are both given; no `args`; an option of TRL that
+            refkl does not support.
     """
 
     args: RLOOConfig
     trl_trainer = RLOOTrainer
     _sampled: Tensor | None = None
-    """In a rollout: [B, C] the log-probabilities of the policy that sampled."""
+    """During a rollout: [B, C] log-probabilities of the policy that sampled."""
     _taken: dict[str, Tensor] | None = None
-    """In a rollout: the reference's scores, where TRL has asked for them."""
+    """During a rollout: the reference's scores, if TRL has asked for them."""
 
     def _as_trl(self, beta: float) -> KLConfig:
         return KLConfig(coef=beta, placement="reward", reward="sequence")
 
     def _accumulated(self) -> int:
-        return 1  # RLOO's loss is divided by the Trainer
+        return 1  # the Trainer divides RLOO's loss
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts; a penalty of whole sequences is taken off the rewards where TRL takes its own."""
+        """Make TRL's rollouts. A penalty of whole sequences is subtracted from the rewards where TRL subtracts its
+        own."""
         self._sampled = self._taken = None
         with self._penalty_of_trl():
             return super()._generate_and_score_completions(inputs)
@@ -62,7 +65,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         if config.placement != "reward" or config.reward != "sequence":
             yield
             return
-        # TRL then asks for the scores of `ref_model`, and takes beta · (log-ratio, summed) off the rewards.
+        # TRL then asks for the scores of `ref_model`, and subtracts beta · (log-ratio, summed) from the rewards.
         self.ref_model, self.beta = self.reference, self.penalty.coef
         try:
             yield
@@ -97,7 +100,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         return found
 
     def _as_reference_of_trl(self, rollout: dict[str, Any], batch_size: int | None) -> Tensor:
-        """[B, C] such that the log-ratio to it, as TRL computes that, is the KL estimate."""
+        """Return [B, C] such that the log-ratio to it, as TRL computes it, is the KL estimate."""
         assert self._sampled is not None, "TRL scores the policy before the reference"
         self._taken = self._reference_scores(rollout, batch_size)
         return self._sampled - self._reward_of(self._sampled, {**rollout, **self._taken}, count=False).per_token
@@ -129,7 +132,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             return super()._of_kl(view, inputs)
         keep = inputs["completion_ids"].shape[1]
         logp = torch.cat([scores.logp[:, -keep:] for scores in view.scores])
-        self._reward_of(logp.detach(), inputs)  # what is logged, and what a controller hears of: the present KL
+        self._reward_of(logp.detach(), inputs)  # the present KL, for the log and a controller
         if (reward := inputs.get("kl_reward")) is None or not self.penalty.coef:
             return 0.0
         ratio = torch.exp(logp - inputs["old_per_token_logps"])

@@ -1,7 +1,7 @@
-"""Policy and reference as TRL's trainers call a model, answered by refkl's scorer.
+"""Policy and reference as TRL's trainers call a model, scored by refkl.
 
 TRL patches its models to answer `model(..., labels=, fused_lm_head=True)` with log-probabilities. A view answers the
-same call, so that one function scores both, with positions counted from the attention mask, while TRL's cutting into
+same call, so that one function scores both, with positions counted from the attention mask. TRL's split into
 micro-batches, its images and its arithmetic stay TRL's own.
 """
 
@@ -23,7 +23,7 @@ from refkl.types import TokenBatch, TokenScores
 
 
 class PolicyView:
-    """The policy, called as TRL calls it; what its calls gave is kept for the KL."""
+    """The policy, called as TRL calls it. The results of the calls are kept for the KL."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class PolicyView:
         before: Callable[[Any, TokenBatch], None] | None = None,
         prefix: Prefix = "auto",
     ) -> None:
-        """A view of `model` as it is wrapped.
+        """Make a view of `model` as it is wrapped.
 
         Args:
             model: called once for each call of the view.
             temperature: divides the logits.
             entropy: as in `score_model`.
-            statistics: which of TRL's per-token statistics of the logits it answers with: "mean_logits", "is_top1",
+            statistics: TRL's per-token statistics of the logits to return: "mean_logits", "is_top1",
                 "log_sum_sq_probs".
-            reference: scored with the policy, call by call, so that the two can share what they have in common.
-            exact: also the exact divergence from it.
-            ready: gives the reference's scores of a batch where they are at hand; for an exact divergence they have
+            reference: scored with the policy, call by call, so that the two can share work.
+            exact: also compute the exact divergence from it.
+            ready: returns the reference's scores of a batch if they are already computed; for an exact divergence with
                 `hidden`.
             before: called with the model and the batch before these are scored with grad.
-            prefix: of the batches, as in TokenBatch.
+            prefix: prefix sharing of the batches, as in TokenBatch.
         """
         self.model = model
         self.options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
@@ -62,14 +62,14 @@ class PolicyView:
         self.before = before
         self.prefix = prefix
         self.batches: list[TokenBatch] = []
-        """What was scored, one for each call."""
+        """The scored batches, one per call."""
         self.scores: list[TokenScores] = []
         self.references: list[TokenScores] = []
         self.divergences: list[Tensor | None] = []
-        """[B, T] nats for each call, with grad, if exact; TRL's calls without grad while it trains have none."""
+        """[B, T] nats for each call, with grad, if `exact`; None for TRL's calls without grad during training."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)  # what is not called is asked of the policy itself
+        return getattr(self.model, name)  # other attributes come from the policy itself
 
     def __call__(self, *args: Any, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
@@ -92,7 +92,7 @@ class PolicyView:
         )
 
     def call_of(self, input_ids: Tensor, attention_mask: Tensor) -> int | None:
-        """Which call, from 0, was the last on these tokens; None if none was."""
+        """Return the index of the last call on these tokens; None if there was none."""
         calls = (at for at, seen in enumerate(self.batches) if same_tokens(seen, input_ids, attention_mask))
         return max(calls, default=None)
 
@@ -128,7 +128,7 @@ class ReferenceView:
 
 
 def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) -> bool:
-    """Whether a batch is of these tokens."""
+    """Return True if the batch has these tokens."""
     if batch.input_ids is input_ids:
         return True
     pairs = (batch.input_ids, input_ids), (batch.attention_mask, attention_mask.to(batch.attention_mask.dtype))
@@ -136,7 +136,7 @@ def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) ->
 
 
 def token_batch(inputs: dict[str, Any], labels: Tensor | None, prefix: Prefix) -> TokenBatch:
-    """The batch that a call of TRL's is about; what is no text goes to the model untouched."""
+    """Return the batch of a call by TRL. Inputs that are not text go to the model unchanged."""
     assert labels is not None, "TRL passes labels with fused_lm_head"
     own = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "use_cache")}
     return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, None, own, prefix)
@@ -150,7 +150,7 @@ class Statistics:
         self.seen: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def observe(self, logits: Tensor, rows: Tensor) -> None:
-        """Take them from some rows of logits [n, V]."""
+        """Compute the statistics of some rows of logits [n, V]."""
         values = {}
         if "mean_logits" in self.names:
             values["mean_logits"] = logits.mean(-1, dtype=torch.float32)
@@ -161,7 +161,7 @@ class Statistics:
         self.seen.append((rows, values))
 
     def result(self, call: Call) -> dict[str, Tensor]:
-        """Put together, by TRL's names."""
+        """Return the statistics of all rows, by TRL's names."""
         rows = torch.cat([rows for rows, _ in self.seen]) if self.seen else None
         found = {}
         for name in self.names:

@@ -1,4 +1,4 @@
-"""SFT with a refkl reference: TRL's supervised fine-tuning on a KL leash."""
+"""SFT with a refkl reference: TRL's supervised fine-tuning, KL-regularised."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from refkl.types import TokenBatch, TokenScores
 
 
 class KLSFTTrainer(SupervisedKL, SFTTrainer):
-    """trl.SFTTrainer with `reference=`, `kl=`, `kl_on=` and `sync=`; all else is TRL's.
+    """trl.SFTTrainer with `reference=`, `kl=`, `kl_on=` and `sync=`; everything else is TRL's.
 
     Loss and `eval_loss` are TRL's own plus coef · KL(policy ‖ reference), exact, a mean over the tokens of the
-    optimizer step: refkl.hf.KLTrainer says more. The policy is run once, but where TRL itself runs it twice.
+    optimizer step; see refkl.hf.KLTrainer. The policy runs once, except where TRL itself runs it twice.
 
     Args:
         reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
-        kl: the penalty; exact. By default at coefficient 0.05; 0 measures it alone.
-        kl_on: "labels": where a token has a label. "all": at every token that is attended to, prompts too.
-        sync: when the reference moves; by default never.
-        scoring: whether prompts that rows share are run once; by default where that is exact and costs less.
-        resume_reference: on resume, the reference that the checkpoint "recorded", or the "initial" one of this trainer.
-        on_checkpoint_error: when a checkpoint cannot be written, as on a full disk, "stop" or "continue".
+        kl: the penalty; exact. The default coefficient is 0.05; 0 only measures the KL.
+        kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
+        sync: when to update the reference; by default never.
+        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
+        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
+        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
-        ValueError: an estimator that is for sampled tokens; sequences laid in a row (padding_free, packing but for
-            "wrapped"), which refkl's scorer cannot tell apart.
+        ValueError: an estimator for sampled tokens; packed sequences (padding_free, or packing other than "wrapped"),
+            which refkl's scorer cannot separate.
     """
 
     args: SFTConfig
@@ -50,7 +50,7 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
 
     def _fused(self) -> bool:
         smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
-        return self.compute_loss_func is None and not smoothed  # for these TRL takes the logits
+        return self.compute_loss_func is None and not smoothed  # for these TRL uses the logits
 
     def _compared(
         self,
@@ -75,7 +75,7 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
 
 
 class _View:
-    """The policy as SFTTrainer.compute_loss calls it; its first call is compared with the reference."""
+    """The policy as SFTTrainer.compute_loss calls it. Its first call is compared with the reference."""
 
     def __init__(self, model: Any, watch: Watch, ready: TokenScores | None) -> None:
         self.model, self.watch, self.ready = model, watch, ready
@@ -92,7 +92,7 @@ class _View:
         if self.watch.found is None:
             self.watch.found = compare(self.model, self.watch.reference, batch, EXACT, ref_scores=self.ready, **options)
             scored = self.watch.found.scored
-        else:  # for TRL's metrics alone
+        else:  # only for TRL's metrics
             scored = score_model(self.model, batch, **options)
         entropy, mask = scored.scores.entropy, labelled(labels)[:, 1:]
         assert entropy is not None, "asked for"

@@ -1,4 +1,4 @@
-"""A user's own subclass of a TRL trainer, with a refkl reference."""
+"""refkl references for a user's own subclasses of TRL trainers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _Trainer = TypeVar("_Trainer")
 
 
 def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
-    """The trainer with `reference=`, `kl=` and `sync=`, as KLGRPOTrainer has them.
+    """Return the trainer class with `reference=`, `kl=` and `sync=`, as in KLGRPOTrainer.
 
         MyKLTrainer = with_reference(MyTrainer)  # class MyTrainer(GRPOTrainer)
 
-    What the subclass overrides stays in force inside what refkl adds: refkl's penalty goes onto the loss that the
-    subclass gives, and its own scoring of the policy is called with refkl's scorer in the model's place.
+    The overrides of the subclass stay in force. refkl adds its penalty to the subclass's loss, and calls the subclass's
+    own scoring of the policy with refkl's scorer in place of the model.
 
     Args:
         trainer: trl's GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer or SFTTrainer, or a subclass of one; or a
-            trainer that is none of TRL's, as for refkl.hf.with_reference.
+            trainer that is not TRL's, as for refkl.hf.with_reference.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: any other class.
     """
     if not isinstance(trainer, type):
         raise ValueError(f"with_reference takes a trainer's class, and was given {trainer!r}.")

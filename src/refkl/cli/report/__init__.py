@@ -1,4 +1,4 @@
-"""`refkl report`: one page, or one picture, of one or more runs."""
+"""`refkl report`: one HTML page, or one picture, of one or more runs."""
 
 from __future__ import annotations
 

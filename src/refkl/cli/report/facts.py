@@ -1,4 +1,4 @@
-"""What a report says of its runs in words and tables."""
+"""The text and tables of a report."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Row:
 
     name: str
     cells: list[str]
-    """Text; a fingerprint is in full here, and cut by the page."""
+    """Text; a fingerprint is complete here, and the page shortens it."""
     differs: bool
     code: bool = False
 
 
 def overview(runs: Sequence[Run]) -> list[Row]:
-    """What one looks for first. Numbers go from the mean of the first steps to that of the last."""
+    """Return the most important facts. Numbers go from the mean of the first steps to that of the last."""
     rows = [
         _row("status", runs, lambda run: str(run.reference.get("status", _UNKNOWN))),
         _row("steps", runs, lambda run: str(run.steps[-1]["step"]) if run.steps else "none yet"),
@@ -43,7 +43,7 @@ def overview(runs: Sequence[Run]) -> list[Row]:
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What a reader should know before comparing the numbers."""
+    """Return what a reader should know before comparing the numbers."""
     found = []
     prints = {run.reference["before"]["fingerprint"] for run in runs if run.reference.get("before")}
     if len(prints) > 1:
@@ -74,7 +74,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def provenance(runs: Sequence[Run]) -> list[Row]:
-    """Which model each run's reference was."""
+    """Return the identity of each run's reference."""
     rows = [
         _row("strategy", runs, lambda run: _said(run, "strategy")),
         _row("reason", runs, lambda run: _said(run, "reason")),
@@ -90,13 +90,13 @@ def provenance(runs: Sequence[Run]) -> list[Row]:
 
 
 def config_differences(runs: Sequence[Run]) -> list[Row]:
-    """The settings that are not the same in all runs."""
+    """Return the settings that differ between the runs."""
     if len(runs) < 2:
         return []
     settings = [dict(flat(run.settings)) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
     rows = [Row(name, [_setting(one, name) for one in settings], False) for name in names]
-    # A run of another method has other settings: one that is not set is none.
+    # A run of another method has other settings; a missing one counts as null.
     return [row for row in rows if len({_UNKNOWN if cell == "null" else cell for cell in row.cells}) > 1]
 
 
@@ -106,7 +106,7 @@ def _row(name: str, runs: Sequence[Run], of: Callable[[Run], str], *, code: bool
 
 
 def _record(run: Run) -> dict[str, Any]:
-    """The reference as it was last recorded."""
+    """Return the last record of the reference."""
     return run.reference.get("after") or run.reference.get("before") or {}
 
 
@@ -124,7 +124,7 @@ def _floor(run: Run) -> str:
 
 
 def _moves(run: Run) -> str:
-    """The first few, each with what it did."""
+    """Describe the first few updates of the reference."""
     if not run.reference:
         return _UNKNOWN
     if not run.updates:
@@ -147,7 +147,7 @@ def _versions(run: Run) -> str:
 
 
 def _course(run: Run, key: str, most: int = 10) -> str:
-    """From the mean of the first steps to that of the last; one number where they are the same."""
+    """Describe a measurement by the means of its first and last steps; one number if they are the same."""
     values = run.series(key)[1]
     if not values:
         return _UNKNOWN

@@ -1,4 +1,4 @@
-"""`report.html`: all of a report in one file, which loads nothing."""
+"""`report.html`: the whole report in one file, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def write_page(run: str | Path, *others: str | Path, output: str | Path | None =
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page as text."""
+    """Return the page as text."""
     drawn = plots(runs)
     bokeh = _inline(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw[0])
     own = _inline((_HERE / "page.js").read_text(encoding="utf-8"))
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    environment.policies["json.dumps_kwargs"] = {}  # in their order: Bokeh reads what is defined before it is used
+    environment.policies["json.dumps_kwargs"] = {}  # keep the order: Bokeh reads definitions before their use
     environment.trim_blocks = environment.lstrip_blocks = True
     return environment.get_template("page.html").render(
         policy=_policy(bokeh, own),
@@ -65,7 +65,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _caption(runs: Sequence[Run]) -> str:
-    """How to read the plots, and what is not in them."""
+    """Return the caption: how to read the plots, and what they leave out."""
     said = ["Against KL, a run goes from its ring to its large dot."]
     if any(len(run.steps) > 5 for run in runs):
         said.insert(0, "Pale: what was logged. Strong: the mean of a logged step and the four before it.")
@@ -86,7 +86,7 @@ def _caption(runs: Sequence[Run]) -> str:
 
 
 def _policy(*scripts: str) -> str:
-    """A Content-Security-Policy under which nothing is loaded from anywhere, and these scripts alone are run."""
+    """Return a Content-Security-Policy under which nothing is loaded and only these scripts run."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
@@ -96,14 +96,14 @@ def _policy(*scripts: str) -> str:
 
 
 def _inline(script: str) -> Markup:
-    """A script as it stands between tags, which it must not close."""
+    """Return a script for use between tags; it must not contain the closing tag."""
     if "</script" in script.lower() or "<!--" in script:
         raise ValueError("A script of the page holds a tag, and cannot be written into it.")
     return Markup(script)
 
 
 def _documents(drawn: Sequence[Plot]) -> dict[str, Any]:
-    """What Bokeh draws, and into which elements."""
+    """Return Bokeh's documents, and the elements that they are drawn into."""
     if not drawn:
         return {"documents": {}, "items": [], "colours": len(COLOURS)}
     document = Document()

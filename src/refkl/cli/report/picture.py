@@ -31,7 +31,7 @@ def draw_report(run: str | Path, *others: str | Path, output: str | Path | None 
         for number, one in enumerate(runs):
             steps, values = one.series(key)
             if steps:
-                colour = f"C{number % 10}"  # of a run, in all panels
+                colour = f"C{number % 10}"  # the run's colour in all panels
                 axis.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
                 axis.plot(steps, running_mean(values), color=colour, linewidth=2)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,4 @@
-"""The plots of a report: reward against KL, and each of a run's measurements over its steps."""
+"""The plots of a report: reward against KL, and each measurement of a run over its steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bokeh.plotting import figure
 from refkl.cli.report.runs import Run, finite, flat, running_mean, thinned
 
 POINTS = 1000
-"""Of a line that are drawn; a longer run is thinned."""
+"""Largest number of points of a line; a longer run is thinned."""
 MARKS = 200
-"""Of a reference's moves."""
-# Okabe and Ito's, which people see apart however they see colours, without the palest and with a grey; and for a dark
-# ground the same, lighter.
+"""Largest number of marks for updates of the reference."""
+# Okabe and Ito's colours, which are distinct for all kinds of colour vision, without the palest and with a grey; and
+# lighter ones for a dark background.
 COLOURS = (
     ("#0072B2", "#4AA3DF"),
     ("#D55E00", "#F07F3C"),
@@ -28,19 +28,19 @@ COLOURS = (
 _MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
 _FEW = 12
-"""More moves of a reference than this are short ticks: lines would hide the rest."""
+"""Number of updates of a reference beyond which they are short ticks: lines would hide the rest."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot, and what is said above and below it."""
+    """One plot, with the text above and below it."""
 
     name: str
     title: str
     unit: str
     figure: figure
     lines: list[tuple[str, str]]
-    """Where several measurements share the plot: the name and the dash of each."""
+    """The name and the dash of each measurement, if several share the plot."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Panel:
     keys: tuple[str, ...]
     smooth: bool = True
     always: bool = True
-    """Drawn also where all numbers are 0."""
+    """True if the plot is drawn even if all numbers are 0."""
 
 
 _REWARDS = (("reward", "Mean reward"), ("rewards/margins", "Reward margin, chosen over rejected"))
@@ -67,10 +67,10 @@ _PANELS = (
 
 
 def plots(runs: Sequence[Run]) -> list[Plot]:
-    """Those that the runs logged something for, the frontier first."""
+    """Return the plots for which the runs logged something, the frontier first."""
     both = [(key, title) for key, title in _REWARDS if any(run.has(key) and run.has("kl") for run in runs)]
     found = [frontier(runs, key, title) for key, title in both]
-    steps = DataRange1d(range_padding=0.03)  # one for all: a zoom into some steps is one into all plots
+    steps = DataRange1d(range_padding=0.03)  # shared: zooming into some steps affects all plots
     for panel in _PANELS:
         panel = _with_target(panel, runs)
         keys = [key for key in panel.keys if any(run.has(key) for run in runs)]
@@ -80,13 +80,14 @@ def plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def at_zero(runs: Sequence[Run]) -> list[str]:
-    """The measurements that are left out because they were 0 throughout."""
+    """List the measurements that are left out because they were always 0."""
     keys = [key for panel in _PANELS if not panel.always for key in panel.keys]
     return [k for k in keys if any(run.has(k) for run in runs) and not any(any(run.series(k)[1]) for run in runs)]
 
 
 def frontier(runs: Sequence[Run], key: str, title: str) -> Plot:
-    """Reward (or DPO's margin) against KL: one point a logged step, and its running mean from a ring to a dot."""
+    """Plot reward (or DPO's margin) against KL: one point per logged step, and its running mean from a ring to a
+    dot."""
     what = "Margin" if key == "rewards/margins" else "Reward"
     plot = _figure("KL to the reference, nats per token", title.lower(), DataRange1d(range_padding=0.06))
     points: list[Any] = []
@@ -126,7 +127,7 @@ def frontier(runs: Sequence[Run], key: str, title: str) -> Plot:
 def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: DataRange1d) -> Plot:
     plot = _figure("optimizer step", panel.unit, steps)
     values = [value for key in keys for run in runs for value in run.series(key)[1]]
-    if not panel.smooth and min(values) >= 0:  # else a coefficient that stays is in the middle of nowhere
+    if not panel.smooth and min(values) >= 0:  # else a constant coefficient would have a meaningless scale
         plot.y_range = Range1d(start=0, end=1.1 * max(values) or 1)
     drawn: list[tuple[str, Any]] = []
     for number, run in enumerate(runs):
@@ -151,7 +152,7 @@ def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: Data
                 plot.line("step", "mean", line_width=2.5, **options)
             drawn.append((key, line))
     if isinstance(plot.y_range, DataRange1d):
-        plot.y_range.renderers = [line for _, line in drawn]  # not the marks, which are on a scale of their own
+        plot.y_range.renderers = [line for _, line in drawn]  # not the marks, which have their own scale
     for key in keys:
         tips = [("run", "$name"), ("step", "@step"), (key, "@value{0.[0000]}")]
         lines = [line for one, line in drawn if one == key]
@@ -161,7 +162,7 @@ def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: Data
 
 
 def _marks(plot: figure, number: int, run: Run) -> None:
-    """Where the reference moved: a line up the plot, or a tick where there are many; a reset is always a line."""
+    """Mark the reference's updates: a line up the plot, or a tick if there are many; a reset is always a line."""
     if not run.updates:
         return
     kept = run.updates
@@ -212,12 +213,12 @@ def _figure(x: str, y: str, x_range: DataRange1d) -> figure:
 
 
 def _style(number: int, run: Run) -> dict[str, Any]:
-    """Of every part of a run; the page hides those of its tag."""
+    """Return the style of every part of a run; the page hides those with its tag."""
     return {"color": COLOURS[number % len(COLOURS)][0], "name": run.name, "tags": [number]}
 
 
 def _with_target(panel: _Panel, runs: Sequence[Run]) -> _Panel:
-    """The KL that a controller aims at is drawn beside the KL it is per: of a sequence, if nothing else was set."""
+    """Add a controller's target to the plot of its KL: per sequence, unless the unit is set to "token"."""
     units = {dict(flat(run.settings)).get("kl.unit") or "sequence" for run in runs if run.has("kl/target")}
     wanted = {"kl": "token", "sequence": "sequence"}.get(panel.name)
     if wanted not in units:

@@ -1,4 +1,4 @@
-"""Run folders, read for a report."""
+"""Reading of run folders for a report."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from refkl.cli.run_folder import read_lines
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder holds."""
+    """The contents of one run folder."""
 
     name: str
-    """The folder's name; with as much of the path before it as tells it from the other runs'."""
+    """The folder's name, with enough of the path before it to distinguish it from the other runs."""
     path: Path
     steps: list[dict[str, Any]]
     """The logged training steps, in order."""
     columns: dict[str, tuple[list[int], list[float]]]
-    """Of each name the steps that have a finite number of it, and the numbers."""
+    """For each name, the steps with a finite number, and the numbers."""
     updates: list[dict[str, Any]]
-    """The reference's moves."""
+    """The updates of the reference."""
     samples: list[dict[str, Any]]
     reference: dict[str, Any]
-    """reference.json; empty if it is not there."""
+    """reference.json; empty if it is missing."""
     config: str
-    """config.yaml as it is; empty if it is not there."""
+    """The text of config.yaml; empty if it is missing."""
     settings: dict[str, Any]
     """config.yaml parsed."""
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """The steps that have a finite number of this name, and the numbers."""
+        """Return the steps with a finite number of this name, and the numbers."""
         return self.columns.get(key, ([], []))
 
     def has(self, key: str) -> bool:
-        """Whether any step logged a finite number of this name."""
+        """Return True if any step logged a finite number of this name."""
         return key in self.columns
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs, with names that tell them apart.
+    """Read the runs, and give them distinct names.
 
     Raises:
-        ValueError: one that is no run folder, is damaged, or is given twice.
+        ValueError: a path is not a run folder, is damaged, or is given twice.
     """
     whole = [path.resolve() for path in paths]
     for number, path in enumerate(whole):
@@ -59,10 +59,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """What is in a run folder; only metrics.jsonl must be there.
+    """Read a run folder; only metrics.jsonl is required.
 
     Raises:
-        ValueError: no run folder there, or a damaged file.
+        ValueError: not a run folder, or a damaged file.
     """
     if not (path / "metrics.jsonl").is_file():
         raise ValueError(f"{path} is no run folder: it has no metrics.jsonl.")
@@ -94,12 +94,12 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def finite(value: Any) -> float | None:
-    """A number that can be drawn, or None."""
+    """Return the value if it is a finite number, else None."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def running_mean(values: Sequence[float], span: int = 5) -> list[float]:
-    """Mean of each value with up to `span` - 1 before it."""
+    """Return the mean of each value with up to `span` - 1 before it."""
     return [
         sum(values[max(0, i - span + 1) : i + 1]) / len(values[max(0, i - span + 1) : i + 1])
         for i in range(len(values))
@@ -107,7 +107,7 @@ def running_mean(values: Sequence[float], span: int = 5) -> list[float]:
 
 
 def thinned(values: Sequence[float], limit: int) -> list[int]:
-    """Places of at most `limit` of the values: the first, the last, and the extremes of equal spans between them."""
+    """Return indices of at most `limit` values: the first, the last, and the extremes of equal spans between them."""
     if len(values) <= limit:
         return list(range(len(values)))
     spans = max(1, (limit - 2) // 2)
@@ -119,7 +119,7 @@ def thinned(values: Sequence[float], limit: int) -> list[int]:
 
 
 def flat(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting by its path, as "kl.coef"."""
+    """Yield each setting with its path, such as "kl.coef"."""
     if isinstance(settings, dict) and settings:
         for key, value in settings.items():
             yield from flat(value, f"{path}.{key}" if path else str(key))
@@ -139,7 +139,7 @@ def _columns(steps: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
+    """Return the shortest ends of the paths that differ."""
     for length in range(1, max((len(path.parts) for path in paths), default=1)):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""The samples of a report: which are shown, and how strongly each piece of a text is coloured."""
+"""The samples of a report: their selection, and the colour of each piece of a text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from refkl.cli.report.runs import Run, finite
 
 PIECES = 30_000
-"""Pieces of text on a page, of all runs together."""
+"""Largest number of pieces of text on a page, over all runs."""
 LENGTH = 400
-"""Pieces of one completion."""
+"""Largest number of pieces of one completion."""
 LEVELS = 8
 _ROUNDS, _PROMPTS = 6, 12
 _LEAST = 0.1
-"""Nats at the end of the scale, at least: rounding is not to look like a drift."""
+"""Smallest upper end of the scale in nats, so that rounding does not look like drift."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token adds to the text, and the classes that colour it: by KL and by log-ratio, which has a sign."""
+    """The text that a token adds, and the classes that colour it: by KL, and by log-ratio, which has a sign."""
 
     text: str
     classes: str
@@ -38,7 +38,7 @@ class Sample:
     plain: str
     """The text of a completion without numbers."""
     left_out: int
-    """Pieces at its end that are not shown."""
+    """Number of pieces at its end that are not shown."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Scale:
-    """From nats to one of LEVELS + 1 strengths of colour, by the square root: small differences show."""
+    """A map from nats to one of LEVELS + 1 strengths of colour, by the square root, so that small differences show."""
 
     top: float
 
     def level(self, nats: float) -> int:
-        """0 for what is next to nothing, LEVELS for the top and beyond."""
+        """Return 0 for a negligible value, and LEVELS for the top of the scale and beyond."""
         return min(LEVELS, int(LEVELS * math.sqrt(abs(nats) / self.top)))
 
     def starts(self) -> list[float]:
-        """Where each level begins, in nats."""
+        """Return the start of each level, in nats."""
         return [self.top * (level / LEVELS) ** 2 for level in range(LEVELS + 1)]
 
 
@@ -70,14 +70,14 @@ class Texts:
 
     prompts: list[Prompt]
     exact: Scale | None
-    """Of the exact KL; None where no sample has it."""
+    """The scale of the exact KL; None if no sample has it."""
     ratio: Scale | None
-    """Of the log-ratio; None where no sample has it."""
+    """The scale of the log-ratio; None if no sample has it."""
     notes: list[str]
 
 
 def texts(runs: Sequence[Run]) -> Texts:
-    """The samples by prompt, then run, then step: as many as a page can hold."""
+    """Select samples by prompt, then run, then step: as many as a page can hold."""
     prompts, rounds, notes = _shown(runs)
     chosen = [_samples(run, prompts, rounds) for run in runs]
     shown = [sample for by_prompt in chosen for samples in by_prompt.values() for sample in samples]
@@ -96,12 +96,15 @@ def texts(runs: Sequence[Run]) -> Texts:
 
 
 def _shown(runs: Sequence[Run]) -> tuple[list[str], int, list[str]]:
-    """The prompts, and how many rounds of each run's: fewer rounds first, then fewer prompts, until a page holds it."""
+    """Return the prompts and the number of rounds to show.
+
+    To fit the page, first rounds are dropped, then prompts.
+    """
     count: dict[str, int] = {}
     for run in runs:
         for prompt in dict.fromkeys(sample["prompt"] for sample in run.samples):
             count[prompt] = count.get(prompt, 0) + 1
-    # Those that most runs have first: they can be compared.
+    # Prompts that most runs have come first: they can be compared.
     known = sorted(count, key=lambda prompt: -count[prompt])
     most = max((len({sample["step"] for sample in run.samples}) for run in runs), default=0)
     prompts, rounds = known[:_PROMPTS], min(most, _ROUNDS)
@@ -124,7 +127,7 @@ def _pieces(runs: Sequence[Run], prompts: list[str], rounds: int) -> int:
 
 
 def _samples(run: Run, prompts: Sequence[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """A run's samples of these prompts, of so many of its rounds; by prompt, in order of steps."""
+    """Return a run's samples of these prompts from this many of its rounds, by prompt, in order of steps."""
     steps = sorted({sample["step"] for sample in run.samples})
     if len(steps) > rounds:
         steps = [steps[i * (len(steps) - 1) // max(1, rounds - 1)] for i in range(rounds)]
@@ -164,7 +167,7 @@ def _each(sample: dict[str, Any], exact: Scale | None, ratio: Scale | None) -> I
         yield Piece(_visible(text), " ".join(classes), " · ".join(tips))
 
 
-# Control characters, which a page does not show or takes for others, as their pictures.
+# Pictures of control characters, which a page would not show or would misread.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
@@ -173,7 +176,7 @@ def _visible(text: Any) -> str:
 
 
 def _scale(values: Sequence[Any]) -> Scale | None:
-    """To the next round number above nearly all of them; None if there are none."""
+    """Return a scale up to the next round number above nearly all values; None if there are none."""
     sizes = sorted(abs(x) for value in values if (x := finite(value)) is not None)
     if not sizes:
         return None
