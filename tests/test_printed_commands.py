@@ -257,7 +257,8 @@ def _check_compare(words: list[str], output: str, scratch: Path) -> None:
     assert set(kinds) <= set(results)
     for kind in kinds:
         mean = results[kind]["per_token"]["mean"]
-        assert mean == 0.0 if words[2:4] == ["A", "B"] else mean > 0.0
+        # After the one step of these runs a policy may be where it began: equal rewards have no gradient.
+        assert mean == 0.0 if words[2:4] == ["A", "B"] else mean >= 0.0
 
 
 def _check_export(words: list[str], output: str, scratch: Path) -> None:

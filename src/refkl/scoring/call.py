@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from refkl.backend import base_model, learned_prompt
+from refkl.backend.exclusive import use_of
 from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt
 from refkl.scoring.packing.packed_batch import Layout, lay_out
 from refkl.scoring.packing.worthwhile import masks_for, may_gain, why_not
@@ -180,16 +181,18 @@ def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = Fal
         forward: further arguments for the model's forward.
 
     Raises:
-        ValueError: as `prepare`; the output is not one row per token.
+        ValueError: as `prepare`; the output is not one row per token; a reference has borrowed the model in this
+            thread, so it is not itself now.
     """
-    call = prepare(model, batch, **forward)
     captured: list[Tensor] = []
-    hook = _capture_head_input(base_model(model), captured) if hidden else None
-    try:
-        outputs = call.run(model)
-    finally:
-        if hook is not None:
-            hook.remove()
+    with use_of(model).running():
+        call = prepare(model, batch, **forward)
+        hook = _capture_head_input(base_model(model), captured) if hidden else None
+        try:
+            outputs = call.run(model)
+        finally:
+            if hook is not None:
+                hook.remove()
     return ScoredLogits(
         call=call,
         logits=call.predicting(outputs.logits),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from refkl.backend.exclusive import use_of
 from refkl.kl import linear_logp, linear_pair, token_logp
 from refkl.kl.tiles import Observer
 from refkl.scoring.call import Call, ScoredLogits, completion_logits, prepare
@@ -60,7 +61,8 @@ def score_tokens(
         entropy: also give the entropy of each predicting distribution.
 
     Raises:
-        ValueError: as `prepare`; a temperature that is not positive; the output head does something else than before.
+        ValueError: as `prepare`; a temperature that is not positive; the output head does something else than before;
+            a reference has borrowed the model in this thread (`reference.keep_active`, `reference.logits`).
     """
     return score_model(model, batch, temperature=temperature, entropy=entropy).scores
 
@@ -91,12 +93,13 @@ def score_model(
         ValueError: as `score_tokens`; HeadError if there is an `against` and no head.
     """
     wanted = _Wanted(temperature, entropy, hidden, against, observe)
-    try:
-        return _redirected(model, find_head(model), prepare(model, batch, **forward), wanted)
-    except HeadError:
-        if against is not None:
-            raise
-        return _through_logits(model, batch, wanted, forward)
+    with use_of(model).running():
+        try:
+            return _redirected(model, find_head(model), prepare(model, batch, **forward), wanted)
+        except HeadError:
+            if against is not None:
+                raise
+            return _through_logits(model, batch, wanted, forward)
 
 
 @dataclass(frozen=True, eq=False)
