@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from refkl.backend.learned_prompt import learned_prompt, without_prompt
 from refkl.backend.modules import named_weights, parameters_in, submodules
+from refkl.backend.zero import local_shard
 
 _SAME_FORWARD = {"ALoraLinearVariant", "MiCAEmbeddingVariant", "MiCALinearVariant", "VeloraLinearVariant"}
 """LoRA variants whose forward outside of training adds the product of the two factors, as plain LoRA's does."""
@@ -54,6 +55,29 @@ def lora_factors(model: nn.Module) -> list[LoraFactors]:
     uses = Counter(name for layer in found for name in (layer.a, layer.b))
     shared = "shares a factor with another layer"
     return [replace(f, refused=f.refused or shared) if max(uses[f.a], uses[f.b]) > 1 else f for f in found]
+
+
+def lora_scalings(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Return the factor of each LoRA layer's adapters, by the layer's name: `set_scale` and `scale_layer` change it."""
+    return {name: dict(m.scaling) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+@contextmanager
+def scaled_as(model: nn.Module, scalings: Mapping[str, Mapping[str, float]]) -> Iterator[None]:
+    """Let LoRA layers have these factors while open; on exit they have what they had."""
+    changed = []
+    for name, wanted in scalings.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoraLayer), "the layers are those that the factors were read from"
+        if dict(layer.scaling) != wanted:
+            changed.append((layer.scaling, dict(layer.scaling)))
+            layer.scaling.update(wanted)
+    try:
+        yield
+    finally:
+        for factors, before in changed:
+            factors.clear()
+            factors.update(before)
 
 
 def rank_dims(layers: Iterable[LoraFactors]) -> dict[str, int]:
@@ -174,6 +198,29 @@ def switched_off(policy: PeftModel) -> Iterator[None]:
                 stack.callback(layer.enable_adapters, True)
                 layer.enable_adapters(False)
         yield
+
+
+@contextmanager
+def base_kept(policy: nn.Module) -> Iterator[None]:
+    """Put the parameters of adapted layers' base back on exit, to the bit.
+
+    A merge that is undone leaves rounding in them, and a quantised layer has other parameters after it. While this is
+    open, host memory holds this rank's part of them.
+    """
+    kept = [
+        (layer, name, parameter, local_shard(parameter).detach().to("cpu", copy=True))
+        for layer in dict.fromkeys(m.get_base_layer() for m in submodules(policy) if isinstance(m, BaseTunerLayer))
+        for name, parameter in layer._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        yield
+    finally:
+        for layer, name, parameter, numbers in kept:
+            if layer._parameters[name] is not parameter:
+                layer._parameters[name] = parameter
+            # Through .data, which does not count as a write: to all that watches it, nothing has changed.
+            local_shard(parameter).data.copy_(numbers)
 
 
 def _let_train(before: list[tuple[nn.Parameter, bool]]) -> None:

@@ -36,7 +36,15 @@ _METHODS |= {name: {"_compute_loss": ("model", "inputs", "return_outputs")} for 
 _METHODS |= {"SFTTrainer": {"compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch")}}
 """The first parameters of each method, after self."""
 
-_SAMPLING = ("_buffered_inputs", "self.ref_model", "self.beta", "self.temperature", '"advantages"', '"completion_mask"')
+_SAMPLING = (
+    "self.vllm_generation.sync_weights()",
+    "_buffered_inputs",
+    "self.ref_model",
+    "self.beta",
+    "self.temperature",
+    '"advantages"',
+    '"completion_mask"',
+)
 _PAIRS = ("self.ref_model", "fused_lm_head=True", "create_model_from_path", "self.precompute_ref_logps")
 _USED: dict[str, tuple[str, ...]] = {
     "GRPOTrainer": (*_SAMPLING, '"old_per_token_logps"', '"num_items_in_batch"', "_entropy_bonus_enabled"),

@@ -7,6 +7,7 @@ scores policy, old policy and reference.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from refkl.backend import dropout_rates
+from refkl.backend.adapters import base_kept
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
 from refkl.hf.trainer_mixin import KLTrainerMixin, check_given, settled_sync
@@ -46,6 +48,8 @@ class OnlineKL(KLTrainerMixin):
     ref_model: Any
     _buffered_inputs: Any
     _step: int
+    use_vllm: bool
+    vllm_generation: Any
     placements = ("loss", "reward")
     _inputs: dict[str, Any] | None = None
     """During a loss: the micro-batch."""
@@ -75,6 +79,8 @@ class OnlineKL(KLTrainerMixin):
                 f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}), and a "
                 f"reference of its own. Pass args=."
             )
+        if self.use_vllm:
+            self.vllm_generation.sync_weights = self._with_base_kept(self.vllm_generation.sync_weights)
         sync, beta = self._sync, self._beta
         penalty = kl or self._as_trl(beta)
         self._attach(reference, penalty, sync, scoring, resume_reference, on_checkpoint_error, self.temperature)
@@ -83,6 +89,19 @@ class OnlineKL(KLTrainerMixin):
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
                 "at zero. Set disable_dropout=True."
             )
+
+    def _with_base_kept(self, sync_weights: Callable[[], None]) -> Callable[[], None]:
+        """Return TRL's sync of the weights to vLLM with the base put back after it.
+
+        TRL merges a LoRA adapter for it and unmerges it afterwards, which rounds the base that the reference shares.
+        """
+
+        @functools.wraps(sync_weights)
+        def run() -> None:
+            with base_kept(self.model):
+                sync_weights()
+
+        return run
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:

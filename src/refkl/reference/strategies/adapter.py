@@ -113,6 +113,7 @@ class AdapterReference(OnSnapshot):
         """True while it scores as it did before it moved."""
         self._built_for = reason
         self._on_host = on_host(request)
+        self._share([weight.name for weight in self.base_weights()])
         self._dtypes, self._all_dtypes = self._current_dtypes(), _dtypes_of(policy)
 
     @classmethod
@@ -168,6 +169,7 @@ class AdapterReference(OnSnapshot):
 
     def follow_policy(self) -> None:
         """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
+        self.check_shared()
         if not self._off:
             super().follow_policy()
             return
@@ -219,15 +221,16 @@ class AdapterReference(OnSnapshot):
         self.snapshot, self.strategy, self.reason = None, type(self).strategy, self._built_for
 
     def load(self, folder: str | Path) -> None:
-        if self.snapshot is not None or not Saved(Path(folder)).provenance["updates"]:
-            return super().load(folder)
-        with self._idle("be loaded into"), self._identity.restored_on_error():
-            self.take_snapshot()
-            try:
-                super().load(folder)
-            except BaseException:
-                self.drop_snapshot()
-                raise
+        with self._idle("be loaded into"):
+            if self.snapshot is not None or not Saved(Path(folder)).provenance["updates"]:
+                return super().load(folder)
+            with self._identity.restored_on_error():
+                self.take_snapshot()
+                try:
+                    super().load(folder)
+                except BaseException:
+                    self.drop_snapshot()
+                    raise
 
 
 def _dtypes_of(policy: PeftModel) -> list[torch.dtype]:

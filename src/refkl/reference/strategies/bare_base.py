@@ -39,7 +39,7 @@ def is_bare(request: BuildRequest) -> bool:
 def not_provably_bare(policy: PeftModel, *, fresh: bool) -> str | None:
     """A sentence unless off is the base as it was loaded; `fresh`: known to be a new adapter."""
     changes = map(_changes_base, policy.peft_config.values())
-    why_not = merged(policy) or next(filter(None, changes), None) or base_trains(policy)
+    why_not = merged(policy) or next(filter(None, changes), None) or base_trains(policy) or _statistics_move(policy)
     kind = policy.active_peft_config.peft_type.value
     known = fresh or kind in _LEAVES_THE_BASE
     if why_not is None and not known and _not_fresh(policy) is not None:
@@ -70,7 +70,7 @@ def not_provably_off(policy: PeftModel, *, fresh: bool) -> str | None:
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     if not trained & adapter:
         return "the policy's adapter does not train (was it loaded with is_trainable=False?)."
-    return base_trains(policy) or (None if fresh else _not_fresh(policy))
+    return base_trains(policy) or _statistics_move(policy) or (None if fresh else _not_fresh(policy))
 
 
 def base_trains(policy: PeftModel) -> str | None:
@@ -78,6 +78,16 @@ def base_trains(policy: PeftModel) -> str | None:
     if outside := trained - adapter_parameters(policy):
         name = next(name for name, parameter in policy.named_parameters() if id(parameter) in outside)
         return f"{name} trains and is not part of the adapter, so it would move the reference too."
+    return None
+
+
+def _statistics_move(policy: PeftModel) -> str | None:
+    for name, module in policy.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            return (
+                f"{name} is a {type(module).__name__}, whose running statistics move while the policy trains: they are "
+                "the base's, so the reference would move too."
+            )
     return None
 
 

@@ -8,7 +8,7 @@ are swapped in by pointer. In host memory, or where the policy is sharded, numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -32,7 +32,9 @@ from refkl.backend.adapters import (
     adapter_buffers,
     adapter_parameters,
     lora_factors,
+    lora_scalings,
     rank_dims,
+    scaled_as,
     switches,
 )
 from refkl.backend.zero import release
@@ -40,6 +42,7 @@ from refkl.reference.cost import Entry
 from refkl.reference.held import HeldReference
 from refkl.reference.request import BuildRequest
 from refkl.reference.weights.pairing import Pair, paired_weights
+from refkl.reference.weights.sharing import SharedWeights
 from refkl.reference.weights.tensors import bytes_held
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
@@ -72,6 +75,7 @@ class Snapshot:
             self._kept[name] = self._place(local_shard(tensor).detach(), copy=True)
             self._layouts[name] = layout_of(tensor)
         self._switches: dict[str, Any] = switches(policy)
+        self._scalings = lora_scalings(policy)
 
     @property
     def names(self) -> set[str]:
@@ -137,6 +141,7 @@ class Snapshot:
                     stack.callback(tensor.register_hook(_refuse_backward).remove)
                 self._exchange(tensor, name)
                 stack.callback(self._exchange, tensor, name)
+            stack.enter_context(scaled_as(self._policy, self._scalings))
             torch.clear_autocast_cache()  # it holds casts by parameter, and their numbers are others now
             self.in_policy = True
             stack.callback(setattr, self, "in_policy", False)
@@ -265,7 +270,17 @@ class OnSnapshot(HeldReference):
         assert self.snapshot is not None, "asked only where there is one"
         return self.snapshot
 
+    def _share(self, names: Iterable[str]) -> None:
+        """Watch these weights of the policy, which are the reference's too."""
+        self._sharing = SharedWeights(self._policy, names, lambda name: self.digests.get(name), modules=True)
+
+    def check_shared(self) -> None:
+        """Raise ValueError if what the reference shares with the policy is no longer what it was."""
+        if self._active is None:
+            self._sharing.check()
+
     def follow_policy(self) -> None:
+        self.check_shared()
         if self._taken.follow_policy() and self.recorded_fingerprint is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from refkl.backend import is_partitioned, local_shard, unwrap
+from refkl.backend import is_partitioned, local_shard, named_weights, unwrap
 from refkl.backend.adapters import quantised
 from refkl.messages import size
 from refkl.reference.cost import Cost
@@ -77,6 +77,7 @@ class SwapReference(OnSnapshot):
         policy = unwrap(request.policy)
         reference = cls(request, reason, "the policy as it stood when the reference was built" + quantised(policy))
         reference.snapshot = Snapshot(policy, on_host=on_host(request))
+        reference._share(n for n, _ in named_weights(policy) if n not in reference.snapshot.names)
         reference.fingerprint()
         return reference
 

@@ -16,6 +16,7 @@ from refkl.backend.adapters import LoraFactors, lora_factors, rank_dims
 from refkl.reference.held import HeldReference
 from refkl.reference.request import BuildRequest
 from refkl.reference.weights.pairing import Pair, paired_weights
+from refkl.reference.weights.sharing import SharedWeights
 from refkl.reference.weights.tensors import bytes_held
 from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
@@ -60,13 +61,15 @@ class SharingCopy(WholeCopy):
         super().__init__(request, reason, source, model)
         self._shared = shared
         self._placed: tuple[torch.device, torch.dtype, list[int]] | None = None
+        policy = unwrap(request.policy)
+        self._sharing = SharedWeights(policy, shared, lambda name: self.digests.get(name), modules=False)
         self._stays = request.config.device is not None
         """True if its device is its own: it does not follow the policy's."""
 
     def follow_policy(self) -> None:
         """Follow the policy's device and dtype (unless they were set), and share storage with it again."""
         policy = self._policy()
-        if policy is None:
+        if policy is None or self.weights_freed:
             return
         self._check_still_frozen(policy)
         first = next(policy.parameters())
@@ -75,6 +78,7 @@ class SharingCopy(WholeCopy):
                 "The policy was sharded by FSDP2 after this reference was built, which is a whole copy on each rank. "
                 "Build it after fully_shard, or give build_reference the accelerator that shards the policy."
             )
+        self._sharing.check()
         weights = dict(named_weights(policy))
         # A move may keep the device's name and still copy, as one to "cpu:0" does.
         placed = first.device, first.dtype, [weights[name].data_ptr() for name in self._shared if name in weights]

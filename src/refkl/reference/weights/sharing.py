@@ -1,0 +1,135 @@
+"""What a reference shares with the policy: checked at each score, cheaply, because the policy is the user's to change.
+
+Writes into a tensor raise its version, so one that was written since is found without reading any. PEFT merges an
+adapter through `.data`, which raises nothing: adapted layers are watched for that by their state, and a few numbers of
+each adapted weight are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from refkl.backend import Weight, Whole, canonical_name, is_partitioned, is_sharded, own_class, submodules
+from refkl.reference.weights.fingerprint import digests
+
+_PROBES = 64
+"""Numbers of an adapted weight that are read at each score."""
+
+
+class SharedWeights:
+    """The policy's tensors that a reference is made of too.
+
+    Args:
+        policy: unwrapped.
+        names: canonical names of the tensors that are shared.
+        recorded: gives the digest that a weight is to have, by name; None if it is not known now.
+        modules: True if the policy's modules are run as the reference, so that one that is replaced changes it.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        names: Iterable[str],
+        recorded: Callable[[str], str | None],
+        *,
+        modules: bool,
+    ) -> None:
+        self._policy = policy
+        self._names = set(names)
+        self._recorded = recorded
+        self._layers = {name: m for name, m in policy.named_modules() if isinstance(m, BaseTunerLayer)}
+        self._merged = {name: list(layer.merged_adapters) for name, layer in self._layers.items()}
+        self._kinds = _kinds(policy) if modules else {}
+        self._present: list[int] = []
+        self._versions: list[tuple[str, Tensor, int]] | None = None
+        self._probed: list[tuple[str, Tensor, Tensor]] = []
+
+    def check(self) -> None:
+        """Raise ValueError if what is shared is no longer what it was; the weight or layer is named."""
+        self._check_layers()
+        if is_sharded(self._policy) or any(is_partitioned(p) for p in self._policy.parameters()):
+            return  # shards are written by their owners, who gather and scatter them
+        if self._versions is None:
+            self._remember()
+            return
+        for place, (name, tensor, version) in enumerate(self._versions):
+            if tensor._version != version:
+                self._check_digest(name, tensor)
+                self._versions[place] = (name, tensor, tensor._version)
+        for name, tensor, numbers in self._probed:
+            if not torch.equal(_probe(tensor).to(numbers), numbers):
+                self._check_digest(name, tensor)
+
+    def _check_layers(self) -> None:
+        if not self._layers and not self._kinds:
+            return
+        ids = list(map(id, submodules(self._policy)))
+        if self._kinds and ids != self._present:
+            self._check_kinds()
+            self._present = ids
+        present = set(ids) if self._layers else set()
+        for name, layer in self._layers.items():
+            if id(layer) not in present:
+                raise ValueError(
+                    f"{name} was an adapted layer when the reference was built, and the policy no longer has it: was "
+                    "its adapter merged and unloaded (merge_and_unload)? The reference shares the weight that this "
+                    "changed. Build the reference after that, or from a copy (reference.source, a folder)."
+                )
+            if list(layer.merged_adapters) != self._merged[name]:
+                raise ValueError(
+                    f"The adapter of {name} was {_state(self._merged[name])} when the reference was built and is "
+                    f"{_state(list(layer.merged_adapters))} now, which changed a weight that the reference shares. "
+                    "Undo that (unmerge_adapter) before the reference scores, or build the reference after it."
+                )
+
+    def _check_kinds(self) -> None:
+        now = _kinds(self._policy)
+        for name, kind in self._kinds.items():
+            if (found := now.get(name, kind)) is not kind:
+                raise ValueError(
+                    f"{name} was a {kind.__name__} when the reference was built and is a {found.__name__} now: the "
+                    "reference runs the policy's modules, so it is another model. Replace modules before "
+                    "build_reference, or use reference.strategy 'clone'."
+                )
+
+    def _remember(self) -> None:
+        adapted = {id(layer.get_base_layer().weight) for layer in self._layers.values() if _has_weight(layer)}
+        found = dict(self._policy.named_parameters(remove_duplicate=True)) | dict(self._policy.named_buffers())
+        shared = [(canonical_name(n), t) for n, t in found.items() if canonical_name(n) in self._names]
+        self._versions = [(name, tensor, tensor._version) for name, tensor in shared]
+        self._probed = [(name, tensor, _probe(tensor).clone()) for name, tensor in shared if id(tensor) in adapted]
+
+    def _check_digest(self, name: str, tensor: Tensor) -> None:
+        before = self._recorded(name)
+        if before is None:
+            return
+        now = digests([Weight(name, tensor.detach(), Whole(tensor.shape))])[name]
+        if now != before and now.split()[0] == before.split()[0]:
+            raise ValueError(
+                f"The reference changed though nothing was to update it: {name}, which it shares with the policy, is "
+                "another. It does not train, so something wrote into it: a merged adapter that was unmerged (which "
+                "rounds), a load_state_dict, or a buffer that the model changes in train mode."
+            )
+
+
+def _kinds(policy: nn.Module) -> dict[str, type]:
+    """Return the class of each module by its canonical name, as it was before FSDP2 or a wrapper added to it."""
+    return {canonical_name(name): own_class(module) for name, module in policy.named_modules() if name}
+
+
+def _probe(tensor: Tensor) -> Tensor:
+    """[<= 64] numbers from all over the tensor."""
+    flat = tensor.detach().view(-1)
+    return flat[:: max(1, flat.numel() // _PROBES)][:_PROBES]
+
+
+def _has_weight(layer: BaseTunerLayer) -> bool:
+    return isinstance(getattr(layer.get_base_layer(), "weight", None), Tensor)
+
+
+def _state(merged: list[str]) -> str:
+    return f"merged ({', '.join(merged)})" if merged else "not merged"
