@@ -18,6 +18,7 @@ import torch.distributed as dist
 from support import batch, shared_batch
 from torch import Tensor, nn
 
+import refkl
 from refkl import Reference, TokenBatch, score_pair, score_tokens
 from refkl.backend import learned_prompt, local_shard, named_weights, reshard, unwrap, weights_of
 from refkl.scoring import completion_logits, prepare
@@ -44,6 +45,9 @@ class Case:
     """Where the reference is the bare base: such a copy of the policy."""
     tolerance: float = 0.0
     """How far a score may be from the right one, in nats: a quantised reference is not exact. 0 asks for equal bits."""
+
+    only_logp: bool = False
+    """True if it gives log-probabilities only, and has no weights in this process."""
 
     def right(self, found: Tensor, expected: Tensor) -> bool:
         """Whether these log-probabilities are those expected."""
@@ -86,6 +90,13 @@ def check_training_does_not_move_it(case: Case) -> None:
 
 
 def check_nothing_leaks(case: Case) -> None:
+    if case.only_logp:
+        for wanted in ({"entropy": True}, {"hidden": True}):
+            with pytest.raises(ValueError, match=case.reference.strategy):
+                case.reference.score(batch(), **wanted)
+        scores = case.reference.score(batch())
+        assert scores.entropy is None and scores.hidden is None and not scores.logp.requires_grad
+        return
     scores = case.reference.score(batch(), entropy=True, hidden=True)
     for tensor in (scores.logp, scores.entropy, scores.hidden):
         assert tensor is not None and not tensor.requires_grad and tensor.grad_fn is None
@@ -113,6 +124,8 @@ def check_scoring_leaves_the_policy_as_it_was(case: Case) -> None:
 
 
 def check_a_score_that_raises_leaves_nothing_switched(case: Case) -> None:
+    if case.only_logp:
+        return  # its own errors are its author's to test
     tokens, inner = batch(), unwrap(case.policy)
     right, state = case.expected(tokens), _state(unwrap(case.policy))
     ran = getattr(case.reference, "model", inner)
@@ -165,7 +178,7 @@ def check_a_step_with_a_score_in_it(case: Case) -> None:
 
     def score() -> None:
         case.reference.score(batch())
-        case.reference.score(batch(padding="left"), entropy=True)
+        case.reference.score(batch(padding="left"), entropy=not case.only_logp)
 
     tokens = batch(seed=5)
     _step_is_gradient_descent(case, tokens, tokens, score)
@@ -219,6 +232,12 @@ def check_a_pair_is_a_score_of_each(case: Case) -> None:
     with torch.no_grad():
         policy = score_tokens(case.policy, tokens).logp
     pair = score_pair(case.policy, case.reference, tokens)
+    if case.only_logp:
+        assert torch.equal(pair.reference.logp, reference) and torch.equal(pair.policy.logp.detach(), policy)
+        for use in (case.reference.check_exact, lambda: case.reference.logits(tokens).__enter__()):
+            with pytest.raises(ValueError, match=rf"{case.reference.strategy}.* gives log-probabilities only"):
+                use()
+        return
     exact = score_pair(case.policy, case.reference, tokens, divergence="reverse_kl")
     assert torch.equal(pair.reference.logp, reference) and torch.equal(pair.policy.logp.detach(), policy)
     bf16 = next(case.plain.parameters()).dtype == torch.bfloat16
@@ -278,6 +297,12 @@ def check_update_mixes_weights(case: Case) -> None:
 
 def check_save_and_load(case: Case) -> None:
     tokens = batch()
+    if case.only_logp:
+        for use in (case.reference.save, case.reference.load):
+            with pytest.raises(ValueError, match=rf"{case.reference.strategy}.* has no weights in this process"):
+                use(case.folder / "saved")
+        assert not (case.folder / "saved").exists()
+        return
     case.reference.score(tokens)  # what rounding does is measured before the policy trains
     if case.moves:
         case.train()
@@ -296,6 +321,15 @@ def check_save_and_load(case: Case) -> None:
     assert case.reference.updates == int(case.moves)
     with pytest.raises(ValueError, match="holds no saved reference"):
         case.reference.load(case.folder / "nowhere")
+
+
+def check_it_is_verified_and_found_right(case: Case) -> None:
+    case.reference.score(batch())
+    case.reference.verify()
+    case.reference.verify(3)
+    if case.start is None and not case.tolerance:
+        findings = refkl.check_reference(case.policy, case.reference, batch())
+        assert not [finding for finding in findings if finding.verdict == "fault"], findings
 
 
 def check_provenance(case: Case) -> None:

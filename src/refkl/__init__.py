@@ -11,7 +11,15 @@ from refkl.checks import Finding, check_reference
 from refkl.config import KLConfig, ReferenceConfig, ScoringConfig, SyncConfig
 from refkl.freeze import freeze, frozen_parameters, trainable_parameters
 from refkl.penalty import KLPenalty, global_normalizer
-from refkl.reference import STRATEGIES, BuildRequest, Reference, build_reference, register_strategy, score_pair
+from refkl.reference import (
+    STRATEGIES,
+    BuildRequest,
+    HeldReference,
+    Reference,
+    build_reference,
+    register_strategy,
+    score_pair,
+)
 from refkl.scoring import score_tokens
 from refkl.sync import ReferenceSync, SyncReferenceCallback
 from refkl.types import KLFloor, KLOutput, MemoryReport, PairScores, TokenBatch, TokenScores
@@ -22,6 +30,7 @@ __all__ = [
     "STRATEGIES",
     "BuildRequest",
     "Finding",
+    "HeldReference",
     "KLConfig",
     "KLFloor",
     "KLOutput",

@@ -42,6 +42,11 @@ class BuildRequest:
     options: Any = None
     """The strategy's own settings: an instance of its `Options`, filled from `config.options`; None if it has none."""
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the policy runs on, or will once the accelerator has prepared it."""
+        return next(self.policy.parameters()).device if self.accelerator is None else self.accelerator.device
+
     @cached_property
     def shape(self) -> Shape:
         """What a cost is counted from."""
@@ -49,8 +54,7 @@ class BuildRequest:
         stays = self.accelerator is None or self.accelerator.device.type == "cpu"
         memory = self.memory
         if memory is None and not (on_cpu and stays):
-            home = next(self.policy.parameters()).device if self.accelerator is None else self.accelerator.device
-            memory = device_memory(home)
+            memory = device_memory(self.device)
         return shape_of(self.policy, self.backend, self.step, on_host=on_cpu and stays, memory=memory)
 
 

@@ -46,7 +46,8 @@ class SharedWeights:
         self._kinds = _kinds(policy) if modules else {}
         self._present: list[int] = []
         self._versions: list[tuple[str, Tensor, int]] | None = None
-        self._probed: list[tuple[str, Tensor, Tensor]] = []
+        self._probed: list[tuple[str, Tensor]] = []
+        self._numbers: list[float] = []
 
     def check(self) -> None:
         """Raise ValueError if what is shared is no longer what it was; the weight or layer is named."""
@@ -60,9 +61,10 @@ class SharedWeights:
             if tensor._version != version:
                 self._check_digest(name, tensor)
                 self._versions[place] = (name, tensor, tensor._version)
-        for name, tensor, numbers in self._probed:
-            if not torch.equal(_probe(tensor).to(numbers), numbers):
+        if self._probed and (numbers := self._read()) != self._numbers:
+            for name, tensor in self._probed:
                 self._check_digest(name, tensor)
+            self._numbers = numbers  # a cast
 
     def _check_layers(self) -> None:
         if not self._layers and not self._kinds:
@@ -101,7 +103,13 @@ class SharedWeights:
         found = dict(self._policy.named_parameters(remove_duplicate=True)) | dict(self._policy.named_buffers())
         shared = [(canonical_name(n), t) for n, t in found.items() if canonical_name(n) in self._names]
         self._versions = [(name, tensor, tensor._version) for name, tensor in shared]
-        self._probed = [(name, tensor, _probe(tensor).clone()) for name, tensor in shared if id(tensor) in adapted]
+        self._probed = [(name, tensor) for name, tensor in shared if id(tensor) in adapted]
+        self._numbers = self._read() if self._probed else []
+
+    def _read(self) -> list[float]:
+        """Read the probes of all adapted weights, in one transfer from the device."""
+        numbers: list[float] = torch.cat([_probe(tensor).double() for _, tensor in self._probed]).tolist()
+        return numbers
 
     def _check_digest(self, name: str, tensor: Tensor) -> None:
         before = self._recorded(name)
