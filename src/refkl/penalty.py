@@ -11,7 +11,16 @@ from torch import Tensor
 from refkl.config import KLConfig
 from refkl.kl import Histogram, aggregate, aggregation_count, estimate, place_rewards
 from refkl.kl.estimators import masked_log_ratio
-from refkl.kl.statistics import MEASURED, counted, exact_statistics, histogram_of, merged, metrics_of, statistics
+from refkl.kl.statistics import (
+    MEASURED,
+    counted,
+    exact_statistics,
+    histogram_of,
+    merged,
+    metrics_of,
+    statistics,
+    with_nan,
+)
 from refkl.types import KLOutput, TokenScores, require_shape
 
 if TYPE_CHECKING:
@@ -180,7 +189,7 @@ class KLPenalty:
             on_device = stats.to(accelerator.device)  # fp64: in fp32 counts end at 2^24
             sums = accelerator.reduce(on_device[:-1], reduction="sum")
             peak = accelerator.reduce(on_device[-1:], reduction="max")
-            stats = torch.cat([sums, peak]).to(stats)
+            stats = with_nan(torch.cat([sums, peak]).to(stats))
         metrics = metrics_of(stats, self.coef, self.controller.target)
         tokens, sequences = counted(stats)
         self.histogram = histogram_of(stats) if tokens else None

@@ -43,7 +43,8 @@ def divergence(
     Returns:
         [...], never negative. inf where a distribution puts mass on what the other excludes (never so for "jsd",
         "hellinger", "tv" and orders in (0, 1), save "renyi" where they share nothing). In "amari" and "chi2" the power
-        p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64.
+        p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64. NaN, and its gradient too, where a logit on either
+        side is NaN or +inf; rows whose value gets no gradient from above get none, whatever they hold.
 
     Raises:
         ValueError: an unknown kind, shapes that differ, a weight outside (0, 1), an order that is missing or has no
@@ -77,7 +78,8 @@ class _Dense(torch.autograd.Function):
             _, slope = compare(ctx.how, z, ref_z)
             assert slope is not None
             grad[rows] = slope * grad_value[rows, None]
-        return grad, None, None
+        # A row that is masked out above: 0 · NaN is NaN.
+        return grad.index_fill_(0, (grad_value == 0).nonzero()[:, 0], 0.0), None, None
 
 
 def _dtype(logits: Tensor, ref_logits: Tensor) -> torch.dtype:
