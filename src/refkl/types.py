@@ -96,7 +96,8 @@ class TokenScores:
     temperature: float = 1.0
     """What the logits were divided by."""
     fingerprint: str | None = None
-    """Of the reference that gave these scores, once it has been taken; None for a policy."""
+    """Of the reference that gave these scores, once it has been taken; None for a policy. KLPenalty refuses scores that
+    it shows to be mixed up or stale."""
 
     def to(self, device: torch.device | str) -> TokenScores:
         """The same scores with their tensors on `device`."""
