@@ -189,7 +189,7 @@ class Checkpointing(Trainer):
         """Whether it holds an adapter that a resumed script may not make again: small, and drawn at random."""
         reference = self.reference
         adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        own = reference.config.source == "policy" and any(map(reference._owns, reference.digests))
+        own = reference.config.source == "policy" and any(map(reference.owns, reference.digests))
         return adapted and own and not reference.freed
 
     def train(
