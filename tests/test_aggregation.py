@@ -164,3 +164,16 @@ def test_count_refuses_an_unknown_mode():
 def test_without_a_length_the_norm_is_the_width():
     expected = (VALUES * MASK).sum() / VALUES.shape[1] / MASK.any(-1).sum()
     torch.testing.assert_close(kl.aggregate(VALUES, MASK, NORM), expected)
+
+
+@pytest.mark.parametrize("mode", kl.AGGREGATIONS)
+def test_a_value_that_is_no_number_shows_unless_it_is_masked(mode):
+    mask = torch.tensor([[True, True], [True, False]])
+    for row, column in ((0, 1), (1, 1)):
+        values = torch.ones(2, 2)
+        values[row, column] = math.nan
+        values.requires_grad_()
+        total = kl.aggregate(values, mask, mode)
+        assert bool(total.isnan()) == bool(mask[row, column])
+        total.backward()
+        assert values.grad.isfinite().all() and values.grad[1, 1] == 0.0

@@ -415,3 +415,50 @@ def test_refusals(options, message):
 def test_vocabularies_of_different_size_are_refused():
     with pytest.raises(ValueError, match=r"ref_logits has shape \[2, 4\] but logits has shape \[2, 3\]"):
         kl.divergence(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+# NaN in is NaN out
+
+
+SPOILT = {
+    "policy": (math.nan, 0.5),
+    "reference": (0.5, math.nan),
+    "policy inf": (INF, 0.5),
+    "reference inf": (0.5, INF),
+}
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("excluded", [False, True], ids=["", "excluded"])
+@pytest.mark.parametrize("side", SPOILT)
+@every_kind
+def test_a_logit_that_is_no_number_shows_in_value_and_gradient(kind, options, side, excluded, top_k):
+    """In its row only; beside a category that both exclude, whose -inf - -inf is 0, and without one."""
+    logits, ref_logits = torch.randn(2, 3, 6)
+    if excluded:
+        logits[:, 4] = ref_logits[:, 4] = -INF
+    clean = value_and_grad(logits, ref_logits, kind, top_k=top_k, **options)
+    logits[1, 2], ref_logits[1, 2] = SPOILT[side]
+    value, grad = value_and_grad(logits, ref_logits, kind, top_k=top_k, **options)
+    assert value[1].isnan() and grad[1].isnan().all()
+    for found, expected in zip((value, grad), clean, strict=True):
+        assert torch.equal(found[[0, 2]], expected[[0, 2]]) and expected.isfinite().all()
+
+
+@every_kind
+def test_a_category_that_both_exclude_adds_nothing(kind, options):
+    logits, ref_logits = torch.randn(2, 3, 6, dtype=torch.float64)
+    with_it = [torch.cat([x, torch.full((3, 2), -INF)], 1) for x in (logits, ref_logits)]
+    value, grad = value_and_grad(*with_it, kind, **options)
+    expected, expected_grad = value_and_grad(logits, ref_logits, kind, **options)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, torch.cat([expected_grad, torch.zeros(3, 2)], 1))
+
+
+def test_a_masked_row_that_is_no_number_gets_no_gradient():
+    logits, ref_logits = torch.randn(3, 6).requires_grad_(), torch.randn(3, 6)
+    ref_logits[1, 2] = math.nan
+    mask = torch.tensor([True, False, True])
+    kl.divergence(logits, ref_logits).masked_fill(~mask, 0.0).sum().backward()
+    assert torch.equal(logits.grad[1], torch.zeros(6)) and logits.grad[mask].abs().sum() > 0
+    assert logits.grad.isfinite().all()

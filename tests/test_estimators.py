@@ -394,3 +394,26 @@ def test_refusals(options, message):
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match=r"ref_logp has shape \[1, 3\] but logp has shape \[2, 3\]"):
         kl.estimate(torch.zeros(2, 3), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("max_log_ratio", [None, 0.5])
+@pytest.mark.parametrize("ratio", [None, "token", "prefix"])
+@pytest.mark.parametrize("gradient", ["reverse_kl", "autograd"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("name", ["logp", "ref_logp", "old_logp"])
+def test_a_log_probability_that_is_no_number_shows_unless_it_is_masked(name, estimator, gradient, ratio, max_log_ratio):
+    if ratio is None and name == "old_logp":
+        return
+    inputs = {key: -torch.rand(2, 4) for key in ("logp", "ref_logp", "old_logp")}
+    inputs[name][1, 3] = math.nan
+    inputs["logp"].requires_grad_()
+    options = {"gradient": gradient, "max_log_ratio": max_log_ratio}
+    options |= {"ratio": ratio, "old_logp": inputs["old_logp"]} if ratio else {}
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    for scored in (True, False):
+        mask[1, 3] = scored
+        value = kl.estimate(inputs["logp"], inputs["ref_logp"], estimator, mask=mask, **options)
+        (slope,) = torch.autograd.grad(value.sum(), inputs["logp"])
+        assert bool(value[1, 3].isnan()) == bool(slope[1, 3].isnan()) == scored
+        assert value[0].isfinite().all() and slope[0].isfinite().all()
+        assert scored or (value.isfinite().all() and slope.isfinite().all())

@@ -230,6 +230,19 @@ def test_a_log_ratio_that_is_no_number_shows() -> None:
     assert all(math.isnan(found.metrics[name]) for name in ("kl", "kl/max", "kl/p99", "kl/log_ratio/p50"))
 
 
+def test_a_log_ratio_of_one_rank_that_is_no_number_shows_on_all() -> None:
+    """The maximum over ranks may come without it: how it treats NaN is up to the backend."""
+
+    class Dropping(Ranks):
+        def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+            return super().reduce(tensor, reduction).nan_to_num(nan=1.0) if reduction == "max" else tensor
+
+    penalty = KLPenalty()
+    penalty(scores(torch.tensor([[math.nan, 1.0]])), TokenScores(torch.zeros(1, 2)), torch.ones(1, 2))
+    found = penalty.step(Dropping())  # type: ignore[arg-type]
+    assert all(math.isnan(found[name]) for name in ("kl", "kl/sequence", "kl/k1", "kl/max", "kl/p99"))
+
+
 class Ranks:
     """Stands for an accelerator: reduces with what another rank brings along."""
 

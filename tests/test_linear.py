@@ -646,3 +646,68 @@ def test_refusals_of_a_reference(function):
     refused(r"amari needs a finite order", function, kind="amari")
     refused(r"jsd takes a weight in \(0, 1\), got 1", function, kind="jsd", jsd_weight=1.0)
     refused(r"top_k counts categories and must be at least 1, got 0", function, top_k=0)
+
+
+# NaN in is NaN out
+
+
+@pytest.mark.parametrize("excluded", [False, True], ids=["", "excluded"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "distinct"])
+@pytest.mark.parametrize("side", ["hidden", "ref_hidden"])
+@pytest.mark.parametrize(("kind", "order"), KINDS)
+def test_a_state_that_is_no_number_shows_in_its_tokens_divergence_and_gradient(kind, order, side, shared, excluded):
+    """Of the other tokens of the tile nothing changes, steep ones too."""
+    case = heads(shared=shared, dtype=torch.float32)
+    if excluded:
+        case.bias, case.ref_bias = (
+            b.detach().index_fill(0, torch.tensor([3]), -INF) for b in (case.bias, case.ref_bias)
+        )
+    case.hidden = case.hidden.detach().index_fill(0, torch.tensor([5]), 30.0).requires_grad_()
+    clean = case.divergence(kind, order=order)
+    (clean_slope,) = case.slopes(clean.sum())
+    spoilt = getattr(case, side).detach().clone()
+    spoilt[2, 1] = math.nan
+    setattr(case, side, spoilt.requires_grad_(side == "hidden"))
+    found = case.divergence(kind, order=order)
+    (slope,) = case.slopes(found.sum())
+    assert found[2].isnan() and slope[2].isnan().all()
+    others = torch.arange(7) != 2
+    assert clean.isfinite().all() and clean_slope.isfinite().all()
+    torch.testing.assert_close(found[others], clean[others])
+    torch.testing.assert_close(slope[others], clean_slope[others])
+    with torch.no_grad():
+        assert case.divergence(kind, order=order)[2].isnan()
+    masked = case.divergence(kind, order=order, mask=others)
+    (slope,) = case.slopes(masked.sum())
+    assert masked.isfinite().all() and slope.isfinite().all() and masked[2] == 0.0
+
+
+@pytest.mark.parametrize("excluded", [False, True], ids=["", "excluded"])
+@pytest.mark.parametrize("name", ["weight", "ref_weight", "bias", "ref_bias"])
+@pytest.mark.parametrize(("kind", "order"), KINDS)
+def test_a_head_that_is_no_number_shows_in_each_token(kind, order, name, excluded):
+    case = heads("hidden weight")
+    if excluded:
+        case.bias, case.ref_bias = (
+            b.detach().index_fill(0, torch.tensor([3]), -INF) for b in (case.bias, case.ref_bias)
+        )
+    with torch.no_grad():
+        getattr(case, name)[4] = math.nan
+    found = case.divergence(kind, order=order)
+    assert found.isnan().all()
+    assert all(slope.isnan().any() for slope in case.slopes(found.sum()))
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("excluded", [False, True], ids=["", "excluded"])
+def test_logp_and_entropy_and_their_gradients_show_what_is_no_number(name, excluded):
+    case = heads("hidden")
+    if excluded:
+        case.bias = case.bias.detach().index_fill(0, torch.tensor([3]), -INF)
+        case.targets = torch.zeros_like(case.targets)
+    with torch.no_grad():
+        getattr(case, name)[4] = math.nan
+    tokens = torch.arange(7) == 4 if name == "hidden" else torch.ones(7, dtype=torch.bool)
+    for value in case.logp(entropy=True):
+        (slope,) = case.slopes(value.sum(), retain_graph=True)
+        assert torch.equal(value.isnan(), tokens) and torch.equal(slope.isnan().all(1), tokens)

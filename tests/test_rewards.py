@@ -225,3 +225,11 @@ def test_what_has_no_use_in_the_reward_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         penalty(*scores, torch.ones(1, 2), **options)
     assert penalty.step() == {}
+
+
+@pytest.mark.parametrize("form", ["return_to_go", "token", "sequence"])
+def test_a_reward_that_is_no_number_reaches_scored_tokens_only(form):
+    rewards, mask = torch.ones(2, 4), torch.tensor([[False, True, True, False]] * 2)
+    rewards[0, 2] = math.nan
+    placed = kl.place_rewards(rewards, mask, form)
+    assert placed[0, 2].isnan() and torch.equal(placed[~mask], torch.zeros(4)) and placed[1].isfinite().all()

@@ -11,11 +11,23 @@ from torch import Tensor
 from refkl.config import KLConfig
 from refkl.kl import Histogram, aggregate, aggregation_count, estimate, place_rewards
 from refkl.kl.estimators import masked_log_ratio
-from refkl.kl.statistics import MEASURED, counted, exact_statistics, histogram_of, merged, metrics_of, statistics
+from refkl.kl.statistics import (
+    MEASURED,
+    counted,
+    exact_statistics,
+    histogram_of,
+    merged,
+    metrics_of,
+    statistics,
+    with_nan,
+)
+from refkl.origins import ScoreOrigins, check_sides
 from refkl.types import KLOutput, TokenScores, require_shape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from refkl.reference import Reference
 
 
 class KLPenalty:
@@ -33,13 +45,26 @@ class KLPenalty:
     does not change, so the gradient of this penalty is that of the KL to the normalised mixture: in the loss of each
     token's mixture, in the reward of the mixture of whole sequences. Values differ by that constant: k1 and exact
     divergences report Σ w_i KL(p ‖ q_i), and k3 reports Z - 1 more, which is nearer to the KL to the mixture.
+
+    Scores of a reference carry its fingerprint, and a penalty refuses what they show to be wrong: the policy's scores
+    as the reference's, swapped arguments, two references within one optimizer step, and scores from before an update
+    of the reference.
+
+    Args:
+        config: the penalty; None for KLConfig().
+        reference: the reference that the scores are of, or the list of them. Stale scores are then refused from the
+            update on; without it, once scores of the updated reference were seen in a step.
     """
 
-    def __init__(self, config: KLConfig | None = None) -> None:
+    def __init__(
+        self, config: KLConfig | None = None, reference: Reference | Sequence[Reference] | None = None
+    ) -> None:
         self.config = config or KLConfig()
         self.controller = self.config.make_controller()
         self.histogram: Histogram | None = None
         """The log-ratios of all tokens of the last step, over micro-batches and ranks; None if nothing was scored."""
+        given = () if reference is None else reference if isinstance(reference, Sequence) else (reference,)
+        self._origins = ScoreOrigins(given)
         self._window: list[Tensor] = []
         self._steps = 0
         self._exact_given = False
@@ -97,7 +122,8 @@ class KLPenalty:
             normalizer: in the loss: what the aggregation divides by, where the batch is a part of a greater one (see
                 `global_normalizer`).
             count: whether the next `step` counts this call. By default what carries grad is counted in the loss, so
-                that an evaluation is not, and every call in the reward.
+                that an evaluation is not, and every call in the reward. What is not counted may be of another
+                reference, unless the penalty was given its own.
 
         Returns:
             `loss`, a scalar with grad to the policy, or `reward`, [B, T], detached, to be *added* to the rewards: it is
@@ -106,12 +132,18 @@ class KLPenalty:
 
         Raises:
             ValueError: shapes or temperatures that differ, weights that are not one per reference, a divergence that is
-                missing or carries no grad, or an argument that has no use where the penalty goes.
+                missing or carries no grad, or an argument that has no use where the penalty goes; scores of the same
+                model on both sides, swapped, of another reference than earlier in this step, or stale.
         """
         mask = mask.bool()
         references = [ref_scores] if isinstance(ref_scores, TokenScores) else list(ref_scores)
         for reference in references:
             _check_comparable(policy_scores, reference, mask)
+        in_loss = self.config.placement == "loss"
+        check_sides(policy_scores, references, in_loss=in_loss, measured_only=count is False)
+        if count is None:
+            count = policy_scores.logp.requires_grad or not in_loss
+        self._origins.check(references, counted=count)
         ref_logp = self._mixture([reference.logp.detach() for reference in references], "reference")
         logp = policy_scores.logp
         if divergence is None:
@@ -122,7 +154,7 @@ class KLPenalty:
             divergences = [divergence] if isinstance(divergence, Tensor) else list(divergence)
             per_token = self._exact(divergences, logp, mask, len(references))
         loss = reward = None
-        if self.config.placement == "loss":
+        if in_loss:
             loss = self._loss(per_token, mask, normalizer)
         elif normalizer is not None:
             raise ValueError("normalizer has no use with placement 'reward': rewards per token are not aggregated.")
@@ -138,9 +170,8 @@ class KLPenalty:
             exact=divergence is not None,
             max_log_ratio=clamp,
         )
-        if count is None:
-            count = logp.requires_grad or self.config.placement == "reward"
         if count:
+            self._origins.note(references)
             self._window.append(stats)
             self._exact_given |= divergence is not None
         return KLOutput(loss, reward, per_token, metrics_of(stats, self.coef, self.controller.target))
@@ -175,12 +206,13 @@ class KLPenalty:
             )
         stats = merged(self._window)
         self._window, self._exact_given = [], False
+        self._origins.close_step()
         self._steps += 1
         if accelerator is not None and accelerator.num_processes > 1:
             on_device = stats.to(accelerator.device)  # fp64: in fp32 counts end at 2^24
             sums = accelerator.reduce(on_device[:-1], reduction="sum")
             peak = accelerator.reduce(on_device[-1:], reduction="max")
-            stats = torch.cat([sums, peak]).to(stats)
+            stats = with_nan(torch.cat([sums, peak]).to(stats))
         metrics = metrics_of(stats, self.coef, self.controller.target)
         tokens, sequences = counted(stats)
         self.histogram = histogram_of(stats) if tokens else None
@@ -206,6 +238,7 @@ class KLPenalty:
         if "controller" not in state:
             raise ValueError(f"This is no state of a KLPenalty: it holds {sorted(state)} and no 'controller'.")
         self.controller.load_state_dict(state["controller"])
+        self._origins.forget()
         self._steps = int(state.get("steps", 0))  # of a run without kl.exact_every there are none
 
     def _measured(

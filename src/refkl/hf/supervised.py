@@ -150,7 +150,8 @@ class SupervisedKL(KLTrainerMixin):
             batches, parts, scores.logp.split(rows), scores.hidden.split(rows), strict=True
         ):
             length = part.input_ids.shape[1]
-            batch[_SCORED] = TokenScores(logp[:, :length], hidden=hidden[:, :length])
+            own = TokenScores(logp[:, :length], hidden=hidden[:, :length], fingerprint=scores.fingerprint)
+            batch[_SCORED] = own
 
     def _fused(self) -> bool:
         """Return True if the settings allow losses to be computed inside the policy's forward."""
@@ -184,6 +185,7 @@ class SupervisedKL(KLTrainerMixin):
             1.0,
             divergence=found.divergence,
             normalizer=self._normalizer(num_items_in_batch),
+            fingerprint=found.reference.fingerprint,
         )
         if not self.penalty.coef:
             return result

@@ -136,7 +136,7 @@ class KLTrainerMixin(Checkpointing):
                 "No parameter of the policy trains. Was its adapter loaded with is_trainable=False, or all frozen?"
             )
         self.reference = reference
-        self.penalty = KLPenalty(kl)
+        self.penalty = KLPenalty(kl, reference)
         self._measured_at = temperature
         self.add_callback(_PenaltySteps(self))
         self.add_callback(HistogramCallback(self))
@@ -197,12 +197,15 @@ class KLTrainerMixin(Checkpointing):
         divergence: Tensor | None = None,
         normalizer: Tensor | None = None,
         count: bool = True,
+        fingerprint: str | None = None,
     ) -> KLOutput:
-        """Compute the penalty of a micro-batch. With `count` it is part of the step's KL, or of the evaluation's."""
-        policy, reference = (TokenScores(x, temperature=temperature) for x in (logp, ref_logp))
+        """Compute the penalty of a micro-batch. With `count` it is part of the step's KL, or of the evaluation's.
+
+        `fingerprint` is what the reference's scores carry.
+        """
         output = self.penalty(
-            policy,
-            reference,
+            TokenScores(logp, temperature=temperature),
+            TokenScores(ref_logp, temperature=temperature, fingerprint=fingerprint),
             mask,
             old_logp=old_logp,
             divergence=divergence,

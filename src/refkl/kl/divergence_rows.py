@@ -37,7 +37,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "amari", "renyi", "alpha", "ch
 
 _FAR = 1e5
 """Replaces an infinite log-ratio that is multiplied by a probability: 0 · inf is NaN."""
-_FLOOR = -1e6
+FLOOR = -1e6
 """Replaces log 0 where two logarithms are mixed: inf - inf is NaN."""
 _STEEP = 40.0
 """From this log q - log p on, p (q/p - 1) may be 0 · inf, or 0 although q is not."""
@@ -115,28 +115,31 @@ def compare(
         slope: also compute the gradient.
 
     Returns:
-        value [n], never negative, and ∂value/∂z [n, V] (None without `slope`), finite even if the value is inf.
+        value [n], never negative, and ∂value/∂z [n, V] (None without `slope`), finite even if the value is inf. Both
+        are NaN in a row with a logit that is NaN or +inf on either side, or with no category at all.
     """
     p, log_z = policy or softmax(z)
     q, ref_log_z = reference or softmax(ref_z)
+    # A NaN logit makes the logsumexp of its row NaN, which -inf does not: a number per row, so no pass over [n, V].
+    poison = 0.0 * log_z + 0.0 * ref_log_z
     d = (z - ref_z if difference is None else difference) - (log_z - ref_log_z)
     holes = None
     if not finite:
-        # NaN comes from -inf - -inf: a category that neither distribution has.
+        # NaN comes from -inf - -inf, a category that neither has. `poison` brings back that of a row that is none.
         holes = (d == torch.inf) & (p > 0), (d == -torch.inf) & (q > 0)
         d.nan_to_num_(nan=0.0, posinf=_FAR, neginf=-_FAR)
-    pair = _Pair(p, q, d, lambda: ((z - log_z).clamp_(min=_FLOOR), (ref_z - ref_log_z).clamp_(min=_FLOOR)))
+    pair = _Pair(p, q, d, lambda: ((z - log_z).clamp_(min=FLOOR), (ref_z - ref_log_z).clamp_(min=FLOOR)))
     if how.top_k is not None and how.top_k < z.shape[-1]:
-        value, grad, holes = _bucketed(how, pair, how.top_k, holes, slope)
+        value, grad, holes = _bucketed(how, pair, how.top_k, holes, poison, slope)
     else:
         value, weighted = _terms(how, pair)
-        grad = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1.0) if slope else None
+        grad = weighted.addcmul_(p, weighted.sum(-1, keepdim=True).add_(poison), value=-1.0) if slope else None
     value.clamp_(min=0.0)  # terms that should be zero may round below it
     if holes is not None:
         for direction, hole in zip(("policy", "reference"), holes, strict=True):
             if _infinite(how, direction):
                 value.masked_fill_(hole.any(-1), torch.inf)
-    return value, grad
+    return value.add_(poison[:, 0]), grad
 
 
 def reverse_kl_in_place(z: Tensor, ref_z: Tensor, *, difference: bool) -> tuple[Tensor, Tensor]:
@@ -159,7 +162,7 @@ def reverse_kl_in_place(z: Tensor, ref_z: Tensor, *, difference: bool) -> tuple[
         torch.sub(shift, z, out=behind)
     else:
         torch.sub(ref_z, z, out=behind).add_(shift)
-    if float(behind.max()) > _STEEP:
+    if not float(behind.max()) <= _STEEP:  # NaN of one row hides how steep the others are
         value, slope = compare(Divergence(), whole, ref_z, difference=z if difference else None, finite=True)
         assert slope is not None
         z.copy_(slope)
@@ -294,7 +297,7 @@ def _renyi(pair: _Pair, amari: Tensor, weighted: Tensor, order: float) -> tuple[
     # If p and q are far apart, the sum vanishes (order < 1) or overflows (order > 1): take it from logarithms there.
     far = (excess < -0.5) | (excess > 1.0)
     log_p, log_q = pair.logs()
-    apart = ((log_p <= _FLOOR) | (log_q <= _FLOOR)).all(-1)
+    apart = ((log_p <= FLOOR) | (log_q <= FLOOR)).all(-1)
     power = order * log_p + (1.0 - order) * log_q
     value = torch.where(far, power.logsumexp(-1), excess.log1p()) / (order - 1.0)
     tilt = (power.softmax(-1) - pair.p) * (order / (order - 1.0))
@@ -303,13 +306,13 @@ def _renyi(pair: _Pair, amari: Tensor, weighted: Tensor, order: float) -> tuple[
 
 
 def _bucketed(
-    how: Divergence, pair: _Pair, k: int, holes: tuple[Tensor, Tensor] | None, slope: bool
+    how: Divergence, pair: _Pair, k: int, holes: tuple[Tensor, Tensor] | None, poison: Tensor, slope: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Compute the divergence of the policy's k likeliest categories and one bucket for all others.
 
     It is a lower bound: merging categories can only lose what distinguishes two distributions (the data-processing
     inequality). `holes` [n, V] mark where only the policy, and only the reference, has mass; the result has those of
-    the coarse distributions.
+    the coarse distributions. `poison` [n, 1] is NaN where the gradient must be NaN, else 0.
     """
     p, q, d = pair.p, pair.q, pair.d
     top = p.topk(k, dim=-1, sorted=False).indices
@@ -319,14 +322,14 @@ def _bucketed(
     shift = gap / tail_p  # q_tail / p_tail - 1
     # The tails come from logarithms: a tail that underflows is not an excluded one.
     log_p, log_q = pair.logs()
-    tail_log_p, tail_log_q = (x.scatter(-1, top, _FLOOR).logsumexp(-1, keepdim=True) for x in (log_p, log_q))
+    tail_log_p, tail_log_q = (x.scatter(-1, top, FLOOR).logsumexp(-1, keepdim=True) for x in (log_p, log_q))
     tail_d = torch.where(shift.abs() < 0.5, -torch.log1p(shift), (tail_log_p - tail_log_q).clamp_(-_FAR, _FAR))
 
     def logs() -> tuple[Tensor, Tensor]:
         return torch.cat([log_p.gather(-1, top), tail_log_p], -1), torch.cat([log_q.gather(-1, top), tail_log_q], -1)
 
     if holes is not None:
-        tails = (tail_p > 0) & (tail_log_q < 0.5 * _FLOOR), (tail_q > 0) & (tail_log_p < 0.5 * _FLOOR)
+        tails = (tail_p > 0) & (tail_log_q < 0.5 * FLOOR), (tail_q > 0) & (tail_log_p < 0.5 * FLOOR)
         policy, reference = (torch.cat([x.gather(-1, top), t], -1) for x, t in zip(holes, tails, strict=True))
         holes = policy, reference
     coarse = _Pair(
@@ -338,7 +341,7 @@ def _bucketed(
     value, weighted = _terms(how, coarse)
     if not slope:
         return value, None, holes
-    total = weighted.sum(-1, keepdim=True)
+    total = weighted.sum(-1, keepdim=True).add_(poison)
     in_tail = (weighted[:, -1:] / tail_p).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     grad = rest_p.mul_(in_tail - total)
     return value, grad.scatter_(-1, top, weighted[:, :-1] - coarse.p[:, :-1] * total), holes

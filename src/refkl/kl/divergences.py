@@ -44,7 +44,8 @@ def divergence(
     Returns:
         [...], never negative. inf if a distribution puts mass where the other has none; "jsd", "hellinger", "tv" and
         orders in (0, 1) are always finite, except "renyi" of distributions that share no category. In "amari" and
-        "chi2" the power p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64.
+        "chi2" the power p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64. Value and gradient are NaN if a
+        logit on either side is NaN or +inf; a row whose value gets no gradient from above has none.
 
     Raises:
         ValueError: an unknown kind, shapes that differ, a weight outside (0, 1), an order that is missing or unused, a
@@ -78,7 +79,8 @@ class _Dense(torch.autograd.Function):
             _, slope = compare(ctx.how, z, ref_z)
             assert slope is not None
             grad[rows] = slope * grad_value[rows, None]
-        return grad, None, None
+        # A row that is masked out above: 0 · NaN is NaN.
+        return grad.index_fill_(0, (grad_value == 0).nonzero()[:, 0], 0.0), None, None
 
 
 def _dtype(logits: Tensor, ref_logits: Tensor) -> torch.dtype:

@@ -79,6 +79,7 @@ def estimate(
     Returns:
         Same shape; fp32, or fp64 if an input is. exp saturates at exp(60) in fp32 and exp(600) in fp64, and so does the
         value, weighted or not. If one log-probability is -inf, the value is finite and the reverse-KL gradient is 0.
+        Value and gradient are NaN if a log-probability is NaN and the mask is True.
 
     Raises:
         ValueError: unknown estimator, gradient or ratio; ratio="prefix" without `old_logp`; shapes that differ; a
@@ -94,6 +95,7 @@ def estimate(
         log_ratio, drift = log_ratio.to(dtype), drift.to(dtype)
     cap = MAX_EXPONENT[log_ratio.dtype]
     largest = math.exp(cap / 2)
+    spoilt = log_ratio.isnan() | drift.isnan()
     bounded = log_ratio.clamp(-largest, largest)
     if max_log_ratio is not None:
         bounded = bounded.clamp(-max_log_ratio, max_log_ratio)
@@ -105,6 +107,9 @@ def estimate(
             result = _weighted_k3(bounded, log_ratio, drift) if estimator == "k3" else _times_exp(drift, value)
         if ratio == "prefix":
             result = _times_exp(pad(drift.cumsum(-1)[..., :-1], (1, 0)), result)
+        # clamp passes no gradient on where its input is NaN, and k1's slope is 1 whatever its value.
+        whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)
+        result = result + _straight_through(torch.zeros_like(whole).masked_fill(spoilt, torch.nan), whole)
     else:
         weight = _saturating(drift.cumsum(-1) if ratio == "prefix" else drift, cap).exp()
         result = (weight * value).detach().clamp(-math.exp(cap), math.exp(cap))

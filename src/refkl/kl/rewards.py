@@ -49,7 +49,7 @@ def place_rewards(per_token: Tensor, mask: Tensor, form: str = "return_to_go", *
         return rewards
     if form == "sequence":
         is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-        return rewards.sum(-1, keepdim=True) * is_last
+        return torch.where(is_last, rewards.sum(-1, keepdim=True), 0.0)  # NaN · 0 is NaN
     # R_t = r_t + a_t R_{t+1}, a_t = gamma where t is scored. Doubling: after log2(T) steps of span 1, 2, 4, … it is
     # whole.
     returns, discount = rewards.clone(), torch.ones_like(rewards).masked_fill(mask, gamma)

@@ -65,6 +65,12 @@ def merged(window: list[Tensor]) -> Tensor:
     return torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].max(0).values])
 
 
+def with_nan(stats: Tensor) -> Tensor:
+    """[SIZE] reduced over ranks, whose maximum may have dropped a NaN: a log-ratio that is NaN is in no bin."""
+    missing = stats[len(_SUMS) : -1].sum() < stats[_SUMS.index("tokens")]
+    return torch.cat([stats[:-1], torch.where(missing, torch.nan, stats[-1:])])
+
+
 def counted(stats: Tensor) -> tuple[int, int]:
     """Return the numbers of tokens and of sequences."""
     return int(stats[_SUMS.index("tokens")]), int(stats[_SUMS.index("sequences")])

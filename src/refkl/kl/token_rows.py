@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refkl.kl.divergence_rows import Softmax
+from refkl.kl.divergence_rows import FLOOR, Softmax
 
 
 def logp_in_place(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,8 @@ def token_rows(z: Tensor, target: Tensor | None) -> TokenRows:
 
 def entropy(rows: TokenRows, *, finite: bool) -> Tensor:
     """Return the entropy [n, 1] in nats."""
-    parts = rows.softmax.prob * rows.shift
-    if not finite:
-        parts.nan_to_num_(nan=0.0)  # 0 · -inf
+    # 0 · -inf is NaN, 0 · FLOOR is 0; a NaN stays one.
+    parts = rows.softmax.prob * rows.shift if finite else rows.shift.clamp(min=FLOOR).mul_(rows.softmax.prob)
     return rows.log_total - parts.sum(-1, keepdim=True)
 
 
@@ -75,8 +74,9 @@ def logp_slope(rows: TokenRows, target: Tensor) -> Tensor:
 
 def entropy_slope(rows: TokenRows, value: Tensor, *, finite: bool) -> Tensor:
     """Return ∂H/∂z [n, V] = -p (log p + H), for the entropy H [n, 1]."""
-    slope = (rows.shift + (value - rows.log_total)).mul_(rows.softmax.prob).neg_()
-    return slope if finite else slope.nan_to_num_(nan=0.0)
+    less = value - rows.log_total
+    slope = rows.shift + less if finite else rows.shift.clamp(min=FLOOR).add_(less)
+    return slope.mul_(rows.softmax.prob).neg_()
 
 
 def _exponentiate(

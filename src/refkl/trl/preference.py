@@ -117,7 +117,8 @@ class PreferenceKL(KLTrainerMixin):
         rows = [len(batch[f"{prefix}input_ids"]) for batch, prefix in parts]
         hidden = scores.hidden.split(rows) if scores.hidden is not None else [None] * len(rows)
         for (micro, p), logp, states, width in zip(parts, scores.logp.split(rows), hidden, widths, strict=True):
-            own = TokenScores(logp[:, :width], hidden=None if states is None else states[:, :width])
+            hidden_states = None if states is None else states[:, :width]
+            own = TokenScores(logp[:, :width], hidden=hidden_states, fingerprint=scores.fingerprint)
             micro.setdefault(_SCORED, []).append((micro[f"{p}input_ids"], micro[f"{p}attention_mask"], own))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -161,6 +162,7 @@ class PreferenceKL(KLTrainerMixin):
             1.0,
             divergence=policy.divergences[at],
             normalizer=self._normalizer(),
+            fingerprint=policy.references[at].fingerprint,
         )
         if not self.penalty.coef:
             return result
