@@ -154,6 +154,8 @@ class CloneReference(Reference):
             if kind is not None:
                 loaded = model
                 model, _ = frozen_copy(loaded, share=False, quantize=kind)
+        if request.config.source != "policy":
+            dtype = None  # it was loaded in it, and its rotary frequencies stay in fp32
         if dtype is not None or request.config.device is not None:
             model.to(device=request.config.device, dtype=dtype)
         model.requires_grad_(False)
@@ -190,17 +192,23 @@ class CloneReference(Reference):
         recorded, changed = self._recorded, False
         stays = self.config.device is not None or self._stream is not None
         held = {id(own) for _, own in named_weights(self.model)} if stays else set()
+        before = first.dtype if self._placed is None else self._placed[1]
         for name, own in named_weights(self.model):
             theirs = weights.get(name)
-            if theirs is None:
-                continue
-            dtype = theirs.dtype if self.config.dtype is None and own.is_floating_point() else own.dtype
-            device = own.device if stays else theirs.device
+            if theirs is None and not isinstance(own, nn.Parameter):
+                continue  # a buffer, which follows below
+            # A model of its own class has weights that the policy lacks; those in the policy's dtype follow it.
+            like = first if theirs is None else theirs
+            follows = self.config.dtype is None and own.is_floating_point() and like.is_floating_point()
+            dtype = like.dtype if follows and (theirs is not None or own.dtype == before) else own.dtype
+            device = own.device if stays else like.device
             changed |= dtype != own.dtype
             own.data = own.data.to(device=device, dtype=dtype)
             # A move gave the policy storage of its own; take part in it again where it holds the same numbers.
+            if theirs is None or name not in self._shared:
+                continue
             alike = own.dtype == theirs.dtype and own.device == theirs.device and own.shape == theirs.shape
-            if name in self._shared and alike and torch.equal(own, theirs):
+            if alike and torch.equal(own, theirs):
                 own.data = theirs.data
         buffers = dict(policy.named_buffers())
         # named_buffers() has those that no checkpoint holds too, such as rotary frequencies.
