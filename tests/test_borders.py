@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ LAYERS = {
     "kl": {"types", "messages"},
     "freeze": {"messages"},
     "config": {"kl", "messages"},
-    "penalty": {"types", "kl", "config"},
+    "origins": {"types"},
+    "penalty": {"types", "kl", "config", "origins"},
     "backend": {"types", "messages"},
+    "loading": {"messages", "backend", "types"},
     "scoring": {"types", "kl", "backend"},
-    "reference": {"types", "kl", "backend", "scoring", "config", "messages", "versions"},
+    "reference": {"types", "kl", "backend", "scoring", "config", "loading", "messages", "versions"},
     "checks": {"types", "kl", "messages", "backend", "scoring", "reference"},
     "checkpoint": {"messages", "reference"},
     "sync": {"types", "kl", "config", "backend", "scoring", "reference", "checkpoint"},
@@ -55,7 +58,7 @@ LAYERS = {
         "sync",
     },
     "planner": {"config", "freeze", "messages", "backend", "reference"},
-    "compare": {"types", "kl", "config", "backend", "scoring", "reference"},
+    "compare": {"types", "kl", "config", "backend", "loading", "scoring", "reference"},
     "rewards": {"messages", "backend"},
     "demo": {"rewards"},
     "cli": {
@@ -63,6 +66,7 @@ LAYERS = {
         "config",
         "messages",
         "freeze",
+        "loading",
         "checks",
         "types",
         "backend",
@@ -76,26 +80,70 @@ LAYERS = {
 }
 
 
+MODULES = {
+    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+LARGE = {
+    "refkl.kl.tiles": {"Walk"},
+    "refkl.penalty": {"KLPenalty"},
+    "refkl.hf.checkpoints": {"Checkpointing"},
+    "refkl.trl.online": {"OnlineKL"},
+}
+"""Classes of more than 250 lines that are still to be split; no new one is added."""
+
+
+def _run_time(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING`, which are not run."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        stack.extend(ast.iter_child_nodes(node))
+
+
+def _modules(path: Path) -> set[str]:
+    """Modules imported, those of refkl in full: "refkl.part.module"."""
+    found = set()
+    for node in _run_time(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & MODULES.keys()) | ({node.module} if inside - MODULES.keys() else set())
+    return found
+
+
 def _imports(path: Path) -> set[str]:
     """Top-level modules imported, those of refkl as "refkl.part"."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "refkl":
-                inside = [a.name for a in node.names]
-                names = [
-                    f"refkl.{n}" if (SOURCE / n).is_dir() or (SOURCE / f"{n}.py").is_file() else "refkl.__init__"
-                    for n in inside
-                ]
-            else:
-                names = [node.module]
-        for name in names:
-            parts = name.split(".")
-            found.add(".".join(parts[:2]) if parts[0] == "refkl" else parts[0])
-    return found
+    parts = (name.split(".") for name in _modules(path))
+    return {".".join([*p, "__init__"][:2]) if p[0] == "refkl" else p[0] for p in parts}
+
+
+def test_no_module_is_in_an_import_circle() -> None:
+    graph = {name: (_modules(path) & MODULES.keys()) - {name} for name, path in MODULES.items()}
+    while leaves := [name for name, needs in graph.items() if not needs]:
+        for name in leaves:
+            del graph[name]
+        for needs in graph.values():
+            needs.difference_update(leaves)
+    assert not graph, f"in a circle, or needing one: {sorted(graph)}"
+
+
+def test_every_module_has_a_layer() -> None:
+    parts = {name.split(".")[1] for name in MODULES if "." in name}
+    assert parts - {"__main__"} == set(LAYERS)
+
+
+def test_files_and_classes_stay_small() -> None:
+    for name, path in MODULES.items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, name
+        classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+        large = {node.name for node in classes if (node.end_lineno or 0) - node.lineno >= 250}
+        assert large == LARGE.get(name, set()), f"{name}: {large}"
 
 
 @pytest.mark.parametrize("layer", LAYERS)

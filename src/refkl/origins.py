@@ -153,10 +153,10 @@ def check_sides(
 
 def _check_present(reference: Reference, found: str) -> None:
     """Raise ValueError unless scores with this fingerprint are of the reference as it is now."""
-    now, updates = reference.recorded_fingerprint, reference.updates
-    if found == now or (now is None and not updates):
+    now, updates = reference.scored_as, reference.updates
+    if found == now:
         return
-    is_now = "has not been fingerprinted since" if now is None else f"has {_short(now)} now"
+    is_now = "has not been fingerprinted since" if "+" in now else f"has {_short(now)} now"
     if not updates:
         raise ValueError(
             f"ref_scores are of another reference: they have fingerprint {_short(found)}, and this penalty's reference "

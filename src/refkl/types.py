@@ -102,8 +102,8 @@ class TokenScores:
     temperature: float = 1.0
     """The divisor of the logits."""
     fingerprint: str | None = None
-    """Fingerprint of the reference that gave these scores, if it has been computed; None for a policy. KLPenalty refuses
-    scores that it shows to be mixed up or stale."""
+    """Fingerprint of the reference that gave these scores; None for a policy. KLPenalty uses it to refuse scores that
+    are mixed up or stale."""
 
     def to(self, device: torch.device | str) -> TokenScores:
         """Return the same scores with their tensors on `device`."""

@@ -11,7 +11,9 @@ import torch
 import yaml
 from peft import PeftConfig, PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
+
+from refkl.loading import load_causal_lm
 
 TOLERANCE = 1e-5
 """Largest difference between logits before and after, relative to the largest logit."""
@@ -45,7 +47,8 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
         relative to the largest logit; None for an adapter that is copied as it is.
 
     Raises:
-        ValueError: no trained policy there, an output that exists, or logits that differ by more than TOLERANCE.
+        ValueError: no trained policy there, or not all of its weights; an output that exists; logits that differ by
+            more than TOLERANCE.
     """
     trained = run / "model"
     if not (trained / "config.json").is_file() and not (trained / "adapter_config.json").is_file():
@@ -64,7 +67,7 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
     plain: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
     plain.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(trained).save_pretrained(temporary)
-    after = _probe(AutoModelForCausalLM.from_pretrained(temporary, dtype=plain.dtype))
+    after = _probe(load_causal_lm(str(temporary), "The exported model cannot be loaded again", dtype=plain.dtype))
     difference = ((before - after).abs().max() / before.abs().max()).item()
     if not difference <= TOLERANCE:
         shutil.rmtree(temporary)
@@ -80,10 +83,11 @@ def _load(run: Path, trained: Path) -> PreTrainedModel | PeftModel:
     config = yaml.safe_load((run / "config.yaml").read_text())["model"]
     dtype = getattr(torch, config["dtype"])
     if not (trained / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(trained, dtype=dtype).eval()
+        return load_causal_lm(str(trained), f"The trained policy {trained} cannot be loaded", dtype=dtype).eval()
     base_folder = PeftConfig.from_pretrained(str(trained)).base_model_name_or_path
     # A sum of base and adapter rounded to 16 bits would be another model.
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, **config["init_kwargs"])
+    what = f"The adapter's base model {base_folder!r} cannot be loaded"
+    base = load_causal_lm(str(base_folder), what, dtype=torch.float32, **config["init_kwargs"])
     return PeftModel.from_pretrained(base, str(trained)).eval()
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refkl.config import DataConfig, ModelConfig, RewardConfig, is_import_path
 from refkl.freeze import freeze
+from refkl.loading import load_causal_lm
 from refkl.messages import nearest
 from refkl.rewards import TASK_SOURCE, RewardModel, TaskReward, task_data
 
@@ -56,13 +57,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """The policy with its frozen parts frozen.
 
     Raises:
-        ValueError: no model there, or a freeze pattern that matches nothing.
+        ValueError: no whole causal language model there, or a freeze pattern that matches nothing.
     """
     folder = model_path(config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype), **config.init_kwargs)
-    except OSError as error:
-        raise ValueError(f"model.path {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    what = f"model.path {folder!r} cannot be loaded"
+    model = load_causal_lm(folder, what, dtype=getattr(torch, config.dtype), **config.init_kwargs)
     if config.freeze:
         freeze(model, config.freeze)
     return model

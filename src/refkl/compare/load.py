@@ -12,14 +12,14 @@ import yaml
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refkl.backend import base_model, learned_prompt, weights_of
 from refkl.config import ReferenceConfig
+from refkl.loading import find_tokenizer, load_causal_lm, token_maps_differ
 from refkl.reference import Reference, build_reference
 from refkl.reference.weights.fingerprint import combined, digests
 
-_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -57,7 +57,7 @@ def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.de
         device: where to.
 
     Raises:
-        ValueError: nothing there that can be loaded; weights that are missing, which would be drawn at random.
+        ValueError: nothing there that can be loaded; weights that are missing, left over or of another shape.
     """
     if _SHORT.get(dtype, dtype) not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(_DTYPES)}.")
@@ -69,13 +69,14 @@ def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.de
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if not base:
             raise ValueError(f"{folder} is an adapter, and its adapter_config.json does not name the base model.")
-        model = _adapted(_load(base, number, options, f"{path}: the adapter's base model {base!r}"), folder, path)
+        what = f"{path}: the adapter's base model {base!r} cannot be loaded"
+        model = _adapted(load_causal_lm(base, what, dtype=number, **options), folder, path)
     else:
-        model = _load(folder, number, options, f"The model {path!r}")
+        model = load_causal_lm(folder, f"The model {path!r} cannot be loaded", dtype=number, **options)
         model.requires_grad_(False)
-    tokenizer = _tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     if tokenizer is None and base is not None:
-        tokenizer = _tokenizer(base)
+        tokenizer = find_tokenizer(base)
     model.to(device).eval()  # type: ignore[arg-type]
     return Checkpoint(path, folder, base, model, tokenizer)
 
@@ -104,16 +105,8 @@ def check_vocabularies(first: Checkpoint, second: Checkpoint) -> None:
         )
     if first.tokenizer is None or second.tokenizer is None:
         return
-    own, other = first.tokenizer.get_vocab(), second.tokenizer.get_vocab()
-    if own == other:
-        return
-    differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
-    example = differing[0]
-    raise ValueError(
-        f"The tokenizers of {first.path} and {second.path} differ in {len(differing)} of {len(own)} tokens: "
-        f"{example!r} is {_numbered(own.get(example))} in the first and {_numbered(other.get(example))} in the second. "
-        "Compare models of one vocabulary."
-    )
+    if (found := token_maps_differ(first.tokenizer, second.tokenizer)) is not None:
+        raise ValueError(f"The tokenizers of {first.path} and {second.path} {found} Compare models of one vocabulary.")
 
 
 @torch.no_grad()
@@ -157,20 +150,6 @@ def _holds_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
 
 
-def _load(folder: str, dtype: torch.dtype, options: dict[str, Any], what: str) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from None
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"{what} lacks {len(missing)} weights that {type(model).__name__} has, such as {missing[0]}: they would be "
-            "drawn at random. Is it a causal language model, saved whole?"
-        )
-    return model
-
-
 def _adapted(base: PreTrainedModel, folder: str, path: str) -> PeftModel:
     # Trainable, so that a reference takes a copy of the adapter: of one that does not train it would share it.
     try:
@@ -180,16 +159,3 @@ def _adapted(base: PreTrainedModel, folder: str, path: str) -> PeftModel:
     except (OSError, SafetensorError, RuntimeError, UserWarning) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ValueError(f"The adapter {path!r} does not fit its base model: {' '.join(lines[:2])}") from None
-
-
-def _tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _OF_TOKENIZERS):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
-        raise ValueError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _numbered(number: int | None) -> str:
-    return "missing" if number is None else f"number {number}"

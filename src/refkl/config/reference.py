@@ -20,7 +20,8 @@ class ReferenceConfig:
     """"policy": the policy as it stands when the reference is built; where a prompt is learned (prompt, prefix and
     p-tuning) the bare base, since a new prompt changes the policy at once. "base": the bare base of a PEFT policy,
     without its adapter, be that trained or not. "pretrained": the weights that the policy was loaded from, also where
-    it has been changed since. Anything else is a model folder to take weights from."""
+    it has been changed since. Anything else is a model folder or hub name: a model of its own class, with the policy's
+    vocabulary."""
     dtype: DtypeName | None = None
     """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
     device: str | None = None

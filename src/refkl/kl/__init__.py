@@ -9,10 +9,10 @@ from refkl.kl.controllers import CONTROLLERS, AdaptiveKL, Controller, CosineKL, 
 from refkl.kl.divergences import DIVERGENCES, divergence
 from refkl.kl.estimators import ESTIMATORS, GRADIENTS, estimate, saturated
 from refkl.kl.histogram import Histogram
+from refkl.kl.job import TileScores, TokenLoss
 from refkl.kl.linear import LinearPair, LinearScores, linear_divergence, linear_logp, linear_pair
 from refkl.kl.logprobs import token_logp
 from refkl.kl.rewards import REWARDS, place_rewards
-from refkl.kl.tiles import TileScores, TokenLoss
 
 __all__ = [
     "AGGREGATIONS",

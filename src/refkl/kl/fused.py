@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from refkl.kl.divergence_rows import first_order
-from refkl.kl.tiles import Inputs, Job, Values, Walk, outputs
+from refkl.kl.job import Inputs, Job, Values
+from refkl.kl.tiles import Walk, outputs
 
 
 def score(inputs: Inputs, job: Job) -> Values:

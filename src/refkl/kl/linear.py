@@ -24,9 +24,9 @@ from torch import Tensor
 
 from refkl.kl.divergence_rows import Divergence
 from refkl.kl.fused import score
+from refkl.kl.job import Inputs, Job, Observer, TokenLoss
 from refkl.kl.logprobs import check_temperature
 from refkl.kl.projection import Scaling
-from refkl.kl.tiles import Inputs, Job, Observer, TokenLoss
 from refkl.types import require_shape
 
 

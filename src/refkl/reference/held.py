@@ -43,19 +43,15 @@ class HeldReference(Reference):
     def __init__(
         self, request: BuildRequest, reason: str, source: str, *, borrowed_from: nn.Module | None = None
     ) -> None:
-        """
-        Args:
-            request, reason, source: as in Reference.
-            borrowed_from: the policy, if scores run inside the policy's own module: while they do, it is not to be run
-                for what it is.
-        """
+        """`borrowed_from` is the policy, if scores run inside its own module: it is not itself while they do."""
         super().__init__(request, reason, source)
         self._accelerator = request.accelerator
         self.device = None if request.config.device is None else torch.device(request.config.device)
         """Where a batch goes to be scored; None leaves it where it is."""
-        self._identity = Identity(self.weights)
+        self.known = Identity(self.weights)
+        """What is recorded of the weights."""
         self._mover = self.movers(self, on_host=request.config.averages == "host")
-        self._use = Use() if borrowed_from is None else use_of(borrowed_from)
+        self.use = Use() if borrowed_from is None else use_of(borrowed_from)
         self._active: nn.Module | None = None
         self._conditions = Conditions(self)
         self.weights_freed = False
@@ -124,7 +120,7 @@ class HeldReference(Reference):
     @contextmanager
     def logits(self, batch: TokenBatch) -> Iterator[ScoredLogits]:
         with self.scoring(batch, "reference.logits") as (model, moved):
-            with self.own_run():
+            with self.use.scoring():
                 logits = completion_logits(model, moved)
             yield logits
 
@@ -134,17 +130,13 @@ class HeldReference(Reference):
     @contextmanager
     def scoring(self, batch: TokenBatch, what: str = "reference.score") -> Iterator[tuple[nn.Module, TokenBatch]]:
         """Yield the module to run and the batch on its device: no grad, dropout off, nothing left changed."""
-        with self._use.borrowed(self, what):
+        with self.use.borrowed(self, what):
             self._mover.check_whole()
             if self._active is None:
                 self.follow_policy()
             self.before_scoring(batch)
             with prepared(self, batch) as found:
                 yield found
-
-    def own_run(self) -> AbstractContextManager[None]:
-        """Open around a run of the module by the reference itself."""
-        return self._use.scoring()
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
@@ -182,27 +174,19 @@ class HeldReference(Reference):
         The same weights have the same fingerprint whatever strategy, device or number of ranks holds them. If weights
         are sharded, every rank must call: they exchange one number a weight. See weights/fingerprint.py.
         """
-        return self._identity.take()
+        return self.known.take()
 
     @property
     def recorded_fingerprint(self) -> str | None:
-        return self._identity.recorded
+        return self.known.recorded
 
     @property
     def digests(self) -> dict[str, str]:
-        return self._identity.digests
+        return self.known.digests
 
     @property
     def scored_as(self) -> str:
-        return self._identity.scored_as
-
-    def weights_changed(self) -> None:
-        """Forget the fingerprint: the weights were changed, as they were meant to be."""
-        self._identity.forget()
-
-    def recorded_as(self, fingerprint: str) -> AbstractContextManager[None]:
-        """Let this be the recorded fingerprint while open."""
-        return self._identity.replaced_by(fingerprint)
+        return self.known.scored_as
 
     def verify(self, count: int | None = None) -> None:
         """Find a weight that changed since the fingerprint was taken, with no `update` or `load` to explain it.
@@ -216,7 +200,7 @@ class HeldReference(Reference):
                 fingerprint is taken instead.
         """
         self.follow_policy()
-        self._identity.verify(count)
+        self.known.verify(count)
 
     # Moving.
 
@@ -261,11 +245,11 @@ class HeldReference(Reference):
     @contextmanager
     def _idle(self, what: str) -> Iterator[None]:
         """Hold the lock. Raise ValueError while one of the reference's contexts is open in this thread."""
-        with self._use.lock:
+        with self.use.lock:
             self._mover.check_closed(what)
             if self._active is not None:
                 raise ValueError(
-                    f"{self._use.what} is open, and its weights are being run, so the reference cannot {what}: leave "
+                    f"{self.use.what} is open, and its weights are being run, so the reference cannot {what}: leave "
                     "that first."
                 )
             yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from refkl.backend import evaluating, unwrap
 from refkl.kl import divergence as dense_divergence
 from refkl.kl.divergence_rows import Divergence
-from refkl.kl.tiles import Observer
+from refkl.kl.job import Observer
 from refkl.reference.contract import Reference
 from refkl.scoring import (
     Against,

@@ -57,6 +57,6 @@ def load_held(held: HeldReference, mover: Mover, saved: Saved) -> None:
     held.updates, held.last_update = int(saved.provenance["updates"]), None
     mover.initial_fingerprint = mover.recalled_initial(saved.provenance.get("first"))
     mover.half_moved = False
-    held.weights_changed()
+    held.known.forget()
     loaded = held.fingerprint()
     assert loaded == saved.provenance["fingerprint"], "every weight was compared before it was written"

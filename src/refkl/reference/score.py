@@ -30,7 +30,7 @@ def prepared(held: HeldReference, batch: TokenBatch) -> Iterator[tuple[nn.Module
 
 def score_held(held: HeldReference, batch: TokenBatch, **options: Any) -> TokenScores:
     """Return the scores of a batch, on the batch's device. `options` are those of `score_model`."""
-    with held.scoring(batch) as (model, moved), held.own_run():
+    with held.scoring(batch) as (model, moved), held.use.scoring():
 
         def score(part: TokenBatch) -> TokenScores:
             return score_model(model, part, **options).scores

@@ -67,7 +67,7 @@ class Mover:
             self.half_moved = False
         held.updates += 1
         held.last_update = LastUpdate(step.alpha, step.lora, distance, plan.rank(new), new.cut)
-        held.weights_changed()
+        held.known.forget()
         self._check_moved(probes | {name: Probe(0, tensor.reshape(-1)[0]) for name, tensor in new.weights.items()})
         return held.last_update
 
@@ -113,7 +113,7 @@ class Mover:
         self.exchange_initial()
         self._showing_initial = True
         try:
-            with held.recorded_as(self.initial_fingerprint):
+            with held.known.replaced_by(self.initial_fingerprint):
                 yield
         finally:
             self._showing_initial = False

@@ -224,7 +224,7 @@ class AdapterReference(OnSnapshot):
         with self._idle("be loaded into"):
             if self.snapshot is not None or not Saved(Path(folder)).provenance["updates"]:
                 return super().load(folder)
-            with self._identity.restored_on_error():
+            with self.known.restored_on_error():
                 self.take_snapshot()
                 try:
                     super().load(folder)

@@ -118,6 +118,8 @@ class CloneReference(SharingCopy):
             if config.quantize is not None:
                 loaded = model
                 model, _ = frozen_copy(loaded, share=False, quantize=config.quantize)
+        if config.source != "policy":
+            dtype = None  # it was loaded in it, and its rotary frequencies stay in fp32
         if dtype is not None or config.device is not None:
             model.to(device=config.device, dtype=dtype)
         reference: SharingCopy

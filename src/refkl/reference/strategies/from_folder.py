@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from refkl.backend import base_model
+from refkl.loading import load_again, load_beside
 from refkl.messages import nearest
 from refkl.reference.request import BuildRequest
 
@@ -31,25 +33,26 @@ def source_folder(request: BuildRequest) -> str:
 
 
 def load_pretrained(request: BuildRequest, folder: str, dtype: torch.dtype | None) -> nn.Module:
-    """The model in `folder`, of the policy's class, in `dtype` (by default the policy's) and with its attention.
+    """Return the model in `folder`, in `dtype` (by default the policy's).
+
+    A folder that was named is a model of its own class. "pretrained" is of the policy's class and configuration.
 
     Raises:
-        ValueError: no such model there.
+        ValueError: no such model there, or one that cannot be scored on the policy's tokens.
     """
     base = base_model(request.policy)
-    # Rotary scaling, attention windows and the like are part of the function, and may be other ones on disk.
-    same = request.config.source in ("policy", "pretrained")
-    config = {"config": copy.deepcopy(base.config)} if same else {}
-    try:
-        model: nn.Module = type(base).from_pretrained(  # type: ignore[attr-defined]
-            folder,
-            dtype=dtype or next(base.parameters()).dtype,
-            attn_implementation=base.config._attn_implementation,  # type: ignore[union-attr]
-            **config,
-        )
-    except OSError as error:
+    if not isinstance(base, PreTrainedModel):
         raise ValueError(
-            f"The reference cannot be loaded from {folder!r}: {str(error).splitlines()[0]} Set reference.source to a "
-            f"model folder.{nearest(folder, ('policy', 'base', 'pretrained'))}"
+            f"The reference cannot be loaded from {folder!r}: the policy is a {type(base).__name__}, and only a "
+            "transformers model can be compared with a folder. Leave reference.source at 'policy'."
+        )
+    number, what = dtype or next(base.parameters()).dtype, f"The reference cannot be loaded from {folder!r}"
+    try:
+        if request.config.source in ("policy", "pretrained"):
+            return load_again(base, what, dtype=number)
+        return load_beside(base, folder, what, dtype=number)
+    except ValueError as error:
+        hint = "" if Path(folder).is_dir() else nearest(folder, ("policy", "base", "pretrained"))
+        raise ValueError(
+            f"{error} Set reference.source to the folder of a whole model with the policy's vocabulary.{hint}"
         ) from None
-    return model

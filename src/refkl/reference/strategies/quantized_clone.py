@@ -47,13 +47,12 @@ class QuantizedClone(SharingCopy):
         else:
             self._measure([calibration] if isinstance(calibration, TokenBatch) else calibration)
 
-    def _move(self, weights: dict[str, Tensor]) -> bool:
-        changed = super()._move(weights)
-        if self.config.dtype is None and (policy := self._policy()) is not None:
-            dtype = next(policy.parameters()).dtype
+    def _move(self, weights: dict[str, Tensor], first: Tensor) -> bool:
+        changed = super()._move(weights, first)
+        if self.config.dtype is None:
             for module in self.model.modules():
                 if isinstance(module, QuantizedLinear):
-                    module.dtype = dtype
+                    module.dtype = first.dtype
         return changed
 
     def weights(self) -> Iterator[Weight]:

@@ -286,7 +286,7 @@ class OnSnapshot(HeldReference):
 
     @contextmanager
     def keep_active(self) -> Iterator[None]:
-        with self._use.borrowed(self, "reference.keep_active"):
+        with self.use.borrowed(self, "reference.keep_active"):
             if self._active is None:
                 self.follow_policy()
             with self.activated():

@@ -84,26 +84,32 @@ class SharingCopy(WholeCopy):
         placed = first.device, first.dtype, [weights[name].data_ptr() for name in self._shared if name in weights]
         if self._placed == placed:
             return
-        recorded, changed = self.recorded_fingerprint, self._move(weights)
+        recorded, changed = self.recorded_fingerprint, self._move(weights, first)
         self._move_buffers(policy, first)
         self._placed = placed
         if changed and recorded is not None:
             self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
 
-    def _move(self, weights: dict[str, Tensor]) -> bool:
-        """Give the weights the device and dtype of the policy's; return True if a dtype changed."""
+    def _move(self, weights: dict[str, Tensor], first: Tensor) -> bool:
+        """Give the weights the device and dtype of the policy's, or of its first one; True if a dtype changed."""
         changed = False
+        before = first.dtype if self._placed is None else self._placed[1]
         for name, own in named_weights(self.model):
             theirs = weights.get(name)
-            if theirs is None:
-                continue
-            dtype = theirs.dtype if self.config.dtype is None and own.is_floating_point() else own.dtype
-            device = own.device if self._stays else theirs.device
+            if theirs is None and not isinstance(own, nn.Parameter):
+                continue  # a buffer, which follows later
+            # A model of its own class has weights that the policy lacks; those in the policy's dtype follow it.
+            like = first if theirs is None else theirs
+            follows = self.config.dtype is None and own.is_floating_point() and like.is_floating_point()
+            dtype = like.dtype if follows and (theirs is not None or own.dtype == before) else own.dtype
+            device = own.device if self._stays else like.device
             changed |= dtype != own.dtype
             own.data = own.data.to(device=device, dtype=dtype)
             # A move gave the policy storage of its own; take part in it again where it holds the same numbers.
+            if theirs is None or name not in self._shared:
+                continue
             alike = own.dtype == theirs.dtype and own.device == theirs.device and own.shape == theirs.shape
-            if name in self._shared and alike and torch.equal(own, theirs):
+            if alike and torch.equal(own, theirs):
                 own.data = theirs.data
         return changed
 

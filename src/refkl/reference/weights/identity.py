@@ -33,6 +33,8 @@ class Identity:
         self.digests = digests(self._weights())
         self.recorded = self._last = combined(self.digests)
         self._changes = 0
+        if self._scored_as is not None and "+" not in self._scored_as:
+            self._scored_as = None
         return self.recorded
 
     @property
