@@ -136,13 +136,13 @@ def _refused(module: LoraLayer, adapter: str) -> str | None:
 
 def adapter_parameters(policy: nn.Module) -> set[int]:
     """Return ids of the adapters' parameters, trained or not: AdaLoRA changes those that hold its ranks."""
-    modules = _adapter_modules(policy, copies=True)
+    modules = adapter_modules(policy, copies=True)
     return {id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None}
 
 
 def adapter_buffers(policy: nn.Module) -> set[int]:
     """Return ids of the adapters' buffers, such as the projections that VeRA's layers share: nothing changes them."""
-    modules = _adapter_modules(policy, copies=False)
+    modules = adapter_modules(policy, copies=False)
     return {id(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None}
 
 
@@ -151,7 +151,7 @@ def adapter_tensors(policy: nn.Module) -> set[int]:
     return adapter_parameters(policy) | adapter_buffers(policy)
 
 
-def _adapter_modules(policy: nn.Module, *, copies: bool) -> Iterator[nn.Module]:
+def adapter_modules(policy: nn.Module, *, copies: bool) -> Iterator[nn.Module]:
     """Yield an adapted layer's modules other than its base layer, learned prompts, and with `copies` modules_to_save.
 
     One walk with a stack: it runs at each score of an adapter's base, and `modules()` of every part takes five times as

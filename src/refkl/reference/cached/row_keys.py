@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from refkl.backend import base_model, mixed_precision, own_class, unwrap
 from refkl.backend.adapters import switches
 from refkl.reference.cached.score_files import KEY_BYTES
+from refkl.reference.cached.structure import structure
 from refkl.types import TokenBatch
 
 _NO_PART = {
@@ -73,6 +74,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """What of a model that is about to run its scores depend on, beside its weights: JSON."""
     base, inner = base_model(model), unwrap(model)
     found: dict[str, Any] = {"model": own_class(base).__name__, "transformers": transformers.__version__}
+    found["modules"] = structure(base)
     if isinstance(base, PreTrainedModel):
         found["config"] = {k: v for k, v in base.config.to_dict().items() if k not in _NO_PART}
         found["attention"] = base.config._attn_implementation
