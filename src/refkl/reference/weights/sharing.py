@@ -52,8 +52,6 @@ class SharedWeights:
     def check(self) -> None:
         """Raise ValueError if what is shared is no longer what it was; the weight or layer is named."""
         self._check_layers()
-        if is_sharded(self._policy) or any(is_partitioned(p) for p in self._policy.parameters()):
-            return  # shards are written by their owners, who gather and scatter them
         if self._versions is None:
             self._remember()
             return
@@ -99,6 +97,9 @@ class SharedWeights:
                 )
 
     def _remember(self) -> None:
+        if not self._names or is_sharded(self._policy) or any(map(is_partitioned, self._policy.parameters())):
+            self._versions = []  # shards are written by their owners, who gather and scatter them
+            return
         adapted = {id(layer.get_base_layer().weight) for layer in self._layers.values() if _has_weight(layer)}
         found = dict(self._policy.named_parameters(remove_duplicate=True)) | dict(self._policy.named_buffers())
         shared = [(canonical_name(n), t) for n, t in found.items() if canonical_name(n) in self._names]
@@ -113,7 +114,7 @@ class SharedWeights:
 
     def _check_digest(self, name: str, tensor: Tensor) -> None:
         before = self._recorded(name)
-        if before is None:
+        if before is None or is_partitioned(tensor):
             return
         now = digests([Weight(name, tensor.detach(), Whole(tensor.shape))])[name]
         if now != before and now.split()[0] == before.split()[0]:
