@@ -339,6 +339,8 @@ def check_provenance(case: Case) -> None:
     assert case.reference.reason and not case.reference.reason.endswith(".")
 
 
+STEPPING = ("check_update_mixes_weights", "check_a_step_with_a_score_in_it", "check_prompts_run_once")
+"""Checks that train or move the plain copy: in FSDP's mixed precision nothing plain rounds as the policy does."""
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 

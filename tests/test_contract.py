@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import CHECKS, Case, plain_copy
+from contract import CHECKS, STEPPING, Case, plain_copy
 from launching import accelerate_launch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from support import gpt2, llama
@@ -176,8 +176,9 @@ def test_contract_on_two_processes(
     launch, flags = (backend, OWN_LOOP) if backend.startswith("zero") else ("multi", ())
     arguments = ("tests/scripts/contract_run.py", backend, strategy, policy, when, str(tmp_path))
     output = accelerate_launch(launch, *arguments, flags=flags)
+    unfit = STEPPING if "bf16" in backend else ()
     for check in CHECKS:
-        assert f"passed {check.__name__}\n" in output or "bf16" in backend
+        assert (f"passed {check.__name__}\n" in output) == (check.__name__ not in unfit)
     found = re.search(r"strategies: \['(\w+)'\]; share of what trains: ([\d.]+)", output)
     assert found is not None and found[1] == strategy.split(":")[0]
     assert ":int8" not in strategy or "over 18 tokens" in output  # the floor is of both ranks' 9
