@@ -114,8 +114,9 @@ class HeldReference(Reference):
             ValueError: as `score_tokens`; or the reference can no longer be told from the policy; or it is quantised
                 and its floor (`kl_floor`) is too high, or cannot be measured any more.
         """
-        scores = score_held(self, batch, temperature=temperature, entropy=entropy, hidden=hidden)
-        return replace(scores, fingerprint=self.scored_as)
+        with self.use.lock:
+            scores = score_held(self, batch, temperature=temperature, entropy=entropy, hidden=hidden)
+            return replace(scores, fingerprint=self.scored_as)
 
     @contextmanager
     def logits(self, batch: TokenBatch) -> Iterator[ScoredLogits]:
