@@ -261,7 +261,7 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
     }  # fmt: skip
     run = parse_run([str(write_config(tmp_path)), *(part for pair in options.items() for part in pair)])
     config = run.config
-    assert (config.kl.estimator, config.sync.every, config.sync.alpha) == ("k2", 7, 0.6)
+    assert (config.kl.estimator, config.sync.every, config.sync.settled().alpha) == ("k2", 7, 0.6)
     assert config.peft == {"peft_type": "LORA", "r": 3} and config.model.freeze == ["a", "b"]
     assert (config.reference.strategy, config.data.limit) == ("clone", 2)
     assert (run.trainer["learning_rate"], run.trainer["output_dir"]) == (3e-4, "elsewhere")

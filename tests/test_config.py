@@ -1,12 +1,15 @@
 """KLConfig, SyncConfig, ReferenceConfig: nonsense is refused when it is written down."""
 
+import copy
 import dataclasses
+import itertools
 import math
+import pickle
 
 import pytest
 
 from refkl import KLConfig, KLPenalty, ReferenceConfig, SyncConfig
-from refkl.config import DataConfig, ModelConfig, RunConfig
+from refkl.config import DataConfig, ModelConfig, RewardConfig, RunConfig, ScoringConfig, SettledKL, SettledSync
 from refkl.kl import CONTROLLERS
 
 LINEAR = {"controller": "linear", "end_coef": 0.1, "steps": 10}
@@ -54,7 +57,9 @@ def test_controllers_left_to_their_defaults():
 
 def test_what_is_left_open_is_settled_by_where_the_penalty_goes():
     loss, reward = KLConfig(), KLConfig(placement="reward")
-    assert (loss.estimator, loss.reward) == ("k3", None) and (reward.estimator, reward.reward) == ("k1", "return_to_go")
+    assert loss.settled() == SettledKL(estimator="k3", reward=None, gamma=1.0)
+    assert reward.settled() == SettledKL(estimator="k1", reward="return_to_go", gamma=1.0)
+    assert KLPenalty(reward).settled == reward.settled()
     assert KLConfig(placement="reward", estimator="k3", gradient="none").estimator == "k3"  # when it is asked for
     for config in (loss, reward, KLConfig(**DUAL, unit="token")):
         assert KLConfig(**dataclasses.asdict(config)) == config
@@ -181,7 +186,7 @@ def test_the_estimator_is_settled_by_the_placement_from_a_file_too(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     for arguments, estimator in (([], "k3"), (["--kl.placement", "reward"], "k1")):
         run = parse_run([str(tmp_path / "run.yaml"), *arguments])
-        assert run.config.kl.estimator == estimator
+        assert run.config.kl.estimator is None and run.config.kl.settled().estimator == estimator
         (tmp_path / "again.yaml").write_text(run.resolved)
         assert parse_run([str(tmp_path / "again.yaml")]).config.kl == run.config.kl
 
@@ -195,3 +200,120 @@ def test_a_biased_estimator_in_the_reward_is_said_to_be():
 def test_a_prefix_ratio_where_there_is_none_is_refused(fields):
     with pytest.raises(ValueError, match=r"kl\.ratio has no use"):
         KLConfig(ratio="prefix", **fields)
+
+
+# a config holds what it was given
+
+
+def run(**options):
+    return RunConfig(model=ModelConfig(path="model"), data=DataConfig(source="data.jsonl"), **options)
+
+
+GIVEN = [
+    *((KLConfig, options) for options in (
+        {}, {"coef": 0.3}, {"estimator": "k2"}, {"estimator": "exact"}, {"gradient": "autograd"}, {"coef": 0.0}, REWARD,
+        {**REWARD, "reward": "sequence"}, {**REWARD, "gamma": 0.9}, {**REWARD, "gradient": "none"}, LINEAR, ADAPTIVE,
+        DUAL, {**DUAL, "unit": "token", "max_coef": 9.0}, {"aggregation": "seq-mean-token-sum-norm", "length": 5},
+        {"reference_weights": [0.25, 0.75]}, {"exact_every": 5}, {"max_log_ratio": 3.0}, {"ratio": "prefix"},
+    )),
+    *((SyncConfig, options) for options in (
+        {}, {"every": 7}, {"alpha": 1.0}, {"average": "bema"}, {"average": "bema", "lag": 3.0, "every": 1},
+        {"every": None, "max_kl": 0.1, "reset_optimizer": True}, {"lora": "product", "lora_rank": 4}, {"warmup": 3},
+    )),
+    *((RewardConfig, options) for options in (
+        {"function": "a.b:c"}, {"function": "a.b:c", "name": "mine"}, {"model": "models/judge", "label": 1},
+        {"task": "gcd"}, {"task": "gcd", "answer": "whole", "weight": 0.5},
+    )),
+    *((ReferenceConfig, options) for options in (
+        {}, {"strategy": "clone", "quantize": "int8", "max_kl_floor": 0.3}, {"source": "base", "cache": "scores"},
+    )),
+    (ScoringConfig, {"prefix": "off"}),
+    (run, {"method": "dpo"}),
+    (run, {"method": "sft", "sync": SyncConfig(average="bema")}),
+    (run, {"method": "sft", "kl": KLConfig(estimator="exact")}),
+    (run, {"reward": [RewardConfig(task="gcd"), RewardConfig(function="a:b")], "kl": KLConfig(**REWARD)}),
+]  # fmt: skip
+"""What makes a configuration, and fields that it takes: valid all of them."""
+
+
+@pytest.mark.parametrize(("make", "options"), GIVEN)
+def test_fields_keep_what_was_given_and_cannot_be_set(make, options):
+    config = make(**options)
+    cls = type(config)
+    for field in dataclasses.fields(cls):
+        if cls is not RunConfig or field.name not in ("model", "data"):
+            default = field.default
+            if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            assert getattr(config, field.name) == options.get(field.name, default), field.name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, -3.0)
+
+
+def rebuilt(cls, values):
+    """A configuration from what asdict made of it, its sections too."""
+    sections = {"model": ModelConfig, "data": DataConfig, "kl": KLConfig, "sync": SyncConfig}
+    sections |= {"reference": ReferenceConfig, "scoring": ScoringConfig}
+    if cls is RunConfig:
+        for name, section in sections.items():
+            values[name] = None if values[name] is None else section(**values[name])
+        values["reward"] = [RewardConfig(**reward) for reward in values["reward"]]
+        for name in ("samples", "launch", "checkpoint", "resume"):
+            del values[name]  # as they are by default here
+    return cls(**values)
+
+
+@pytest.mark.parametrize(("make", "options"), GIVEN)
+def test_round_trips_and_copies_are_equal_and_mean_the_same(make, options):
+    config = make(**options)
+    cls = type(config)
+    ways = [dataclasses.replace(config), copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))]
+    ways.append(rebuilt(cls, dataclasses.asdict(config)))
+    for again in ways:
+        assert again == config and type(again) is cls
+        if hasattr(config, "settled"):
+            assert again.settled() == config.settled()
+
+
+@pytest.mark.filterwarnings("ignore:kl.estimator")
+def test_replacing_fields_gives_what_a_new_config_would():
+    """For each two valid sets of fields of a class: from the one, by replace, to the other, or the same refusal."""
+    tried = 0
+    for (make, before), (other, after) in itertools.permutations(GIVEN, 2):
+        if make is not other or make is run:
+            continue
+        start = make(**before)
+        fresh = {field.name: field.default for field in dataclasses.fields(start)}
+        changes = {name: after.get(name, fresh[name]) for name in {**before, **after}}
+        assert dataclasses.replace(start, **changes) == make(**after)
+        if hasattr(start, "settled"):
+            assert dataclasses.replace(start, **changes).settled() == make(**after).settled()
+        try:
+            expected = make(**{**before, **after})
+        except ValueError as refusal:
+            with pytest.raises(ValueError) as found:
+                dataclasses.replace(start, **after)
+            assert str(found.value) == str(refusal)
+        else:
+            assert dataclasses.replace(start, **after) == expected
+        tried += 1
+    assert tried > 300
+
+
+def test_a_replaced_field_settles_the_others_anew():
+    assert dataclasses.replace(KLConfig(coef=0.05), placement="reward").settled().estimator == "k1"
+    loss = dataclasses.replace(KLConfig(**REWARD), placement="loss")
+    assert loss == KLConfig() and loss.settled() == SettledKL(estimator="k3", reward=None, gamma=1.0)
+    assert dataclasses.replace(KLConfig(coef=0.05), coef=0.1).on_given_text().estimator == "exact"
+    assert KLConfig(**dataclasses.asdict(KLConfig())).on_given_text().estimator == "exact"
+    bema = dataclasses.replace(SyncConfig(), average="bema")
+    assert bema.settled() == SettledSync(alpha=None, ema_power=0.5, bias_power=0.2, lag=10.0)
+    ema = dataclasses.replace(bema, average="ema")
+    assert ema.settled() == SettledSync(alpha=0.6, ema_power=None, bias_power=None, lag=None)
+    resets = dataclasses.replace(SyncConfig(), every=None, max_kl=0.1).settled()
+    assert resets == SettledSync(alpha=None, ema_power=None, bias_power=None, lag=None)
+    reward = dataclasses.replace(RewardConfig(function="a:b"), function=None, task="gcd")
+    assert (reward.settled().name, reward.settled().answer) == ("gcd", "tagged")
+    assert run(method="sft").kl == KLConfig() == dataclasses.replace(run(method="sft"), method="dpo").kl
+    with pytest.raises(ValueError, match="Here the tokens are given"):
+        run(method="sft", kl=KLConfig(estimator="k3"))

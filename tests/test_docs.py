@@ -283,7 +283,8 @@ def test_trl_s_names_exist() -> None:
     assert set(names) <= set(BEMACallback.__init__.__code__.co_varnames)
     defaults = BEMACallback()
     config = eval(bema[1].strip("`"), {"SyncConfig": SyncConfig})
-    ours = (config.every, config.ema_power, config.bias_power, config.lag, config.warmup)
+    settled = config.settled()
+    ours = (config.every, settled.ema_power, settled.bias_power, settled.lag, config.warmup)
     assert ours == tuple(getattr(defaults, name) for name in names)
 
 

@@ -188,7 +188,7 @@ def test_the_first_step_has_no_kl_and_the_leash_holds(maker: str, tmp_path: Path
     for coef in (0.0, 5.0):
         options = {"max_steps": 8, "learning_rate": 0.01, "per_device_train_batch_size": 24}
         trainer = make(cls, copy.deepcopy(start), tmp_path, options, kl=KLConfig(coef=coef))
-        assert trainer.reference.strategy == "clone" and trainer.penalty.config.estimator == "exact"
+        assert trainer.reference.strategy == "clone" and trainer.penalty.settled.estimator == "exact"
         trainer.train()
         runs[coef] = logged(trainer, "kl")
         assert runs[coef][0] == 0.0 and logged(trainer, "kl/max")[0] == 0.0

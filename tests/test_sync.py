@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ def test_it_moves_when_the_schedule_says(config: SyncConfig, expected: list[int]
     sync = ReferenceSync(build_reference(policy, "clone"), config)
     assert steps(sync, policy, 10) == expected
     assert sync.reference.updates == len(expected)
-    assert config.average == "bema" or {u["alpha"] for u in sync.updates} == {config.alpha}
+    assert config.average == "bema" or {u["alpha"] for u in sync.updates} == {config.settled().alpha}
 
 
 def test_defaults_are_the_soft_variants_recommendation() -> None:
-    assert (SyncConfig().every, SyncConfig().alpha) == (512, 0.6)
+    assert (SyncConfig().every, SyncConfig().settled().alpha) == (512, 0.6)
 
 
 def test_a_moving_average_is_the_recursion_written_out() -> None:
@@ -304,3 +305,14 @@ def test_an_update_of_shards_sends_nothing(backend: str, tmp_path: Path) -> None
     output = accelerate_launch(launch, "tests/scripts/sync_ranks.py", backend, str(tmp_path), flags=flags)
     for what in ("updates", "the schedule", *(["averages"] if backend == "fsdp2" else [])):
         assert f"passed {what}\n" in output
+
+
+@pytest.mark.parametrize(("options", "alpha", "lag"), [({}, 0.6, None), ({"average": "bema"}, None, 10.0)], ids=str)
+def test_a_trainers_state_records_the_settled_sync(
+    options: dict[str, Any], alpha: float | None, lag: float | None
+) -> None:
+    """As numbers, also where the configuration leaves them open; a SyncConfig of the record means the same."""
+    config = SyncConfig(**options)
+    recorded = SyncReferenceCallback(build_reference(llama(), "clone"), config).state()["args"]["config"]
+    assert (recorded["alpha"], recorded["lag"]) == (alpha, lag)
+    assert SyncConfig(**json.loads(json.dumps(recorded))).settled() == config.settled()

@@ -135,7 +135,8 @@ def test_names(tmp_path: Path) -> None:
     named = {"a.b:score": {"function": "a.b:score"}, "folder": {"model": "some/folder/"}, "gcd": {"task": "gcd"}}
     assert [RewardConfig(**given).name for given in named.values()] == ["score", "folder", "gcd"]
     assert RewardConfig(model="a.b:made_folder").name == "made_folder"
-    assert RewardConfig(task="gcd", name="divisors").name == "divisors" and RewardConfig(task="gcd").answer == "tagged"
+    assert RewardConfig(task="gcd", name="divisors").settled().name == "divisors"
+    assert RewardConfig(task="gcd").settled().answer == "tagged" and RewardConfig(task="gcd").settled().name == "gcd"
 
 
 def test_wrong_inputs_of_a_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,7 +275,7 @@ def test_a_subclass_that_makes_its_configuration_itself(tmp_path: Path) -> None:
             super().__init__(policy, zero, config, PROMPTS, processing_class=byte_tokenizer(), **kwargs)
 
     trainer = with_reference(Settled)(llama())
-    assert trainer.penalty.coef == 0.05 and trainer.penalty.config.reward == "sequence"
+    assert trainer.penalty.coef == 0.05 and trainer.penalty.settled.reward == "sequence"
     assert trainer.beta == 0.0 and trainer.ref_model is None
     trainer.train()
 

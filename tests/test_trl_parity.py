@@ -125,7 +125,7 @@ def test_rloo(iterations: int, normalize: bool, tmp_path: Path, scored_by_trl: l
     theirs = train(rloo, RLOOTrainer, folder, tmp_path, options)
     scored_by_trl.clear()
     ours = train(rloo, KLRLOOTrainer, folder, tmp_path, options, theirs)
-    assert not scored_by_trl and ours[0].penalty.config.estimator == "k1"
+    assert not scored_by_trl and ours[0].penalty.settled.estimator == "k1"
     kl = logged(ours[0], "kl")
     assert abs(kl[-1]) > 1e-4
     # TRL logs it when it samples; here it is of each step.

@@ -60,6 +60,8 @@ class KLPenalty:
         self, config: KLConfig | None = None, reference: Reference | Sequence[Reference] | None = None
     ) -> None:
         self.config = config or KLConfig()
+        self.settled = self.config.settled()
+        """The estimator and the form of reward, also where the config leaves them open."""
         self.controller = self.config.make_controller()
         self.histogram: Histogram | None = None
         """The log-ratios of all tokens of the last step, over micro-batches and ranks; None if nothing was scored."""
@@ -127,7 +129,7 @@ class KLPenalty:
 
         Returns:
             `loss`, a scalar with grad to the policy, or `reward`, [B, T], detached, to be *added* to the rewards: it is
-            -coef · KL, credited as `config.reward` says. `per_token` is the KL in nats, and `metrics` are as from
+            -coef · KL, credited as `settled.reward` says. `per_token` is the KL in nats, and `metrics` are as from
             `step`, over this call alone.
 
         Raises:
@@ -246,7 +248,7 @@ class KLPenalty:
     ) -> list[Tensor]:
         """[B, T] each: the values of MEASURED, weighed as the penalty's own and not clamped."""
         config = self.config
-        own = None if exact or config.max_log_ratio is not None else config.estimator
+        own = None if exact or config.max_log_ratio is not None else self.settled.estimator
         options: dict[str, Any] = {"gradient": "none", "mask": mask}
         if old_logp is not None:
             options |= {"old_logp": old_logp, "ratio": config.ratio}
@@ -256,7 +258,7 @@ class KLPenalty:
         """[B, T], nats: the KL from samples."""
         config = self.config
         in_reward = config.placement == "reward"
-        if config.estimator == "exact":
+        if self.settled.estimator == "exact":
             raise ValueError(
                 "kl.estimator 'exact' takes the divergence over the vocabulary, and none was passed. Pass divergence=, "
                 "from score_pair(…, divergence='reverse_kl'), or use another estimator."
@@ -266,11 +268,10 @@ class KLPenalty:
                 "old_logp has no use with placement 'reward': the trainer's own ratio weighs a reward. Leave it out, "
                 "and pass the scores of the policy that sampled as policy_scores."
             )
-        assert config.estimator is not None, "settled when the config was made"
         return estimate(
             logp,
             ref_logp,
-            config.estimator,
+            self.settled.estimator,
             gradient="none" if in_reward else config.gradient,
             old_logp=old_logp,
             mask=mask,
@@ -319,9 +320,8 @@ class KLPenalty:
         return self.coef * aggregate(per_token, penalised, mode, normalizer=normalizer, length=length)
 
     def _reward(self, per_token: Tensor, mask: Tensor) -> Tensor:
-        assert self.config.reward is not None, "settled when the config was made"
-        gamma = 1.0 if self.config.gamma is None else self.config.gamma
-        return place_rewards(-self.coef * per_token, mask, self.config.reward, gamma=gamma)
+        assert self.settled.reward is not None, "settled by the placement"
+        return place_rewards(-self.coef * per_token, mask, self.settled.reward, gamma=self.settled.gamma)
 
 
 def global_normalizer(

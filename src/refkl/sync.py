@@ -35,6 +35,8 @@ class ReferenceSync:
     def __init__(self, reference: Reference, config: SyncConfig | None = None, optimizer: Any = None) -> None:
         self.reference = reference
         self.config = config or SyncConfig()
+        self.settled = self.config.settled()
+        """The average's numbers, also where the config leaves them open."""
         self.optimizer = optimizer
         """The policy's optimizer; a trainer's callback sets it when training begins."""
         self.steps = 0
@@ -64,7 +66,7 @@ class ReferenceSync:
     def check(self, policy: nn.Module) -> None:
         """Raise ValueError if the reference cannot be updated as the config asks."""
         config, reference = self.config, self.reference
-        alpha = 0.5 if config.average == "bema" else config.alpha or 1.0
+        alpha = 0.5 if config.average == "bema" else self.settled.alpha or 1.0
         try:
             reference.check_movable(policy, alpha, lora=config.lora, rank=config.lora_rank)
         except ValueError as error:
@@ -141,7 +143,7 @@ class ReferenceSync:
             return
         if config.every is None or age % config.every:
             return
-        record: dict[str, Any] = {"step": self.steps, "alpha": config.alpha}
+        record: dict[str, Any] = {"step": self.steps, "alpha": self.settled.alpha}
         if config.average == "bema":
             record["alpha"], record["bias"] = self._bema()
         self.reference.update(policy, record["alpha"], bias=record.get("bias"), lora=config.lora, rank=config.lora_rank)
@@ -149,10 +151,10 @@ class ReferenceSync:
 
     def _bema(self) -> tuple[float, float]:
         """Return alpha and bias, from the number of steps since the warm-up or the last reset."""
-        config = self.config
-        assert config.lag is not None and config.ema_power is not None and config.bias_power is not None
-        base = config.lag + self.steps - (config.warmup if self._last_reset is None else self._last_reset)
-        return min(1.0, base**-config.ema_power), min(1.0, base**-config.bias_power)
+        found = self.settled
+        assert found.lag is not None and found.ema_power is not None and found.bias_power is not None
+        base = found.lag + self.steps - (self.config.warmup if self._last_reset is None else self._last_reset)
+        return min(1.0, base**-found.ema_power), min(1.0, base**-found.bias_power)
 
     def _passed(self, kl: float | None, limit: float) -> bool:
         """Return True if any rank's KL is over the limit: all ranks must do the same."""
@@ -324,4 +326,4 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
         """Return the state that the trainer keeps in trainer_state.json."""
         state = self.sync.state_dict()
         attributes = {name: state[name] for name in ("updates", "first_kl")}
-        return {"args": {"config": asdict(self.config)}, "attributes": attributes}
+        return {"args": {"config": asdict(self.config) | asdict(self.sync.settled)}, "attributes": attributes}

@@ -155,7 +155,8 @@ def load_reward(config: RewardConfig, data: datasets.Dataset | None = None) -> C
     Raises:
         ValueError: no such function, model or task; `data` that it could not score.
     """
-    name = str(config.name)
+    settled = config.settled()
+    name = settled.name
     function: Callable[..., Any]
     if config.model is not None:
         options = {key: getattr(config, key) for key in ("label", "probability", "dtype", "batch_size", "max_length")}
@@ -165,8 +166,8 @@ def load_reward(config: RewardConfig, data: datasets.Dataset | None = None) -> C
         if data is not None:
             model.check(data[0]["prompt"])
     elif config.task is not None:
-        assert config.answer is not None, "settled when the configuration was made"
-        function = task = TaskReward(config.task, answer=config.answer, name=name)
+        assert settled.answer is not None, "a task has one"
+        function = task = TaskReward(config.task, answer=settled.answer, name=name)
         if data is not None:
             task.check(data)
     else:

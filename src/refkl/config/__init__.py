@@ -1,9 +1,12 @@
 """Configuration of a reference, its KL penalty, its sync, and of a whole run.
 
 Defaults are the recipe to start from. Nonsense is refused when an object is made, so that it cannot reach a run.
+
+Objects are frozen and hold what they were given: `dataclasses.replace` and `asdict` round trips mean what a new object
+would. `settled()` says what a field means that is left open.
 """
 
-from refkl.config.kl import KLConfig
+from refkl.config.kl import KLConfig, SettledKL
 from refkl.config.options import (
     BackendName,
     DtypeName,
@@ -15,7 +18,7 @@ from refkl.config.options import (
     is_import_path,
 )
 from refkl.config.reference import ReferenceConfig, ScoringConfig
-from refkl.config.reward import RewardConfig
+from refkl.config.reward import RewardConfig, SettledReward
 from refkl.config.run import (
     REWARDED,
     CheckpointConfig,
@@ -27,7 +30,7 @@ from refkl.config.run import (
     RunConfig,
     SamplesConfig,
 )
-from refkl.config.sync import SyncConfig
+from refkl.config.sync import SettledSync, SyncConfig
 
 __all__ = [
     "REWARDED",
@@ -49,6 +52,9 @@ __all__ = [
     "RunConfig",
     "SamplesConfig",
     "ScoringConfig",
+    "SettledKL",
+    "SettledReward",
+    "SettledSync",
     "SyncConfig",
     "choices",
     "is_import_path",

@@ -13,17 +13,34 @@ from refkl.kl import CONTROLLERS, Controller
 from refkl.kl.aggregation import check_aggregation
 from refkl.kl.rewards import check_rewards
 
+Estimator = Literal["k1", "k2", "k3", "abs", "exact"]
+RewardForm = Literal["return_to_go", "token", "sequence"]
 
-@dataclass(kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
+class SettledKL:
+    """What a KLConfig means where it leaves a field open."""
+
+    estimator: Estimator
+    """The value of the penalty."""
+    reward: RewardForm | None
+    """What a token is credited with; None in the loss."""
+    gamma: float
+    """The discount of reward "return_to_go"; 1 elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KLConfig:
     """Which KL is added, and how much of it.
 
-    A field that the others leave without a use is refused when it is set, and so is one that is missing.
+    A field that the others leave without a use is refused when it is set, and so is one that is missing. A config is
+    frozen and keeps what it was given: a field that is left open stays None, so that `dataclasses.replace` settles it
+    anew. `settled` says what such a field means.
     """
 
     coef: float = 0.05
     """What the KL is multiplied by; under a controller, what it starts from. 0 measures it and penalises nothing."""
-    estimator: Literal["k1", "k2", "k3", "abs", "exact"] | None = None
+    estimator: Estimator | None = None
     """The value; see refkl.kl.estimate. None: "k3" in the loss, "k1" in the reward, where it alone is unbiased, and
     "exact" on text that no policy sampled (supervised fine-tuning). "exact": the divergence over the whole vocabulary,
     which the caller passes; for the loss."""
@@ -40,7 +57,7 @@ class KLConfig:
     as the longest completion that is allowed."""
     placement: Literal["loss", "reward"] = "loss"
     """Where the penalty goes: added to the loss, or -coef · KL added to the reward of each token."""
-    reward: Literal["return_to_go", "token", "sequence"] | None = None
+    reward: RewardForm | None = None
     """For placement "reward", what a token is credited with: "return_to_go" (the default there), its KL and that of
     the tokens after it; "token", its own alone, for trainers that make returns of their own; "sequence", the sum, at
     the last token. See refkl.kl.place_rewards for which is unbiased."""
@@ -79,12 +96,11 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         check_offered("kl", self)
-        self._chosen = self.estimator is not None
-        controller = self.make_controller()
+        controller, settled = self.make_controller(), self.settled()
         if self.placement == "reward":
-            self._check_reward()
+            self._check_reward(settled)
         else:
-            self._check_loss(penalises=controller.coef > 0 or self.controller != "fixed")
+            self._check_loss(settled, penalises=controller.coef > 0 or self.controller != "fixed")
         if self.max_log_ratio is not None and not self.max_log_ratio > 0:
             raise ValueError(f"kl.max_log_ratio must be positive, got {self.max_log_ratio}.")
         if self.max_log_ratio is not None and self.estimator == "exact":
@@ -105,20 +121,29 @@ class KLConfig:
                 "out."
             )
 
+    def settled(self) -> SettledKL:
+        """The fields that may be left open, as the placement settles them."""
+        in_reward = self.placement == "reward"
+        return SettledKL(
+            estimator=self.estimator or ("k1" if in_reward else "k3"),
+            reward=self.reward or ("return_to_go" if in_reward else None),
+            gamma=1.0 if self.gamma is None else self.gamma,
+        )
+
     def on_given_text(self) -> KLConfig:
         """The same, for tokens that no policy sampled: "exact", if no estimator was asked for.
 
         Raises:
             ValueError: another one was.
         """
-        settled = self if self._chosen else replace(self, estimator="exact")
-        if settled.estimator != "exact":
+        config = self if self.estimator is not None else replace(self, estimator="exact")
+        if config.estimator != "exact":
             raise ValueError(
-                f"kl.estimator {settled.estimator!r} estimates the KL from tokens that the policy sampled. Here the "
+                f"kl.estimator {config.estimator!r} estimates the KL from tokens that the policy sampled. Here the "
                 "tokens are given, and of these it is no estimate of KL(policy ‖ reference). Use 'exact', or leave "
                 "kl.estimator out."
             )
-        return settled
+        return config
 
     def make_controller(self) -> Controller:
         """The controller that these fields describe, at its start.
@@ -140,20 +165,19 @@ class KLConfig:
                 raise ValueError(f"kl.controller {self.controller!r} needs kl.{name}, which is not set.")
         return CONTROLLERS[self.controller](self.coef, **given)
 
-    def _check_loss(self, penalises: bool) -> None:
-        self.estimator = self.estimator or "k3"
+    def _check_loss(self, settled: SettledKL, penalises: bool) -> None:
         for name in ("reward", "gamma"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"kl.{name} has no use with placement 'loss'. Set kl.placement 'reward', or leave it out."
                 )
         check_aggregation(self.aggregation, self.length)
-        if self.estimator == "exact" and self.gradient != "reverse_kl":
+        if settled.estimator == "exact" and self.gradient != "reverse_kl":
             raise ValueError(
                 f"kl.gradient {self.gradient!r} has no use with estimator 'exact': the divergence that is passed has a "
                 "gradient of its own. Leave kl.gradient out."
             )
-        if self.estimator == "exact" and self.ratio != "token":
+        if settled.estimator == "exact" and self.ratio != "token":
             raise ValueError("kl.ratio has no use with estimator 'exact', which is not made of samples. Leave it out.")
         if not penalises:
             return
@@ -162,16 +186,14 @@ class KLConfig:
                 "kl.gradient 'none' penalises nothing in the loss. Use 'reverse_kl', or placement 'reward', or coef 0 "
                 "to measure the KL alone."
             )
-        if self.gradient == "autograd" and self.estimator == "k1":
+        if self.gradient == "autograd" and settled.estimator == "k1":
             raise ValueError(
                 "kl.estimator 'k1' with gradient 'autograd' penalises nothing: the gradient of k1 has mean zero. "
                 "Use gradient 'reverse_kl', or estimator 'k2' or 'k3'."
             )
 
-    def _check_reward(self) -> None:
-        self.estimator = self.estimator or "k1"
-        self.reward = self.reward or "return_to_go"
-        if self.estimator == "exact":
+    def _check_reward(self, settled: SettledKL) -> None:
+        if settled.estimator == "exact":
             raise ValueError(
                 "kl.estimator 'exact' does not go into the reward: a token's exact divergence is the same whichever "
                 "token is sampled, so as a reward it teaches that token nothing. Use 'k1', or placement 'loss'."
@@ -180,9 +202,9 @@ class KLConfig:
             raise ValueError(
                 "kl.ratio has no use with placement 'reward': the trainer's own ratio weighs a reward. Leave it out."
             )
-        if self.estimator != "k1" and self.coef > 0:
+        if settled.estimator != "k1" and self.coef > 0:
             warnings.warn(
-                f"kl.estimator {self.estimator!r} in the reward is biased: it is not the gradient of KL(policy ‖ "
+                f"kl.estimator {settled.estimator!r} in the reward is biased: it is not the gradient of KL(policy ‖ "
                 "reference), and training can end with tokens given up altogether (docs/estimators.md). 'k1' is right "
                 "there.",
                 stacklevel=4,
@@ -197,9 +219,9 @@ class KLConfig:
                 "trainer's loss sums them up. Leave them out."
             )
         if self.gamma is not None:
-            if self.reward != "return_to_go":
-                raise ValueError(f"kl.gamma has no use with reward {self.reward!r}. Leave it out.")
-            check_rewards(self.reward, self.gamma)
+            if settled.reward != "return_to_go":
+                raise ValueError(f"kl.gamma has no use with reward {settled.reward!r}. Leave it out.")
+            check_rewards(settled.reward, self.gamma)
 
 
 def _controller_fields() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from refkl.config.options import DtypeName, Prefix, Quantization, check_offered
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """Which model is the reference, and how it is held."""
 
@@ -67,7 +67,7 @@ class ReferenceConfig:
             raise ValueError("reference.cache is empty: name a folder, or leave it out.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
     """How a batch goes through policy and reference."""
 

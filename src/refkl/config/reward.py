@@ -10,11 +10,22 @@ from typing import Literal
 from refkl.config.options import DtypeName, check_offered, is_import_path
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class SettledReward:
+    """What a RewardConfig means where it leaves a field open."""
+
+    name: str
+    """What it is called in the logs."""
+    answer: Literal["tagged", "whole"] | None
+    """For `task`: where the completion has its answer; None for the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """What GRPO maximises: one of `function`, `model` and `task`.
 
-    A field that is for another one of the three is refused when it is set.
+    A field that is for another one of the three is refused when it is set. A config is frozen and keeps what it was
+    given; `settled` says what a field means that is left open.
     """
 
     function: str | None = None
@@ -62,17 +73,17 @@ class RewardConfig:
         for name in ("batch_size", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"reward.{name} must be at least 1, got {value}.")
-        if self.task is not None:
-            self.answer = self.answer or "tagged"
-        self._settle_name(getattr(self, given[0]))
-
-    def _settle_name(self, source: str) -> None:
-        self.name = self.name or (source.split(":")[1] if is_import_path(source) else PurePath(source).name)
-        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+        if not re.fullmatch(r"\w[\w.+-]*", name := self.settled().name):
             raise ValueError(
-                f"A reward would be called {self.name!r} in the logs (rewards/NAME/mean). Set reward.name to a word of "
+                f"A reward would be called {name!r} in the logs (rewards/NAME/mean). Set reward.name to a word of "
                 "letters, digits and .+-_ for it."
             )
+
+    def settled(self) -> SettledReward:
+        """The fields that may be left open: the name by the source, and where a task's answer is."""
+        source = next(x for x in (self.function, self.model, self.task) if x is not None)
+        name = self.name or (source.split(":")[1] if is_import_path(source) else PurePath(source).name)
+        return SettledReward(name=name, answer=self.answer or (None if self.task is None else "tagged"))
 
 
 _REWARD_OPTIONS: dict[str, tuple[str, ...]] = {

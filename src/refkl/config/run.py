@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from refkl.config.kl import KLConfig
@@ -23,15 +23,7 @@ REWARDED = ("grpo", "rloo")
 """The methods that maximise a reward."""
 
 
-def _unsettled() -> KLConfig:
-    """A KLConfig whose open fields are still None: as a default for the command line it is merged with what is given
-    there, and an estimator that was settled for the loss would be taken for one that was asked for."""
-    config = KLConfig()
-    config.estimator = None
-    return config
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy to start from."""
 
@@ -45,7 +37,7 @@ class ModelConfig:
     """Further arguments of transformers' from_pretrained, such as attn_implementation."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Prompts for GRPO (column "prompt"), preferences for DPO ("prompt", "chosen", "rejected"), or texts for SFT
     ("prompt" and "completion", of which the completion is learnt; or "text", or "messages")."""
@@ -65,7 +57,7 @@ class DataConfig:
             raise ValueError(f"data.kwargs are arguments for a function, but data.source is {self.source!r}.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Texts generated at fixed prompts before, during and after training, to see what the numbers mean."""
 
@@ -85,7 +77,7 @@ class SamplesConfig:
             raise ValueError(f"samples.temperature cannot be negative, got {self.temperature}.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """What the run expects of its launcher. A launch that gives something else is refused before it trains."""
 
@@ -95,7 +87,7 @@ class LaunchConfig:
     """The number of processes that must be found, or None for any."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What happens when a checkpoint cannot be written. How often one is, and how many are kept, are `trainer`'s
     save_strategy, save_steps and save_total_limit."""
@@ -108,7 +100,7 @@ class CheckpointConfig:
         check_offered("checkpoint", self)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
     """Where a run goes on that was stopped or killed; on the command line, `--resume` and `--resume PATH`."""
 
@@ -124,7 +116,7 @@ class ResumeConfig:
             raise ValueError("resume.checkpoint is empty: use 'newest', name a checkpoint's folder, or leave it out.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run of `refkl train`: a YAML file, any key of which can be overridden on the command line."""
 
@@ -142,7 +134,7 @@ class RunConfig:
     verifiable tasks. --reward.help lists what an entry takes."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """How the reference is held."""
-    kl: KLConfig = field(default_factory=_unsettled)
+    kl: KLConfig = field(default_factory=KLConfig)
     """The penalty."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """What is run once for several rows."""
@@ -161,13 +153,14 @@ class RunConfig:
     `trainer.output_dir` is the run folder."""
 
     def __post_init__(self) -> None:
-        self.kl = self.kl.on_given_text() if self.method == "sft" else replace(self.kl)
+        if self.method == "sft":
+            self.kl.on_given_text()
         if self.method in REWARDED and not self.reward:
             raise ValueError(f"method {self.method!r} maximises a reward, and `reward` lists none.")
         if self.method not in REWARDED and self.reward:
             raise ValueError(f"method {self.method!r} takes no reward; leave `reward` out.")
-        names = [reward.name for reward in self.reward]
-        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        names = [reward.settled().name for reward in self.reward]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"Two entries of `reward` are called {' and '.join(map(repr, twice))}, and the logs tell rewards apart "
                 "by name alone. Set reward.name."

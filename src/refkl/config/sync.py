@@ -8,11 +8,22 @@ from typing import Literal
 from refkl.config.options import check_offered
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class SettledSync:
+    """What a SyncConfig means where it leaves a field open; None for what it has no use for."""
+
+    alpha: float | None
+    ema_power: float | None
+    bias_power: float | None
+    lag: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SyncConfig:
     """When the reference moves, and how far.
 
-    A field that the others leave without a use is refused when it is set.
+    A field that the others leave without a use is refused when it is set. A config is frozen and keeps what it was
+    given: a field that is left open stays None, and `settled` says what it means.
     """
 
     every: int | None = 512
@@ -72,28 +83,36 @@ class SyncConfig:
             raise ValueError(f"sync.max_kl is in nats per token and must be positive, got {self.max_kl}.")
         if self.reset_optimizer and self.max_kl is None:
             raise ValueError("sync.reset_optimizer is for the reset at sync.max_kl, which is not set. Leave it out.")
-        self._settle_average()
+        self._check_average()
 
-    def _settle_average(self) -> None:
-        bema = {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0}
-        own, others = ({"alpha": 0.6}, bema) if self.average == "ema" else (bema, {"alpha": 0.6})
-        if self.every is None:
-            own, others = {}, {**own, **others}
-            if self.average != "ema":
-                raise ValueError("sync.average 'bema' moves the reference every so many steps: set sync.every.")
-        for name in others:
-            if getattr(self, name) is not None:
+    def settled(self) -> SettledSync:
+        """The fields that may be left open, as `every` and `average` settle them."""
+        names = () if self.every is None else _TAKES[self.average]
+        given = {name: getattr(self, name) for name in _OPEN}
+        values = {name: _OPEN[name] if name in names and value is None else value for name, value in given.items()}
+        return SettledSync(**values)
+
+    def _check_average(self) -> None:
+        if self.every is None and self.average != "ema":
+            raise ValueError("sync.average 'bema' moves the reference every so many steps: set sync.every.")
+        own = () if self.every is None else _TAKES[self.average]
+        for name in _OPEN:
+            if name not in own and getattr(self, name) is not None:
                 why = "without sync.every" if self.every is None else f"with sync.average {self.average!r}"
                 raise ValueError(f"sync.{name} has no use {why}. Leave it out.")
-        for name, default in own.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
-        if self.alpha is not None and not 0.0 < self.alpha <= 1.0:
-            raise ValueError(f"sync.alpha must be in (0, 1], got {self.alpha}: at 0 the reference would never move.")
+        settled = self.settled()
+        if settled.alpha is not None and not 0.0 < settled.alpha <= 1.0:
+            raise ValueError(f"sync.alpha must be in (0, 1], got {settled.alpha}: at 0 the reference would never move.")
         if self.average == "bema":
-            assert self.lag is not None and self.ema_power is not None and self.bias_power is not None
-            if not (self.lag >= 0.0 and self.ema_power >= 0.0 and self.bias_power >= 0.0):
+            assert settled.lag is not None and settled.ema_power is not None and settled.bias_power is not None
+            if not (settled.lag >= 0.0 and settled.ema_power >= 0.0 and settled.bias_power >= 0.0):
                 raise ValueError(
-                    f"sync.lag, .ema_power and .bias_power cannot be negative, got {self.lag}, {self.ema_power} and "
-                    f"{self.bias_power}."
+                    f"sync.lag, .ema_power and .bias_power cannot be negative, got {settled.lag}, {settled.ema_power} "
+                    f"and {settled.bias_power}."
                 )
+
+
+_OPEN = {"alpha": 0.6, "ema_power": 0.5, "bias_power": 0.2, "lag": 10.0}
+"""Fields of SyncConfig that may be left open, and what they are then, where they are of use."""
+_TAKES: dict[str, tuple[str, ...]] = {"ema": ("alpha",), "bema": ("ema_power", "bias_power", "lag")}
+"""Which of them each average takes."""

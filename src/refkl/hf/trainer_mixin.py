@@ -81,7 +81,7 @@ class KLTrainerMixin(Checkpointing):
     @property
     def _exact(self) -> bool:
         """True if the KL is the exact divergence, not an estimate."""
-        return self.penalty.config.estimator == "exact"
+        return self.penalty.settled.estimator == "exact"
 
     @contextmanager
     def _joining(
@@ -129,7 +129,7 @@ class KLTrainerMixin(Checkpointing):
         self._settle_checkpoints(resume_reference, on_checkpoint_error)
         if not isinstance(reference, Reference):
             reference = build_reference(self.model, reference, accelerator=self.accelerator)
-        if kl.estimator == "exact" or kl.exact_every is not None:
+        if kl.settled().estimator == "exact" or kl.exact_every is not None:
             reference.check_exact()
         if not trainable_parameters(self.model):
             raise ValueError(

@@ -95,7 +95,7 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
         sampled = inputs.get("old_per_token_logps")  # None if it would equal the present policy's
         reward = self._reward_of(logp.detach() if sampled is None else sampled, inputs).reward
         assert reward is not None
-        if self.penalty.config.reward == "sequence":
+        if self.penalty.settled.reward == "sequence":
             reward = reward.sum(-1, keepdim=True).expand_as(reward)
         advantages = inputs["advantages"]
         inputs["advantages"] = (advantages[:, None] if advantages.dim() == 1 else advantages) + reward

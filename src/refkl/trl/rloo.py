@@ -61,8 +61,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
 
     @contextmanager
     def _penalty_of_trl(self) -> Iterator[None]:
-        config = self.penalty.config
-        if config.placement != "reward" or config.reward != "sequence":
+        if self.penalty.settled.reward != "sequence":
             yield
             return
         # TRL then asks for the scores of `ref_model`, and subtracts beta · (log-ratio, summed) from the rewards.
@@ -122,8 +121,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             self._metrics["train" if self.model.training else "eval"]["kl"].pop()  # the penalty logs it
             return rollout | self._taken
         rollout = super()._with_reference(rollout)
-        config = self.penalty.config
-        if config.placement == "reward" and config.reward != "sequence":
+        if self.penalty.settled.reward not in (None, "sequence"):
             rollout["kl_reward"] = self._reward_of(sampled, rollout, count=False).reward
         return rollout
 
