@@ -16,7 +16,7 @@ from torch import nn
 from trl.generation.vllm_generation import VLLMGeneration
 
 from refkl import Reference, build_reference
-from refkl.backend.adapters import base_kept
+from refkl.backend.adapters import base_kept, keeping_base
 from refkl.reference import STRATEGIES
 
 FAMILIES: dict[str, tuple[Callable[..., Any], list[str]]] = {"llama": (llama, ["q_proj"]), "gpt2": (gpt2, ["c_attn"])}
@@ -148,8 +148,8 @@ def test_trls_sync_to_vllm_leaves_the_base_to_the_bit(family: str, strategy: str
     generation: Any = VLLMGeneration.__new__(VLLMGeneration)
     generation.model, generation.accelerator = policy, Accelerator(cpu=True)
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda params: base_kept(nn.Module()))
-    with base_kept(policy):
-        sent = dict(generation._iter_named_params())
+    sent: dict[str, torch.Tensor] = {}
+    keeping_base(policy, lambda: sent.update(generation._iter_named_params()))()
     assert sent and all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     assert torch.equal(reference.score(batch()).logp, right)
     list(generation._iter_named_params())  # as TRL does it alone

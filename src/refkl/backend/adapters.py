@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -221,6 +222,17 @@ def base_kept(policy: nn.Module) -> Iterator[None]:
                 layer._parameters[name] = parameter
             # Through .data, which does not count as a write: to all that watches it, nothing has changed.
             local_shard(parameter).data.copy_(numbers)
+
+
+def keeping_base(policy: nn.Module, function: Callable[[], None]) -> Callable[[], None]:
+    """Return the function with `base_kept` open around it."""
+
+    @functools.wraps(function)
+    def run() -> None:
+        with base_kept(policy):
+            function()
+
+    return run
 
 
 def _let_train(before: list[tuple[nn.Parameter, bool]]) -> None:

@@ -7,7 +7,6 @@ scores policy, old policy and reference.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from refkl.backend import dropout_rates
-from refkl.backend.adapters import base_kept
+from refkl.backend.adapters import keeping_base
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.hf.checkpoints import overridden
 from refkl.hf.trainer_mixin import KLTrainerMixin, check_given, settled_sync
@@ -80,7 +79,8 @@ class OnlineKL(KLTrainerMixin):
                 f"reference of its own. Pass args=."
             )
         if self.use_vllm:
-            self.vllm_generation.sync_weights = self._with_base_kept(self.vllm_generation.sync_weights)
+            # It merges a LoRA adapter and unmerges it, which rounds the base that the reference shares.
+            self.vllm_generation.sync_weights = keeping_base(self.model, self.vllm_generation.sync_weights)
         sync, beta = self._sync, self._beta
         penalty = kl or self._as_trl(beta)
         self._attach(reference, penalty, sync, scoring, resume_reference, on_checkpoint_error, self.temperature)
@@ -89,19 +89,6 @@ class OnlineKL(KLTrainerMixin):
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
                 "at zero. Set disable_dropout=True."
             )
-
-    def _with_base_kept(self, sync_weights: Callable[[], None]) -> Callable[[], None]:
-        """Return TRL's sync of the weights to vLLM with the base put back after it.
-
-        TRL merges a LoRA adapter for it and unmerges it afterwards, which rounds the base that the reference shares.
-        """
-
-        @functools.wraps(sync_weights)
-        def run() -> None:
-            with base_kept(self.model):
-                sync_weights()
-
-        return run
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:
