@@ -24,7 +24,7 @@ _NO_PART = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id",
 }  # fmt: skip
-"""Of a model's configuration: what its scores do not depend on, or (dtype) the fingerprint says."""
+"""Fields of a model's configuration that its scores do not depend on, or (dtype) that the fingerprint covers."""
 
 
 def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes | None]:
@@ -71,7 +71,7 @@ def _framed(parts: list[bytes]) -> bytes:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What of a model that is about to run its scores depend on, beside its weights: JSON."""
+    """Return, as JSON, what the scores of a model that is about to run depend on, beside its weights."""
     base, inner = base_model(model), unwrap(model)
     found: dict[str, Any] = {"model": own_class(base).__name__, "transformers": transformers.__version__}
     found["modules"] = structure(base)

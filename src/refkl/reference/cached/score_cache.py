@@ -33,7 +33,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache has done in this process, and what it holds of the reference as it is now."""
+    """Counts of a cache: its work in this process, and the scores that it holds of the reference as it is now."""
 
     hits: int
     """Rows that no model was run for."""
