@@ -108,7 +108,7 @@ class KLPenalty:
         normalizer: float | Tensor | None = None,
         count: bool | None = None,
     ) -> KLOutput:
-        """The penalty of one micro-batch.
+        """Return the penalty of one micro-batch.
 
         Args:
             policy_scores: in the loss, of the policy that is trained, with grad. In the reward, of the policy that

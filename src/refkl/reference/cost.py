@@ -92,7 +92,7 @@ class Entry:
     lookup: bool = False
     """True if a forward only reads rows of it: an embedding that is not also the output head."""
     ways: int | None = None
-    """Over how many ranks it is spread, if it is already."""
+    """The number of ranks that it is spread over, if it is already."""
     linear: torch.Size | None = None
     """[out, in] of a linear layer that `quantize` packs; None for all else."""
 
@@ -102,7 +102,7 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
     def elements(self, spread: Spread, processes: int) -> int:
-        """On the rank that holds the most."""
+        """Return the number of elements on the rank that holds the most."""
         ways = self.ways or processes
         if self.buffer or spread == "whole" or not self.shape:
             return prod(self.shape)
@@ -126,7 +126,7 @@ class Shape:
 
     @property
     def parameters(self) -> list[Entry]:
-        """All but buffers."""
+        """All tensors except buffers."""
         return [e for e in self.entries if not e.buffer]
 
     @property
@@ -135,7 +135,8 @@ class Shape:
         return SPREADS.get(self.backend.name, "whole")
 
     def elements(self, entries: Iterable[Entry], spread: Spread | None = None) -> int:
-        """On the rank that holds the most of each; `spread` is the policy's own if None."""
+        """Return the number of elements on the rank that holds the most of each; `spread` is the policy's own if
+        None."""
         return sum(e.elements(spread or self.spread, self.backend.processes) for e in entries)
 
     def held(self, entries: Iterable[Entry], spread: Spread | None = None, dtype: torch.dtype | None = None) -> int:

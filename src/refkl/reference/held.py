@@ -125,7 +125,7 @@ class HeldReference(Reference):
             yield logits
 
     def check_exact(self) -> None:
-        """Nothing to refuse: hidden states and logits are at hand."""
+        """Refuse nothing: hidden states and logits are available."""
 
     @contextmanager
     def scoring(self, batch: TokenBatch, what: str = "reference.score") -> Iterator[tuple[nn.Module, TokenBatch]]:

@@ -28,7 +28,7 @@ _NO_PART = {
 
 
 def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes | None]:
-    """A key for each row, of its real tokens alone; None for a row of which nothing is scored.
+    """Return a key for each row, made from its real tokens only; None for a row in which nothing is scored.
 
     Raises:
         ValueError: model_inputs other than single values and [B, T] tensors: they belong to no row.
@@ -66,7 +66,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _framed(parts: list[bytes]) -> bytes:
-    """One string that no other parts give."""
+    """Return one string that no other parts give."""
     return b"".join(struct.pack("<q", len(part)) + part for part in parts)
 
 

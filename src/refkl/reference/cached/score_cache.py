@@ -42,7 +42,7 @@ class CacheStats:
     rows: int
     """Rows that are known."""
     bytes: int
-    """On disk, of the files that were read."""
+    """Bytes on disk of the files that were read."""
 
     def __str__(self) -> str:
         return f"{self.hits} rows from the cache, {self.misses} scored; it holds {self.rows} rows, {size(self.bytes)}"

@@ -65,7 +65,7 @@ class Probe(NamedTuple):
     """An element that a move changed: to see that the change can be read."""
 
     place: int
-    """In the flattened part of this rank."""
+    """The place in the flattened part of this rank."""
     number: Tensor
     """[] what it is now."""
 
@@ -132,7 +132,7 @@ class Averages:
         return None
 
     def weights(self) -> Iterator[Weight]:
-        """All that is kept, under names that say what each is; to be saved, and written into."""
+        """Yield all that is kept, under names that say what each is, to save it or to write into it."""
         for kind, kept in self._kinds().items():
             for name, local in kept.items():
                 layout = self.layouts[name]

@@ -92,7 +92,7 @@ class SharedTrunkReference(SharingCopy):
 
     @contextmanager
     def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
-        """Open around one score of each: the trunk runs in the first of the two alone.
+        """Open around one score of each: the trunk runs only in the first of the two.
 
         It runs in both where the policy's may give something else than the reference's: with dropout in it while the
         policy trains, or compiled.

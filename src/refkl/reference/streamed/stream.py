@@ -73,7 +73,7 @@ class Stream:
 
     @contextmanager
     def sweep(self) -> Iterator[None]:
-        """While open, the model can run on the device; afterwards every weight is on the host alone, also when it
+        """Let the model run on the device while open; afterwards every weight is only on the host, also if the model
         raised."""
         assert not self._resident, "one sweep at a time"
         with ExitStack() as stack:

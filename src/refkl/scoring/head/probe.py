@@ -48,7 +48,7 @@ _REFUSED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKe
 
 
 def find_head(model: nn.Module) -> Head:
-    """The output head of a causal language model, wrapped or not.
+    """Return the output head of a causal language model, wrapped or not.
 
     The first time for a head, the model is run on two tokens (no grad, eval mode, RNG state restored), as it is wrapped
     under ZeRO-3, where every rank must call. What was found is kept for as long as the head lives. Each redirected

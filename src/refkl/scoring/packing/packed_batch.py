@@ -50,7 +50,7 @@ class Layout:
 
 
 def lay_out(batch: TokenBatch, columns: Tensor) -> Layout | None:
-    """The tokens of a batch in one row; None where rows have holes, or nothing is scored.
+    """Pack the tokens of a batch into one row; None if rows have holes, or nothing is scored.
 
     Args:
         batch: of text alone.
