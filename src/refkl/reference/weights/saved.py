@@ -147,7 +147,7 @@ class Saved:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from None
         self._files = Files(self.folder, files, shapes)
-        # Of the weights that are in the files; those that were shared with the policy have a digest alone.
+        # Of the weights that are in the files; those shared with the policy have only a digest.
         self.shapes = {name: shape for name, shape in shapes.items() if name not in self.averaged}
 
     @property
