@@ -1,4 +1,4 @@
-"""Where the KL goes: joins an estimator, an aggregation or a form of reward, and a controller into one penalty."""
+"""The KL penalty: joins an estimator, an aggregation or a form of reward, and a controller."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class KLPenalty:
 
     @property
     def exact_due(self) -> bool:
-        """Whether the step in hand is one that `config.exact_every` asks to be measured, and has not been."""
+        """True if `config.exact_every` asks for an exact measurement in the current step, and none was made yet."""
         every = self.config.exact_every
         return every is not None and (self._steps + 1) % every == 0 and not self._exact_given
 
@@ -110,7 +110,7 @@ class KLPenalty:
         normalizer: float | Tensor | None = None,
         count: bool | None = None,
     ) -> KLOutput:
-        """The penalty of one micro-batch.
+        """Return the penalty of one micro-batch.
 
         Args:
             policy_scores: in the loss, of the policy that is trained, with grad. In the reward, of the policy that
@@ -227,7 +227,7 @@ class KLPenalty:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, between two optimizer steps; plain numbers and strings, exact in JSON."""
+        """Return what a checkpoint must hold between two optimizer steps: plain numbers and strings, exact in JSON."""
         counted = {} if self.config.exact_every is None else {"steps": self._steps}
         return {"controller": self.controller.state_dict(), **counted}
 
@@ -327,7 +327,7 @@ class KLPenalty:
 def global_normalizer(
     mask: Tensor | Iterable[Tensor], mode: str = "token-mean", accelerator: Accelerator | None = None
 ) -> Tensor:
-    """What each micro-batch's aggregation divides by, so that micro-batches and ranks add up to the whole batch.
+    """Return the divisor of each micro-batch's aggregation, so that micro-batches and ranks add up to the whole batch.
 
     Args:
         mask: [B, T], True = counts: this rank's mask; or one mask per micro-batch of the optimizer step, as many as it

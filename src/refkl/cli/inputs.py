@@ -32,7 +32,7 @@ _COLUMNS = {
 _INSTEAD = {"sft": ("text", "messages")}
 """Columns of which any one does too."""
 PROMPTS = ("prompt", *_INSTEAD["sft"])
-"""Where a row's prompt is, or begins: the first of these that it has."""
+"""The fields that hold a row's prompt or begin with it; the first that the row has is used."""
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:

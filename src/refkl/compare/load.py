@@ -29,9 +29,9 @@ class Checkpoint:
     """A model to compare, in eval mode and without gradients to its base."""
 
     path: str
-    """What was asked for."""
+    """The path or name that was asked for."""
     folder: str
-    """Where its weights were read: the path, or the model in a run's folder; or a hub name."""
+    """The source of its weights: the path, the model in a run's folder, or a hub name."""
     base: str | None
     """For an adapter, what it was loaded onto."""
     model: nn.Module
@@ -39,11 +39,11 @@ class Checkpoint:
     """Its own, or of an adapter its base's; None where neither has one."""
 
     def fingerprint(self) -> str:
-        """Of its weights, as `Reference.fingerprint` gives it: the same for the same weights."""
+        """Return the fingerprint of its weights, as `Reference.fingerprint` does: equal for equal weights."""
         return combined(digests(weights_of(self.model)))
 
     def record(self) -> dict[str, Any]:
-        """Where it came from and what it is."""
+        """Return the model's source and identity."""
         own = {"path": self.path, "folder": self.folder, "base": self.base}
         return {**own, "class": type(base_model(self.model)).__name__, "fingerprint": self.fingerprint()}
 
@@ -111,13 +111,13 @@ def check_vocabularies(first: Checkpoint, second: Checkpoint) -> None:
 
 @torch.no_grad()
 def vocabulary(model: nn.Module) -> int:
-    """How many logits it gives."""
+    """Return the number of logits that the model gives."""
     ids: Tensor = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     return int(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[-1])
 
 
 def positions(*models: nn.Module) -> int | None:
-    """How many tokens a sequence can have in all of these models; None if none of them has a limit."""
+    """Return the longest sequence, in tokens, that all of these models take; None if none of them has a limit."""
     found = []
     for model in models:
         config = base_model(model).config.get_text_config()  # type: ignore[union-attr, operator]

@@ -1,4 +1,4 @@
-"""What a walk over the logits is given and gives back: its inputs, its results, and who looks on."""
+"""The inputs, results and observers of a walk over the logits."""
 
 from __future__ import annotations
 

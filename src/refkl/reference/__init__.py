@@ -1,4 +1,4 @@
-"""How the reference is held: a strategy says where the weights are. One file and one line of STRATEGIES each."""
+"""Strategies that hold the reference: each says where the weights are. One file and one line of STRATEGIES each."""
 
 from refkl.reference.contract import Reference
 from refkl.reference.cost import Cost, Shape, Step

@@ -34,17 +34,17 @@ class Reference(Offers, ABC):
     reason: str
     """One sentence: why this strategy."""
     source: str
-    """Where the weights came from."""
+    """The source of the weights."""
     updates: int
     """The number of moves made by `update`."""
     last_update: LastUpdate | None
-    """What the last move did; None before the first, and after `load`."""
+    """The result of the last move; None before the first, and after `load`."""
 
     def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
         self.reason = reason
         self.source = source
         self.config = request.config
-        """What was asked for."""
+        """The configuration that was asked for."""
         self.updates = 0
         self.last_update = None
         self._recorded: str | None = None
@@ -122,7 +122,7 @@ class Reference(Offers, ABC):
 
     @property
     def scored_as(self) -> str:
-        """What scores of the reference as it is now carry as their fingerprint."""
+        """The fingerprint that scores of the reference carry in its current state."""
         return self.recorded_fingerprint or self.fingerprint()
 
     @property

@@ -1,4 +1,4 @@
-"""What a reference costs, and what that is counted from: the tensors of a policy and how a backend spreads them.
+"""The cost of a reference, counted from the tensors of a policy and the way a backend spreads them.
 
 A policy in memory, one that is sharded already and one that is only planned (on torch's meta device) have the same
 shape, and so the same costs. Where something is sharded, bytes are those of the rank that holds the most, so that all
@@ -21,18 +21,20 @@ from refkl.backend.adapters import adapter_buffers, adapter_parameters
 from refkl.backend.linear_layers import linear_layers, matrix_shape
 
 Spread = Literal["whole", "flat", "rows"]
-"""Of a parameter each rank has all; as many of its flattened elements (ZeRO); as many of its rows (FSDP2)."""
+"""The part of a parameter that each rank holds: all of it, an equal share of its flattened elements (ZeRO), or of its
+rows (FSDP2)."""
 
 SPREADS: dict[str, Spread] = {"zero3": "flat", "fsdp1": "flat", "fsdp2": "rows"}
-"""How a backend spreads parameters; one that is not named leaves them whole."""
+"""The way a backend spreads parameters; a backend that is not listed leaves them whole."""
 
 BATCH_BYTES = 21
-"""Of a token, from device to host and back: int64 ids and mask, a bool that says whether it is scored; fp32 score."""
+"""Bytes of a token, from device to host and back: int64 ids and mask, a bool that is True if it is scored, fp32
+score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a reference adds on one rank, beyond the policy and its training state."""
+    """The cost that a reference adds on one rank, beyond the policy and its training state."""
 
     device: int = 0
     """Bytes held on the device."""
@@ -55,7 +57,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Step:
-    """What the reference scores on one rank per step, in one forward, and what a model makes of it."""
+    """The tokens that the reference scores on one rank per step, in one forward, and the size of the model."""
 
     sequences: int = 0
     length: int = 0
@@ -66,7 +68,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Tokens of all sequences."""
         return self.sequences * self.length
 
 
@@ -75,22 +77,22 @@ class Entry:
     """A tensor of the policy. Tied ones are one."""
 
     shape: torch.Size
-    """Of the whole, however it is sharded."""
+    """The shape of the whole tensor, however it is sharded."""
     dtype: torch.dtype
     buffer: bool = False
     persistent: bool = True
-    """Whether a checkpoint holds it."""
+    """True if a checkpoint holds it."""
     trained: bool = False
     tuned: bool = False
-    """Whether it is a parameter of an adapter, trained or not."""
+    """True if it is a parameter of an adapter, trained or not."""
     constant: bool = False
-    """Whether it is a buffer of an adapter, which nothing changes."""
+    """True if it is a buffer of an adapter, which nothing changes."""
     base: bool = True
-    """Whether the model inside PEFT has it too."""
+    """True if the model inside PEFT has it too."""
     lookup: bool = False
-    """Whether a forward reads rows of it alone: an embedding that is not the output head too."""
+    """True if a forward only reads rows of it: an embedding that is not also the output head."""
     ways: int | None = None
-    """Over how many ranks it is spread, if it is already."""
+    """The number of ranks that it is spread over, if it is already."""
     linear: torch.Size | None = None
     """[out, in] of a linear layer that `quantize` packs; None for all else."""
 
@@ -100,7 +102,7 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
     def elements(self, spread: Spread, processes: int) -> int:
-        """On the rank that holds the most."""
+        """Return the number of elements on the rank that holds the most."""
         ways = self.ways or processes
         if self.buffer or spread == "whole" or not self.shape:
             return prod(self.shape)
@@ -118,22 +120,23 @@ class Shape:
     """Parameters, then buffers."""
     step: Step
     on_host: bool
-    """Whether the policy itself runs on the host's processors: host memory is its device."""
+    """True if the policy itself runs on the host's processors: host memory is its device."""
     memory: int | None = None
     """Bytes of the device, if they are known."""
 
     @property
     def parameters(self) -> list[Entry]:
-        """All but buffers."""
+        """All tensors except buffers."""
         return [e for e in self.entries if not e.buffer]
 
     @property
     def spread(self) -> Spread:
-        """How the backend spreads the policy's parameters."""
+        """The way the backend spreads the policy's parameters."""
         return SPREADS.get(self.backend.name, "whole")
 
     def elements(self, entries: Iterable[Entry], spread: Spread | None = None) -> int:
-        """On the rank that holds the most of each; `spread` is the policy's own if None."""
+        """Return the number of elements on the rank that holds the most of each; `spread` is the policy's own if
+        None."""
         return sum(e.elements(spread or self.spread, self.backend.processes) for e in entries)
 
     def held(self, entries: Iterable[Entry], spread: Spread | None = None, dtype: torch.dtype | None = None) -> int:
@@ -150,8 +153,8 @@ class Shape:
         return self.held(self.parameters, "whole") - self.held(self.parameters, spread)
 
     def offloaded(self, entries: Iterable[Entry], spread: Spread) -> Cost:
-        """Of a sharded model whose shards wait in host memory. What a forward gathers it gathers for the policy too, so
-        a score takes the largest shard beyond that."""
+        """Return the cost of a sharded model whose shards wait in host memory. A forward gathers as much for the policy
+        too, so a score takes only the largest shard beyond that."""
         entries = list(entries)
         weights = [e for e in entries if not e.buffer]
         sizes = [self.held([e], spread) for e in weights]

@@ -38,7 +38,7 @@ class HeldReference(Reference):
 
     takes = frozenset({"source", "dtype", "device", "offload", "quantize", "max_tokens", "averages", "max_kl_floor"})
     movers: ClassVar[type[Mover]] = Mover
-    """What moves it."""
+    """The class that moves it."""
 
     def __init__(
         self, request: BuildRequest, reason: str, source: str, *, borrowed_from: nn.Module | None = None
@@ -47,9 +47,9 @@ class HeldReference(Reference):
         super().__init__(request, reason, source)
         self._accelerator = request.accelerator
         self.device = None if request.config.device is None else torch.device(request.config.device)
-        """Where a batch goes to be scored; None leaves it where it is."""
+        """The device that a batch is scored on; None leaves the batch on its own."""
         self.known = Identity(self.weights)
-        """What is recorded of the weights."""
+        """The record of the weights."""
         self._mover = self.movers(self, on_host=request.config.averages == "host")
         self.use = Use() if borrowed_from is None else use_of(borrowed_from)
         self._active: nn.Module | None = None
@@ -126,7 +126,7 @@ class HeldReference(Reference):
             yield logits
 
     def check_exact(self) -> None:
-        """Nothing to refuse: hidden states and logits are at hand."""
+        """Refuse nothing: hidden states and logits are available."""
 
     @contextmanager
     def scoring(self, batch: TokenBatch, what: str = "reference.score") -> Iterator[tuple[nn.Module, TokenBatch]]:

@@ -1,4 +1,4 @@
-"""What a reference may offer, and refuses by name until its author writes it."""
+"""The optional methods of a reference. Each refuses by name until the author of a strategy writes it."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Offers:
 
     @property
     def cache(self) -> ScoreCache | None:
-        """Where scores are kept, if `reference.cache` names a folder; `cache.stats` counts."""
+        """The store of scores if `reference.cache` names a folder, else None; `cache.stats` counts."""
         return None
 
     @property

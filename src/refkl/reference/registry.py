@@ -180,7 +180,7 @@ def _auto_may(name: str, request: BuildRequest) -> bool:
 
 
 def _cheapest(names: list[str], request: BuildRequest) -> str:
-    """By bytes on the device, then on the host; of equals the first."""
+    """Return the strategy with the fewest bytes on the device, then on the host; the first of equals."""
     costs = {name: STRATEGIES[name].cost(request) for name in names}
     return min(names, key=lambda name: (costs[name].device, costs[name].host))
 

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What a strategy is asked to hold a reference for."""
+    """The policy and settings that a strategy is asked to hold a reference for."""
 
     policy: nn.Module
     """Wrapped or not, sharded or not."""
     config: ReferenceConfig
-    """What was asked for."""
+    """The configuration that was asked for."""
     backend: Backend
-    """What the policy runs on, or will."""
+    """The backend that the policy runs on, or will."""
     accelerator: Accelerator | None
     """The one that prepares the policy, if there is one."""
     step: Step = field(default_factory=Step)
-    """What is scored per step; without it a cost is of bytes held alone."""
+    """The tokens that are scored per step; without it a cost counts only the bytes held."""
     planned: bool = False
-    """Whether the policy is a plan, without weights: an adapter of it is fresh."""
+    """True if the policy is a plan, without weights: its adapter is fresh."""
     memory: int | None = None
     """Bytes of a device, for a plan; in a run the device is asked."""
     calibration: TokenBatch | Iterable[TokenBatch] | None = None
@@ -49,7 +49,7 @@ class BuildRequest:
 
     @cached_property
     def shape(self) -> Shape:
-        """What a cost is counted from."""
+        """The shape that a cost is counted from."""
         on_cpu = next(self.policy.parameters()).device.type == "cpu"
         stays = self.accelerator is None or self.accelerator.device.type == "cpu"
         memory = self.memory

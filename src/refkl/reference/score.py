@@ -62,7 +62,7 @@ def _most_over_ranks(parts: int) -> int:
 
 
 class Conditions:
-    """What the scores of a held reference depend on beside the batch: the key of a cache."""
+    """The conditions, beside the batch, that the scores of a held reference depend on: the key of a cache."""
 
     def __init__(self, held: HeldReference) -> None:
         self._held = held

@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """How to call a model so that it predicts the scored tokens of a batch."""
+    """A call of a model that predicts the scored tokens of a batch."""
 
     batch: TokenBatch
     columns: Tensor
@@ -39,7 +39,7 @@ class Call:
     positions: Tensor | None = None
     """[B, ahead + T] position ids for the model inside PEFT, which drops those that it is given; None for none."""
     layout: Layout | None = None
-    """Where the tokens are if the model is given them in one row; None if it is given the batch as it is."""
+    """The places of the tokens if the model is given a packed row; None if it is given the batch as it is."""
 
     def run(self, model: nn.Module) -> Any:
         """Call the model, once, as it is wrapped."""

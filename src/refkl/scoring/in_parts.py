@@ -13,14 +13,15 @@ from refkl.kl.projection import free_bytes
 from refkl.types import TokenBatch, TokenScores
 
 SHARE = 0.25
-"""Of the memory that is free, what the activations of a part may take: they are estimated, and others want some too."""
+"""The share of free memory that the activations of a part may take: they are estimated, and others want some too."""
 
 _FILLED = 1.08
-"""What is run of a part without shared prompts, over what of it is no padding; above, a part is ended early."""
+"""The largest ratio of tokens run to tokens that are no padding, in a part without shared prompts; above it, a part is
+ended early."""
 
 
 def free_tokens(model: nn.Module, device: torch.device) -> int:
-    """How many tokens a forward without gradients can take at once, by the memory that is free on the device.
+    """Return how many tokens a forward without gradients can take at once in the free memory of the device.
 
     Some ten tensors as wide as the hidden states, and four as wide as the MLP, are alive at a time.
     """
@@ -131,7 +132,7 @@ def in_parts(
 
 
 def _span(batch: TokenBatch, rows: Tensor) -> tuple[int, int]:
-    """Where the columns begin in which one of the rows has a token, and how many there are."""
+    """Return the first column in which one of the rows has a token, and the number of columns."""
     columns = batch.attention_mask.bool()[rows.to(batch.attention_mask.device)].any(0).nonzero()[:, 0]
     if not len(columns):
         return 0, batch.input_ids.shape[1]

@@ -1,1 +1,1 @@
-"""One option, one room: scores that are kept on disk and looked up instead of computed again."""
+"""Scores that are kept on disk and looked up instead of computed again."""

@@ -24,11 +24,11 @@ _NO_PART = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id",
 }  # fmt: skip
-"""Of a model's configuration: what its scores do not depend on, or (dtype) the fingerprint says."""
+"""Fields of a model's configuration that its scores do not depend on, or (dtype) that the fingerprint covers."""
 
 
 def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes | None]:
-    """A key for each row, of its real tokens alone; None for a row of which nothing is scored.
+    """Return a key for each row, made from its real tokens only; None for a row in which nothing is scored.
 
     Raises:
         ValueError: model_inputs other than single values and [B, T] tensors: they belong to no row.
@@ -66,12 +66,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _framed(parts: list[bytes]) -> bytes:
-    """One string that no other parts give."""
+    """Return one string that no other parts give."""
     return b"".join(struct.pack("<q", len(part)) + part for part in parts)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What of a model that is about to run its scores depend on, beside its weights: JSON."""
+    """Return, as JSON, what the scores of a model that is about to run depend on, beside its weights."""
     base, inner = base_model(model), unwrap(model)
     found: dict[str, Any] = {"model": own_class(base).__name__, "transformers": transformers.__version__}
     found["modules"] = structure(base)

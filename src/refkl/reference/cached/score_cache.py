@@ -33,7 +33,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache has done in this process, and what it holds of the reference as it is now."""
+    """Counts of a cache: its work in this process, and the scores that it holds of the reference as it is now."""
 
     hits: int
     """Rows that no model was run for."""
@@ -42,7 +42,7 @@ class CacheStats:
     rows: int
     """Rows that are known."""
     bytes: int
-    """On disk, of the files that were read."""
+    """Bytes on disk of the files that were read."""
 
     def __str__(self) -> str:
         return f"{self.hits} rows from the cache, {self.misses} scored; it holds {self.rows} rows, {size(self.bytes)}"

@@ -26,9 +26,10 @@ KEY_BYTES = 16
 WRITE_BYTES = 16 << 20
 """Values that are waited for before a file is written."""
 WRITE_SECONDS = 30.0
-"""How long at most, from one score to the next: what a killed process had not written is scored again."""
+"""The longest time between writes, checked at each score. Scores that a killed process had not written are lost and
+computed again."""
 SCAN_SECONDS = 5.0
-"""How often at most the folder is listed for what other processes have written."""
+"""The shortest time between two listings of the folder for files that other processes have written."""
 ABANDONED_SECONDS = 24 * 3600.0
 """When a temporary file is taken for that of a process that was killed."""
 
@@ -53,7 +54,7 @@ class ScoreStore:
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder = folder
         self.bytes = 0
-        """Of the files that were read."""
+        """Bytes of the files that were read."""
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.tmp"):
             with suppress(FileNotFoundError):  # renamed since it was listed

@@ -1,4 +1,4 @@
-"""What a model computes beside its weights and configuration: its modules, and what was put in front of them.
+"""The computation of a model beside its weights and configuration: its modules, and what was put in front of them.
 
 Two models with equal weights and configurations can differ in a replaced activation, a hook, or a forward of the
 user's own. A cache must tell them apart, or refuse what it cannot see.

@@ -1,1 +1,1 @@
-"""How a reference moves towards its policy: averages, bias correction, LoRA products."""
+"""Moves of a reference towards its policy: averages, bias correction, LoRA products."""

@@ -1,4 +1,4 @@
-"""How a reference moves: its weights are mixed with the policy's in place, part by part on each rank.
+"""Moves of a reference: its weights are mixed with the policy's in place, part by part on each rank.
 
 Nothing is gathered or sent, and beside one chunk of a weight no memory is taken. Numbers of 16 bits cannot take small
 steps (1 + 0.001 is 1 in bf16), so weights held in them are written from an average in fp32 that is kept beside them.
@@ -35,13 +35,13 @@ class Move(NamedTuple):
     bias: float | None = None
     """BEMA: the reference is the average + bias (policy - start)."""
     lora: Literal["factors", "product"] = "factors"
-    """What of LoRA layers is averaged; see lora.py."""
+    """The quantity that is averaged for LoRA layers; see lora.py."""
     rank: int | None = None
     """For "product": what its ranks are cut to."""
 
     @property
     def copies(self) -> bool:
-        """Whether what there was does not matter."""
+        """True if the move overwrites the reference, whatever it held."""
         return self.alpha == 1.0 and self.bias is None
 
     def check(self) -> None:
@@ -65,14 +65,14 @@ class Probe(NamedTuple):
     """An element that a move changed: to see that the change can be read."""
 
     place: int
-    """In the flattened part of this rank."""
+    """The place in the flattened part of this rank."""
     number: Tensor
     """[] what it is now."""
 
 
 @dataclass
 class Averages:
-    """What a moving reference keeps beside its weights, by name, this rank's parts."""
+    """The averages that a moving reference keeps beside its weights, by name: this rank's parts."""
 
     on_host: bool = False
     mean: dict[str, Tensor] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class Averages:
         return None
 
     def weights(self) -> Iterator[Weight]:
-        """All that is kept, under names that say what each is; to be saved, and written into."""
+        """Yield all that is kept, under names that say what each is, to save it or to write into it."""
         for kind, kept in self._kinds().items():
             for name, local in kept.items():
                 layout = self.layouts[name]
@@ -207,5 +207,5 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two numbers are the same; a NaN is the same as a NaN."""
+    """Return True if two numbers are the same; a NaN is the same as a NaN."""
     return torch.equal(a, b) or bool(a != a and b != b)

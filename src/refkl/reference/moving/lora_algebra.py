@@ -63,7 +63,7 @@ def stacked(own: Factors, theirs: Factors, alpha: float) -> Factors:
 
 
 def highest_rank(factors: Factors, rank: int | None = None) -> int:
-    """What `rank` allows; and never more than min(I, O), which holds any product."""
+    """Return the highest rank that `rank` allows, never more than min(I, O), which holds any product."""
     bound = min(factors.a.shape[-1], factors.b.shape[-2])
     return bound if rank is None else min(bound, rank)
 

@@ -1,4 +1,4 @@
-"""How a reference with LoRA layers moves: which tensors are mixed one by one, and which layers by their product.
+"""Moves of a reference with LoRA layers: some tensors are mixed one by one, and some layers by their product.
 
 The numbers of a new product are made for all layers before the first is written, so that what raises changes nothing.
 """
@@ -34,7 +34,7 @@ _OR_FACTORS = "Use lora='factors', or alpha 1, which copies the policy."
 
 @dataclass(frozen=True)
 class LastUpdate:
-    """What the last `update` did."""
+    """The result of the last `update`."""
 
     alpha: float
     """As it was given."""
@@ -48,7 +48,7 @@ class LastUpdate:
     rank: int | None = None
     """The highest rank of the reference's LoRA layers after it; None without any."""
     cut: float = 0.0
-    """What `rank` left out of the average of the products, relative to that, in the same norm."""
+    """The part of the average of the products that `rank` left out, relative to that average, in the same norm."""
 
 
 class LoraPair(NamedTuple):
@@ -66,7 +66,7 @@ class LoraPair(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether this rank holds all of it."""
+        """True if this rank holds all of it."""
         return not any(w.layout.sharded for pair in (self.a, self.b) for w in (pair.own, pair.theirs))
 
     def own(self, averages: Averages) -> Factors:
@@ -85,11 +85,11 @@ class LoraPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a move is made."""
+    """The plan of a move."""
 
     step: Move
     pairs: list[Pair]
-    """What is mixed, tensor by tensor."""
+    """The tensors to mix, one by one."""
     layers: list[LoraPair]
     """All LoRA layers."""
     replaced: list[LoraPair]
@@ -139,7 +139,7 @@ class New(NamedTuple):
 
     weights: dict[str, Tensor]
     means: dict[str, Tensor]
-    """What `weights` were rounded from, of those whose averages are kept apart."""
+    """The averages that `weights` were rounded from, for those whose averages are kept apart."""
     cut: float = 0.0
 
     def keep(self, averages: Averages) -> None:
@@ -149,7 +149,7 @@ class New(NamedTuple):
 
 
 def planned(step: Move, pairs: list[Pair], layers: Iterable[LoraFactors]) -> Plan:
-    """How to make a move; `layers` are those of which the reference can hold another rank than the policy's.
+    """Return the plan of a move; `layers` are those in which the reference can hold another rank than the policy.
 
     Raises:
         ValueError: it cannot be made.
@@ -189,5 +189,5 @@ def _check_product(pair: LoraPair) -> None:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """Of two norms, given squared."""
+    """Return the ratio of two norms, given squared."""
     return 0.0 if part <= 0.0 else sqrt(part / whole) if whole > 0.0 else inf

@@ -1,4 +1,4 @@
-"""How a reference in this process moves, and what it keeps for that."""
+"""Moves of a reference in this process, and the tensors that are kept for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mover:
 
     def __init__(self, held: HeldReference, *, on_host: bool) -> None:
         self.averages = Averages(on_host=on_host)
-        """What is kept beside the weights."""
+        """The averages that are kept beside the weights."""
         self.initial_fingerprint: str | None = None
         """The fingerprint before the first move, if that state was kept."""
         self.half_moved = False

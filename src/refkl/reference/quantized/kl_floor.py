@@ -42,7 +42,7 @@ class QuantizationKLMeter:
             loaded: the model that was quantised, if it is not the policy; dropped once it was measured.
         """
         self.floor: KLFloor | None = None
-        """What was found."""
+        """The floor that was measured."""
         self.loaded = loaded
         """Held in host memory until then."""
         self._config = config
@@ -52,7 +52,7 @@ class QuantizationKLMeter:
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to measure.
+        """True if there is nothing left to measure.
 
         Raises:
             ValueError: the floor was found to be above the limit.
@@ -160,7 +160,8 @@ def exact_kl(full: nn.Module, held: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def _digests_in_each_dtype(model: nn.Module) -> dict[str, set[str]]:
-    """Of each weight, as it is and as a cast leaves it: a policy that was only cast since has not trained."""
+    """Return the digests of each weight, as it is and in each dtype it can be cast to: a policy that was only cast
+    since has not trained."""
     found = defaultdict(set)
     weights = list(named_weights(model))
     for dtype in (None, *_DTYPES):

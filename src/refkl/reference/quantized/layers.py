@@ -32,10 +32,10 @@ GROUP, SMALLEST_GROUP = 64, 16
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is held in few bits."""
+    """A format that holds a matrix in few bits."""
 
     package: str
-    """What rounds; as pip knows it."""
+    """The package that rounds, by its name in pip."""
     pack: Callable[[Tensor], dict[str, Tensor]]
     """[out, in] fp32 -> the tensors that are held."""
     unpack: Callable[[dict[str, Tensor], torch.Size, torch.dtype], Tensor]
@@ -128,7 +128,7 @@ FORMATS: dict[str, Format] = {
         4,
     ),
 }
-"""What serves each value of reference.quantize."""
+"""The format for each value of reference.quantize."""
 
 
 class QuantizedLinear(nn.Module):
@@ -167,7 +167,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def numbers_shape(self) -> torch.Size:
-        """Of `numbers`."""
+        """The shape of `numbers`."""
         return self.shape[::-1] if self._transposed else self.shape
 
     def repack(self, numbers: Tensor) -> None:

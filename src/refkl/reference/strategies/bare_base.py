@@ -32,7 +32,7 @@ _FROM_DISK = "Set reference.source to 'pretrained' for the weights that the poli
 
 
 def is_bare(request: BuildRequest) -> bool:
-    """Whether the reference is the base under the adapter, whatever that has been trained to."""
+    """Return True if the reference is the base under the adapter, whatever the adapter has been trained to."""
     return request.config.source == "base" or learned_prompt(request.policy) is not None
 
 
@@ -125,7 +125,7 @@ def _not_fresh(policy: PeftModel) -> str | None:
 
 
 def _trained_wrapper(module: nn.Module) -> str | None:
-    """What in a module_to_save or in trained token rows is no longer the base's own, or None."""
+    """Return the name of what is no longer the base's own in a module_to_save or in trained token rows, or None."""
     if isinstance(module, ModulesToSaveWrapper):
         base = dict(module.original_module.named_parameters())
         for adapter in module.active_adapters:

@@ -35,9 +35,9 @@ class SharedTrunkReference(SharingCopy):
 
     strategy = "shared_trunk"
     _depth = 0
-    """How many layers the trunk has: settled when it is built."""
+    """The number of layers in the trunk, fixed when the reference is built."""
     _proven = False
-    """Whether the layers above the trunk were seen to need nothing of it but what comes out of its last layer."""
+    """True once the layers above the trunk were seen to need only the output of its last layer."""
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
@@ -92,7 +92,7 @@ class SharedTrunkReference(SharingCopy):
 
     @contextmanager
     def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
-        """Open around one score of each: the trunk runs in the first of the two alone.
+        """Open around one score of each: the trunk runs only in the first of the two.
 
         It runs in both where the policy's may give something else than the reference's: with dropout in it while the
         policy trains, or compiled.
@@ -147,9 +147,9 @@ class _Once:
         self._first = [trunk[0] for trunk in trunks]
         self._last = [trunk[-1] for trunk in trunks]
         self._entered: list[Tensor] = []
-        """What the first layer was given: hidden states [B, T, H], masks, positions."""
+        """The inputs of the first layer: hidden states [B, T, H], masks, positions."""
         self._output: Any = None
-        """What the last layer gave: a tensor [B, T, H], or a tuple of it and more."""
+        """The output of the last layer: a tensor [B, T, H], or a tuple that begins with it."""
         self._taking = False
         self._stack = ExitStack()
 
@@ -190,7 +190,8 @@ class _Once:
             self._output = None
 
     def _without_checkpoints(self) -> None:
-        """What is taken over keeps nothing, and must not be run again in a backward pass."""
+        """Turn off checkpointing in the layers that are taken over: they keep nothing, and must not run again in a
+        backward pass."""
         for layer in self._layers:
             if vars(layer).get("gradient_checkpointing"):
                 self._stack.callback(setattr, layer, "gradient_checkpointing", True)
@@ -270,7 +271,7 @@ def _trunk(policy: nn.Module) -> list[nn.Module]:
 
 
 def _differs(policy: nn.Module, depth: int) -> bool:
-    """Whether what the policy's trunk gives may not be what the reference's does."""
+    """Return True if the policy's trunk may give another result than the reference's."""
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in policy.modules()):
         return True  # compiled with the layers' forward as it is
     above = {id(m) for layer in _layers(policy)[depth:] for m in layer.modules()}

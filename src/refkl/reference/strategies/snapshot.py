@@ -212,7 +212,7 @@ class Snapshot:
         return moved.pin_memory() if device.type == "cuda" and not moved.is_pinned() else moved
 
     def _exchange(self, tensor: Tensor, name: str) -> None:
-        """What the policy has and what we hold change places."""
+        """Exchange the policy's values with those that the snapshot holds."""
         kept = self._kept[name]
         if not self._host and not self._layouts[name].sharded:
             # By pointer: the policy's own storage is untouched, also for a backward pass that is still to come.
@@ -327,8 +327,8 @@ class OnSnapshot(HeldReference):
 
 
 def snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
-    """What a snapshot must hold, by canonical name: what trains, the adapters' other parameters (AdaLoRA's ranks), and
-    persistent buffers, which a forward in training mode may change."""
+    """Return the tensors that a snapshot must hold, by canonical name: trainable parameters, the adapters' other
+    parameters (AdaLoRA's ranks), and persistent buffers, which a forward in training mode may change."""
     tuned, constant = adapter_parameters(policy), adapter_buffers(policy)
     return {
         name: tensor

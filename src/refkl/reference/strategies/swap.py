@@ -60,7 +60,8 @@ class SwapReference(OnSnapshot):
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
-        """Where all of the policy trains, a copy of its own costs as much, and scores without moving anything."""
+        """Return False if all of the policy trains: a copy of its own then costs as much, and scores without moving
+        anything."""
         return not all(p.requires_grad for p in unwrap(request.policy).parameters())
 
     @classmethod

@@ -22,7 +22,7 @@ _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 @dataclass(frozen=True)
 class _OneRow:
-    """What a layer was given for one sequence."""
+    """The inputs of a layer for one sequence."""
 
     tokens: int
     sizes: dict[Path, int]
@@ -46,8 +46,8 @@ class _OneRow:
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """What an argument or a result is made of, with its place. Lists and dicts are left whole: a layer may write into
-    them."""
+    """Yield the parts of an argument or a result, each with its place. Lists and dicts are left whole: a layer may
+    write into them."""
     if type(value) is tuple:
         for number, inner in enumerate(value):
             yield from _leaves(inner, (*path, number))

@@ -41,21 +41,21 @@ class Stream:
             raise ValueError(f"reference.offload cannot work here: {why_not}")
         self.units, rest = units_of(model)
         self.fetched: Counter[str] = Counter()
-        """How often each unit was put on the device, by its name."""
+        """The number of times that each unit was put on the device, by its name."""
         self._model = model
         self._rest = Unit("", model, rest, layer=False)
         self.device = torch.device("cpu")
-        """Where the model runs."""
+        """The device that the model runs on."""
         self._side: torch.cuda.Stream | None = None
         self._resident: dict[Unit, list[Tensor]] = {}
         self._users: Counter[int] = Counter()
-        """How many resident units have a tensor: tied ones are in several."""
+        """The number of resident units that have a tensor: tied tensors are in several."""
         self._host: dict[int, Tensor] = {}
         """By id() of a tensor that is on the device, its numbers on the host."""
         self._ready: dict[Unit, torch.cuda.Event] = {}
         self._registered: dict[Unit, Unit | None] = dict(zip(self.units, [*self.units[1:], None], strict=True))
         self._seen: dict[tuple[Unit | None, Unit], Unit | None] = {}
-        """What followed a unit that came after another; both count, for a module that runs between all layers."""
+        """The unit that followed two consecutive units; both count, for a module that runs between all layers."""
         self._first: Unit | None = None
         self._before: Unit | None = None
         self._now: Unit | None = None
@@ -73,7 +73,7 @@ class Stream:
 
     @contextmanager
     def sweep(self) -> Iterator[None]:
-        """While open, the model can run on the device; afterwards every weight is on the host alone, also when it
+        """Let the model run on the device while open; afterwards every weight is only on the host, also if the model
         raised."""
         assert not self._resident, "one sweep at a time"
         with ExitStack() as stack:

@@ -16,14 +16,14 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What is put on the device together."""
+    """Modules that are put on the device together."""
 
     name: str
     module: nn.Module
     tensors: list[Tensor]
     """Parameters and persistent buffers."""
     layer: bool
-    """Whether it is one of a list of modules, which takes rows in chunks."""
+    """True if it is one of a list of modules, which takes rows in chunks."""
 
 
 def units_of(model: nn.Module) -> tuple[list[Unit], list[Tensor]]:
@@ -40,7 +40,8 @@ def units_of(model: nn.Module) -> tuple[list[Unit], list[Tensor]]:
 
 
 def _split(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """What a list of modules holds, and beside such lists whatever holds none: an adapted head is one unit."""
+    """Yield the entries of each list of modules, and the largest modules beside them that hold no list: an adapted head
+    is one unit."""
     listed = isinstance(module, _CONTAINERS)
     for name, child in module.named_children():
         if isinstance(child, _CONTAINERS) or (
@@ -64,7 +65,7 @@ def unit_bytes(model: nn.Module, *, dtype: torch.dtype | None, without: set[int]
 
 
 def largest_pair(sizes: list[int]) -> int:
-    """Of two units that follow each other."""
+    """Return the most bytes that two consecutive units take together."""
     return max((a + b for a, b in pairwise(sizes)), default=sum(sizes))
 
 

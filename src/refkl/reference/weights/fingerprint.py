@@ -24,11 +24,11 @@ from refkl.backend.layout import Layout, Weight, communicating_device
 _BLOCK = 1 << 16
 """B: with their keys, so many words stay in a core's cache."""
 _OUTER = 1 << 62
-"""Where the numbers that outer keys are made from begin."""
+"""The first of the numbers that outer keys are made from."""
 
 
 def digests(weights: Iterable[Weight]) -> dict[str, str]:
-    """Of each weight by name: dtype, shape and 16 hex digits. Collective if a weight is sharded.
+    """Return, by name, the dtype, shape and 16 hex digits of each weight. Collective if a weight is sharded.
 
     Raises:
         ValueError: a dtype whose elements are not of 1, 2, 4 or 8 bytes.
@@ -86,7 +86,8 @@ def _sum_of_words(words: Tensor, first: int) -> Tensor:
 
 
 def _counts(layout: Layout) -> bool:
-    """Whether this rank adds its part, where sums are exchanged: of what is whole on every rank only the first does."""
+    """Return True if this rank adds its part to exchanged sums: a weight that is whole on every rank is added only by
+    the first."""
     return layout.counted if layout.sharded else dist.get_rank() == 0
 
 

@@ -39,8 +39,8 @@ class Identity:
 
     @property
     def scored_as(self) -> str:
-        """What scores of the weights as they are now carry: the fingerprint, or if none was taken since they changed,
-        the last one with the number of changes since.
+        """The name that scores of the current weights carry: the fingerprint; if none was taken since they changed, the
+        last one with the number of changes since.
 
         It stays the same until the weights change, also if the fingerprint is taken meanwhile: scores of one model
         must carry one name.

@@ -111,7 +111,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def _settled(folder: Path) -> Path:
-    """Where the reference saved as `folder` is."""
+    """Return the folder that holds the reference saved as `folder`."""
     folder = folder.resolve()
     old = folder.with_name(f"{folder.name}.old")
     return old if not folder.exists() and (old / PROVENANCE_FILE).is_file() else folder
@@ -128,7 +128,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class Saved:
-    """What `write_saved` left in a folder.
+    """The files that `write_saved` left in a folder.
 
     Raises:
         ValueError: it left nothing there, or a file is missing or damaged.
@@ -152,7 +152,7 @@ class Saved:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of every weight, by name."""
+        """The digest of every weight, by name."""
         found: dict[str, str] = self.provenance["weights"]
         return found
 
@@ -186,7 +186,7 @@ class Saved:
         return {name for name in self.shapes if found[name] != own[name]}
 
     def averages(self, layouts: dict[str, Layout]) -> Iterator[Weight]:
-        """What a moving reference kept beside its weights, cut as those are."""
+        """Yield the averages that a moving reference kept beside its weights, cut as the weights are."""
         for name in self.averaged:
             layout = self._layout(name, layouts)
             yield Weight(name, self._files.read(name, layout), layout)

@@ -25,7 +25,7 @@ from refkl.backend import Block, Layout, Run, Weight
 _OFFSETS = "DCP_SHARDING_INFO"
 """In a file's metadata, of each part: where it begins ("saved_offsets")."""
 _FILE_BYTES = 1 << 32
-"""Of whole weights, the parts of which go into one file on each rank: what is serialised at once."""
+"""Bytes of whole weights whose parts go into one file on each rank, and are serialised at once."""
 
 
 def write_parts(folder: Path, weights: list[Weight]) -> None:
@@ -139,7 +139,8 @@ class Files:
 
 
 def _overlaps(own: Iterator[Run], theirs: Iterator[Run]) -> Iterator[tuple[int, int, int]]:
-    """Where two parts of one weight hold the same elements: first places in either, and how many."""
+    """Yield each range of elements that two parts of one weight share: its first place in either part, and its
+    length."""
     a, b = next(own, None), next(theirs, None)
     while a is not None and b is not None:
         first, last = max(a.whole, b.whole), min(a.whole + a.length, b.whole + b.length)

@@ -1,4 +1,5 @@
-"""What a reference shares with the policy: checked at each score, cheaply, because the policy is the user's to change.
+"""Weights that a reference shares with the policy: checked at each score, cheaply, because the user may change the
+policy.
 
 Writes into a tensor raise its version, so one that was written since is found without reading any. PEFT merges an
 adapter through `.data`, which raises nothing: adapted layers are watched for that by their state, and a few numbers of

@@ -1,4 +1,4 @@
-"""What strategies do with tensors: count and pair them."""
+"""Tensor helpers of the strategies: count and pair."""
 
 from __future__ import annotations
 

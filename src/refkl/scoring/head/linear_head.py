@@ -95,7 +95,7 @@ def mapped(values: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all numbers, in fp64, are those expected, as well as a model that computes in `dtype` can give them."""
+    """Return True if all numbers, in fp64, are those expected, to the precision of a model that computes in `dtype`."""
     tolerance = _TOLERANCE if torch.finfo(dtype).bits >= 32 else 2 * torch.finfo(dtype).eps
     return bool(((found - expected).abs() <= tolerance * expected.abs()).all())
 

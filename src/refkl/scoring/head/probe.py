@@ -1,4 +1,4 @@
-"""Where a model's output head is, and what the model makes of its logits.
+"""Find a model's output head, and what the model does to its logits.
 
 A fused op takes the states that enter the head and gives a few numbers per token, so that the logits [B, K, V] are
 never made. For this it must know what a model does to them after the head. There is no table of families here: the head
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 _POWERS = (-20, 15, 5, -3, 10, 0, 3, 7, 13, -10)
 _PROBE = (0.0, *(sign * m * 2.0**k for k in _POWERS for sign in (1, -1) for m in (1.0, 1.25)))
-"""What the stub gives for logits, over and over along the vocabulary: from 1e-6, where a cap does nothing, to 4e4,
-further than logits go. Few bits each, so that a cast to bf16 and back leaves them alone. 0 shows an offset."""
+"""Logits that the stub gives, repeated along the vocabulary: from 1e-6, where a cap does nothing, to 4e4, further than
+logits go. Few bits each, so that a cast to bf16 and back leaves them alone. 0 shows an offset."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError)
-"""What a forward raises that wants more than tokens (images, an embedding of the task, …). No RuntimeError: memory that
+"""Errors of a forward that wants more than tokens (images, an embedding of the task, …). No RuntimeError: memory that
 ran out once must not count against the head for good."""
 _UNFIT: dict[type[nn.Module], str] = {
     FullyShardedDataParallel: "which flattens the head's weight: shard with FSDP2",
@@ -48,7 +48,7 @@ _REFUSED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKe
 
 
 def find_head(model: nn.Module) -> Head:
-    """The output head of a causal language model, wrapped or not.
+    """Return the output head of a causal language model, wrapped or not.
 
     The first time for a head, the model is run on two tokens (no grad, eval mode, RNG state restored), as it is wrapped
     under ZeRO-3, where every rank must call. What was found is kept for as long as the head lives. Each redirected

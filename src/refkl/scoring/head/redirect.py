@@ -20,7 +20,7 @@ from refkl.kl.divergence_rows import first_order
 from refkl.scoring.head.linear_head import FOUND, Head, HeadError, at_least_fp32, close, mapped, not_called
 
 _CHECK = (0.0, 1.0, -0.25, 5.0, -40.0, 2.0**15)
-"""What the model is given for logits in each redirected forward: does it still do the same?"""
+"""Logits given to the model in each redirected forward, to check that it still treats them the same."""
 _GAUGE = 0
 """The column of _CHECK, at 0 where the slope is s, whose gradient shows by what wrappers scale gradients."""
 
@@ -34,7 +34,7 @@ class Redirect:
         self._positions = torch.Size()
 
     def stats(self, outputs: Any) -> Tensor:
-        """What the function given to `redirected` returned, with grad, after the wrapper's hooks.
+        """Return the result of the function given to `redirected`, with grad, after the wrapper's hooks.
 
         Args:
             outputs: what the outermost wrapper returned. The gradient passes through it, so that wrappers which act on

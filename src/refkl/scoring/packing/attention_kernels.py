@@ -1,4 +1,4 @@
-"""How a model's attention comes to know the masks of shared prompts.
+"""Hooks that give a model's attention the masks of shared prompts.
 
 transformers looks a model's attention up by its name each time that a layer is called. What it finds there is put
 behind a function which leaves tokens under a `SharedMask` to that mask, which computes their attention in blocks of
@@ -25,9 +25,9 @@ from refkl.scoring.packing.prefix_mask import SharedMask, UnknownAttention
 
 Attention = Callable[..., tuple[Tensor, Any]]
 KNOWN = (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
-"""What is put behind a mask, under whatever name it is found."""
+"""Attention functions that are put behind a mask, under whatever name they are found."""
 BEYOND = ("softcap", "s_aux", "position_bias")
-"""What attention may be given beside its mask, and torch's cannot compute."""
+"""Arguments that attention may be given beside its mask, and that torch's cannot compute."""
 
 
 def no_masks(base: nn.Module) -> str | None:

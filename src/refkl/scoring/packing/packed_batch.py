@@ -20,12 +20,12 @@ class Segment:
     start: int
     length: int
     parent: int = -1
-    """Of a completion: which prompt it continues."""
+    """For a completion, the index of the prompt that it continues."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of a batch are in the one row."""
+    """The places of a batch's tokens in the packed row."""
 
     input_ids: Tensor
     """[1, N]"""
@@ -50,7 +50,7 @@ class Layout:
 
 
 def lay_out(batch: TokenBatch, columns: Tensor) -> Layout | None:
-    """The tokens of a batch in one row; None where rows have holes, or nothing is scored.
+    """Pack the tokens of a batch into one row; None if rows have holes, or nothing is scored.
 
     Args:
         batch: of text alone.

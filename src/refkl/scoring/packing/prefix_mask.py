@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from refkl.scoring.packing.packed_batch import Layout, Segment
 
 BLOCK = 24.0
-"""What a further block of attention costs, in tokens that pass the model: some small operations a layer."""
+"""The cost of a further block of attention, in tokens that pass the model: some small operations a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Tokens:
     index: Tensor
     """[n, L]"""
     start: int | None = None
-    """Where they begin if they lie one after the other as they are: then they are a view, and nothing is copied."""
+    """The first place if they lie one after the other as they are: then they are a view, and nothing is copied."""
 
     @classmethod
     def of(cls, segments: list[Segment], device: torch.device) -> Tokens:
@@ -69,7 +69,7 @@ class Block:
     keys: Tokens
     """[n, P + L] the queries, and before them those of a completion's prompt."""
     ahead: Tensor | None = None
-    """Of completions: [n] how long their prompts are, which are filled up to P, or [1] if all are as long."""
+    """For completions, the lengths [n] of their prompts, which are filled up to P, or [1] if all are equally long."""
 
     def allowed(self, window: int | None) -> Tensor | None:
         """[n or 1, 1, L, P + L] True = seen; None where causality says all."""
@@ -231,7 +231,7 @@ _SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two masks let the same tokens see each other."""
+    """Return True if two masks let the same tokens see each other."""
     if not isinstance(one, SharedMask) or not isinstance(other, SharedMask):
         return False
     mine, theirs = one.seen.layout, other.seen.layout

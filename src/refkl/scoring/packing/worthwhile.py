@@ -1,4 +1,4 @@
-"""Whether a model is given a batch in one row: where that is exact, and costs less."""
+"""The choice to give a model a packed batch: only if that is exact, and costs less."""
 
 from __future__ import annotations
 
@@ -66,19 +66,20 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Of all layers; they may be told apart by their kind."""
+    """Return the RoPE types of all layers; they may be told apart by their kind."""
     settings = getattr(config, "rope_parameters", None) or {}
     each = [settings, *(x for x in settings.values() if isinstance(x, dict))]
     return {str(x["rope_type"]) for x in each if "rope_type" in x}
 
 
 def shares_prompts(model: nn.Module, batch: TokenBatch) -> bool:
-    """Whether rows of this batch can share their prompts in this model."""
+    """Return True if rows of this batch can share their prompts in this model."""
     return batch.prefix == "auto" and not batch.model_inputs and why_not(model, base_model(model)) is None
 
 
 def may_gain(base: nn.Module, batch: TokenBatch) -> bool:
-    """Whether one row could cost less, even if all prompts were the same: few operations, before it is laid out."""
+    """Return True if a packed row could cost less, even if all prompts were the same. Takes few operations, before
+    packing."""
     scored = batch.completion_mask.long()
     run = batch.attention_mask.bool() & (scored.flip(1).cumsum(1).flip(1) > 0)  # no further than the last scored token
     prompts, lengths = (run & (scored.cumsum(1) == 0)).sum(1), run.sum(1)
@@ -88,7 +89,7 @@ def may_gain(base: nn.Module, batch: TokenBatch) -> bool:
 
 
 def _plainly(base: nn.Module, batch: TokenBatch) -> float:
-    """What the batch as it is costs, in tokens that pass the model."""
+    """Return the cost of the batch as it is, in tokens that pass the model."""
     config: Any = getattr(base, "config", None)
     rows, size = batch.input_ids.shape
     attention = getattr(config, "_attn_implementation", None)
@@ -103,7 +104,7 @@ def _scale(base: nn.Module) -> int:
 
 
 def masks_for(base: nn.Module, layout: Layout, batch: TokenBatch) -> Any:
-    """What the model is to be given as attention mask, or None where the batch as it is costs less."""
+    """Return the attention mask to give the model, or None if the batch as it is costs less."""
     config: Any = base.config
     eager = config._attn_implementation == "eager"
     seen = Seen(layout, _scale(base))
