@@ -133,8 +133,8 @@ def test_nonsense_is_refused(rewards: list[dict[str, Any]], message: str) -> Non
 
 def test_names(tmp_path: Path) -> None:
     named = {"a.b:score": {"function": "a.b:score"}, "folder": {"model": "some/folder/"}, "gcd": {"task": "gcd"}}
-    assert [RewardConfig(**given).name for given in named.values()] == ["score", "folder", "gcd"]
-    assert RewardConfig(model="a.b:made_folder").name == "made_folder"
+    assert [RewardConfig(**given).settled().name for given in named.values()] == ["score", "folder", "gcd"]
+    assert RewardConfig(model="a.b:made_folder").settled().name == "made_folder"
     assert RewardConfig(task="gcd", name="divisors").settled().name == "divisors"
     assert RewardConfig(task="gcd").settled().answer == "tagged" and RewardConfig(task="gcd").settled().name == "gcd"
 
