@@ -17,7 +17,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from refkl import Reference, build_reference
 from refkl.backend.adapters import base_kept, keeping_base
-from refkl.reference import STRATEGIES
 
 FAMILIES: dict[str, tuple[Callable[..., Any], list[str]]] = {"llama": (llama, ["q_proj"]), "gpt2": (gpt2, ["c_attn"])}
 ADAPTERS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
@@ -155,7 +154,3 @@ def test_trls_sync_to_vllm_leaves_the_base_to_the_bit(family: str, strategy: str
     list(generation._iter_named_params())  # as TRL does it alone
     with pytest.raises(ValueError, match="merged adapter that was unmerged"):
         reference.score(batch())
-
-
-def test_the_strategies_that_share_are_all_here() -> None:
-    assert set(STRATEGIES) - {"adapter", "swap", "clone"} == {"shared_trunk", "zero3", "fsdp2"}

@@ -1,7 +1,7 @@
 """Which model each side of a penalty was scored by: refuses swapped, mixed and stale scores.
 
-`Reference.score` stamps scores with the reference's fingerprint, once it has been taken; scores of a policy have none.
-Scores without one, made by hand or by a reference right after an update, are taken as they are.
+`Reference.score` stamps scores with the reference's fingerprint; after an update, until that is taken again, with the
+last one and the number of updates since. Scores of a policy have none, and scores made by hand are taken as they are.
 """
 
 from __future__ import annotations

@@ -89,4 +89,6 @@ def use_of(model: nn.Module) -> Use:
     """Return the one Use of this model, whatever it is wrapped in."""
     inner = unwrap(model)
     with _MAKING:
-        return _USES.setdefault(inner, Use()) if inner not in _USES else _USES[inner]
+        if inner not in _USES:
+            _USES[inner] = Use()
+        return _USES[inner]

@@ -19,7 +19,7 @@ RewardForm = Literal["return_to_go", "token", "sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class SettledKL:
-    """What a KLConfig means where it leaves a field open."""
+    """The values of a KLConfig, those that it leaves open included."""
 
     estimator: Estimator
     """The value of the penalty."""
@@ -31,7 +31,7 @@ class SettledKL:
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """Which KL is added, and how much of it.
+    """The KL that is added, and its weight.
 
     A field that the others leave without a use is refused when it is set, and so is one that is missing. A config is
     frozen and keeps what it was given: a field that is left open stays None, so that `dataclasses.replace` settles it

@@ -10,7 +10,7 @@ from refkl.config.options import DtypeName, Prefix, Quantization, check_offered
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """Which model is the reference, and how it is held."""
+    """The model that is the reference, and the way it is held."""
 
     strategy: str = "auto"
     """"auto" or a name in STRATEGIES ("adapter", "swap", "clone", "shared_trunk", "zero3", "fsdp2"). Auto: a PEFT

@@ -79,7 +79,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """What the run expects of its launcher. A launch that gives something else is refused before it trains."""
+    """The launch that the run expects. A launch that gives something else is refused before it trains."""
 
     backend: BackendName | None = None
     """The backend that must be found, or None for any."""
@@ -89,7 +89,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What happens when a checkpoint cannot be written. How often one is, and how many are kept, are `trainer`'s
+    """The reaction to a checkpoint that cannot be written. How often one is, and how many are kept, are `trainer`'s
     save_strategy, save_steps and save_total_limit."""
 
     on_error: OnCheckpointError = "stop"
@@ -102,7 +102,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
-    """Where a run goes on that was stopped or killed; on the command line, `--resume` and `--resume PATH`."""
+    """The place from which a stopped or killed run goes on; on the command line, `--resume` and `--resume PATH`."""
 
     checkpoint: str | None = None
     """"newest": the newest whole checkpoint of the run folder; or a checkpoint's folder. None starts anew."""

@@ -34,7 +34,7 @@ from refkl.reference.moving.lora_update import LastUpdate, planned
 from refkl.reference.moving.mover import Mover
 from refkl.reference.moving.neutral_adapter import neutral_state
 from refkl.reference.request import BuildRequest
-from refkl.reference.strategies.bare_base import base_trains, is_bare, merged, not_provably_bare, not_provably_off
+from refkl.reference.strategies.bare_base import base_trains, is_bare, not_provably_bare, not_provably_off
 from refkl.reference.strategies.snapshot import OnSnapshot, Snapshot, on_host, snapshot_of
 from refkl.reference.weights.fingerprint import combined, digests
 from refkl.reference.weights.pairing import Pair
@@ -169,10 +169,10 @@ class AdapterReference(OnSnapshot):
 
     def follow_policy(self) -> None:
         """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
-        self.check_shared()
         if not self._off:
             super().follow_policy()
             return
+        self.check_shared()
         if self._all_dtypes == (found := _dtypes_of(self.policy)):
             return  # which of them are the base's takes longer to find than a small batch to score
         self._all_dtypes = found
@@ -190,7 +190,7 @@ class AdapterReference(OnSnapshot):
             with super().activate() as model:
                 yield model
             return
-        if why_not := merged(self.policy) or base_trains(self.policy):
+        if why_not := base_trains(self.policy):  # a merged adapter was refused by check_shared
             raise ValueError(f"The policy with its adapter off is not the reference: {why_not}")
         with switched_off(self.policy):
             yield self.policy

@@ -39,7 +39,7 @@ def is_bare(request: BuildRequest) -> bool:
 def not_provably_bare(policy: PeftModel, *, fresh: bool) -> str | None:
     """A sentence unless off is the base as it was loaded; `fresh`: known to be a new adapter."""
     changes = map(_changes_base, policy.peft_config.values())
-    why_not = merged(policy) or next(filter(None, changes), None) or base_trains(policy) or _statistics_move(policy)
+    why_not = _merged(policy) or next(filter(None, changes), None) or base_trains(policy) or _statistics_move(policy)
     kind = policy.active_peft_config.peft_type.value
     known = fresh or kind in _LEAVES_THE_BASE
     if why_not is None and not known and _not_fresh(policy) is not None:
@@ -64,7 +64,7 @@ def not_provably_off(policy: PeftModel, *, fresh: bool) -> str | None:
     """A sentence unless off is the policy as it stands; `fresh`: known to be so, without a look at values."""
     if len(policy.active_adapters) != 1:
         return f"it needs exactly one active adapter, and found {policy.active_adapters}."
-    if why_not := merged(policy):
+    if why_not := _merged(policy):
         return why_not
     adapter = adapter_tensors(policy)
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
@@ -91,7 +91,7 @@ def _statistics_move(policy: PeftModel) -> str | None:
     return None
 
 
-def merged(policy: PeftModel) -> str | None:
+def _merged(policy: PeftModel) -> str | None:
     if any(isinstance(m, BaseTunerLayer) and m.merged for m in submodules(policy)):
         return "the adapter is merged into the base; switching it off would unmerge it and leave it so."
     return None
