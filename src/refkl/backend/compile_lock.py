@@ -7,6 +7,7 @@ nobody holds.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def watch_compile_locks() -> None:
     """Make torch take over a compile lock that nobody holds, in this process, from now on.
 
     Calling it again has no effect. A process that finds no lock, or one that is released within PATIENCE, behaves as
-    before. A lock is deleted only if no process on this machine has it open and it is not on a network file system.
+    before. A lock is taken over only if no process on this machine has it open and it is not on a network file system.
     """
     acquire = FileBaton.try_acquire
     if getattr(acquire, "watched", False):
@@ -41,14 +42,20 @@ def watch_compile_locks() -> None:
     def try_acquire(baton: Any) -> bool | None:
         # An abandoned lock is taken over here and not in `wait`: the process that gets the lock compiles the op, a
         # process that waits for it expects to find the op compiled.
-        return acquire(baton) or (_abandoned(Path(baton.lock_file_path), wait=False) and acquire(baton))
+        if acquire(baton):
+            return True
+        lock = Path(baton.lock_file_path)
+        if (file := _abandoned(lock, wait=False)) is None or (taken := _take_over(lock, file)) is None:
+            return False
+        baton.fd = taken
+        return True
 
     def wait(baton: Any) -> None:
         lock = Path(baton.lock_file_path)
-        if _abandoned(lock, wait=True):
+        if _abandoned(lock, wait=True) is not None:
             raise RunError(
-                f"The process that compiled a DeepSpeed op in {lock.parent} ended before it was done. Its lock is "
-                "deleted: start the run again."
+                f"The process that compiled a DeepSpeed op in {lock.parent} ended before it was done. Start the run "
+                "again: it takes over the lock and compiles the op."
             )
 
     vars(try_acquire)["watched"] = True
@@ -56,26 +63,29 @@ def watch_compile_locks() -> None:
     setattr(FileBaton, "wait", wait)  # noqa: B010
 
 
-def _abandoned(lock: Path, *, wait: bool) -> bool:
-    """Return True once nobody has held the lock for PATIENCE seconds, with the lock deleted.
+_File = tuple[int, int]
+"""An inode and the time at which the file was made. A new file often gets the inode of the one deleted before it."""
 
-    Returns False once the lock is released; without `wait` also as soon as a process holds it.
+
+def _abandoned(lock: Path, *, wait: bool) -> _File | None:
+    """Return the lock's file once nobody has held it for PATIENCE seconds.
+
+    Returns None once the lock is released; without `wait` also as soon as a process holds it.
     """
     start = last_held = time.monotonic()
     said = False
-    while (inode := _inode(lock)) is not None:
+    while (file := _file(lock)) is not None:
         process, now = holder(lock), time.monotonic()
         if process is not None:
             if not wait:
-                return False
+                return None
             last_held = now
             if not said and now - start > PATIENCE:
                 said = True
                 logger.warning(f"Waiting for process {process}, which compiles a DeepSpeed op in {lock.parent}.")
         elif now - last_held > PATIENCE:
             if (file_system := _network_file_system(lock)) is None:
-                _delete(lock, inode)
-                return True
+                return file
             if not said:
                 said = True
                 logger.warning(
@@ -83,24 +93,40 @@ def _abandoned(lock: Path, *, wait: bool) -> bool:
                     f"file system ({file_system}), so a process on another machine may. If none does, delete that file."
                 )
         time.sleep(_LOOK)
-    return False
+    return None
 
 
-def _delete(lock: Path, inode: int) -> None:
-    """Delete the lock, unless another process has deleted it meanwhile and made one of its own."""
-    if _inode(lock) == inode:
-        lock.unlink(missing_ok=True)
-        logger.warning(
-            f"Deleted the compile lock {lock}: no process has held it for {PATIENCE:.0f} s. A killed compile of a "
-            "DeepSpeed op left it."
-        )
+def _take_over(lock: Path, file: _File) -> int | None:
+    """Return a file descriptor that holds the abandoned lock, or None if another process was quicker.
 
-
-def _inode(lock: Path) -> int | None:
+    The lock's file stays. If it were deleted and made anew, a process that looks in between would take the lock for
+    released, and a slower one would delete the new file.
+    """
     try:
-        return lock.stat().st_ino
+        descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
         return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = _file(lock) == file
+    except BlockingIOError:
+        taken = False
+    if not taken:
+        os.close(descriptor)
+        return None
+    logger.warning(
+        f"Took over the compile lock {lock}: no process has held it for {PATIENCE:.0f} s. A killed compile of a "
+        "DeepSpeed op left it."
+    )
+    return descriptor
+
+
+def _file(lock: Path) -> _File | None:
+    try:
+        found = lock.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def holder(lock: Path) -> int | None:
