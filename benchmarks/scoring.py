@@ -140,7 +140,7 @@ def measure(policies: dict[str, nn.Module], size: tuple[int, int, int], options:
             break
         for name in shuffle.sample(list(work), len(work)):
             times[name].append(seconds(work[name]))
-    layout = prepare(model, batches["auto"]).layout
+    layout = prepare(model, batches["auto"]).packed
     row: dict[str, Any] = {
         "P": size[0], "L": size[1], "G": size[2], "seconds": times,
         "tokens": {"plain": batches["off"].input_ids.numel(), "one row": None if layout is None else layout.tokens},

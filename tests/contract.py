@@ -187,7 +187,7 @@ def check_a_step_with_a_score_in_it(case: Case) -> None:
 def check_prompts_run_once(case: Case) -> None:
     """Completions of a prompt share it: the scores, and the step, of the batch as it is."""
     inner, plain, shared = unwrap(case.policy), shared_batch(prefix="off"), shared_batch()
-    assert (prepare(inner, shared).layout is None) == (learned_prompt(inner) is not None)
+    assert (prepare(inner, shared).packed is None) == (learned_prompt(inner) is not None)
     found, right = case.reference.score(shared).logp, case.reference.score(plain).logp
     rounding = 1e-5 if next(case.plain.parameters()).dtype == torch.float32 else 0.1
     torch.testing.assert_close(found, right, rtol=0, atol=max(rounding, case.tolerance))

@@ -58,7 +58,7 @@ def test_little_is_filled_up() -> None:
     # In one row there is none at all.
     scored = mask.clone()
     scored[:, 0] = False
-    one = prepare(llama(max_position_embeddings=2048), TokenBatch(ids, mask, scored)).layout
+    one = prepare(llama(max_position_embeddings=2048), TokenBatch(ids, mask, scored)).packed
     assert one is not None and one.tokens <= sum(lengths)
 
 
@@ -99,3 +99,18 @@ def test_the_limit_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_limit_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"reference.max_tokens must be at least 1, got 0"):
         ReferenceConfig(max_tokens=0)
+
+
+@pytest.mark.parametrize("strategy", ["clone", "swap"])
+def test_padding_that_all_rows_have_is_in_the_scores_too(strategy: str) -> None:
+    """A batch over the limit may fit in one part without that padding."""
+    policy = llama()
+    ids, mask = torch.full((2, 30), 7), torch.zeros(2, 30, dtype=torch.long)
+    mask[:, 12:20] = 1
+    scored = mask.bool() & (torch.arange(30) >= 15)
+    batch = TokenBatch(ids, mask, scored, prefix="off")
+    reference = build_reference(policy, ReferenceConfig(strategy=strategy, max_tokens=20))
+    found = reference.score(batch, entropy=True, hidden=True)
+    whole = build_reference(policy, strategy).score(batch, entropy=True, hidden=True)
+    for name in ("logp", "entropy", "hidden"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name))

@@ -144,7 +144,7 @@ def test_prompts_that_are_shared_give_the_scores_of_the_batch_as_it_is(
     found = {}
     for name, scored, prefix in (("plain", right, "off"), ("one row", model, "auto"), ("rounded", model, "off")):
         tokens = shared_batch(left=left, prefix=prefix).to("cuda")
-        assert (prepare(scored, tokens).layout is not None) == (prefix == "auto")
+        assert (prepare(scored, tokens).packed is not None) == (prefix == "auto")
         scored.zero_grad()
         logp = score_tokens(scored, tokens).logp
         logp.sum().backward()

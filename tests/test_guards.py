@@ -266,8 +266,8 @@ def test_a_training_does_not_begin_with_a_fault(tmp_path: Path) -> None:
 
 def test_a_training_looks_at_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward that writes to a weight which the reference shares ends the run, and the weight is named."""
-    monkeypatch.setattr("refkl.hf.trainer_mixin._LOOK_EVERY", 1)
-    monkeypatch.setattr("refkl.hf.trainer_mixin._LOOK_AT", 100)
+    monkeypatch.setattr("refkl.hf.callbacks.VERIFY_EVERY", 1)
+    monkeypatch.setattr("refkl.hf.callbacks.VERIFIED_WEIGHTS", 100)
     policy = llama()
     policy.model.layers[0].requires_grad_(False)
 

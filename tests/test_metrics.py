@@ -116,7 +116,7 @@ def test_a_log_of_several_steps(tmp_path: Path) -> None:
         def kept(logs: Any, *args: Any, log: Any = log, spread: Any = spread, trainer: Any = trainer) -> None:
             log(logs, *args)
             if "loss" in logs:
-                spread.append(trainer.kl_histogram)
+                spread.append(trainer.kl_state.histogram)
 
         trainer.log = kept
         trainer.train()
@@ -158,16 +158,16 @@ def test_the_run_folder_has_the_histogram(tmp_path: Path) -> None:
 @pytest.fixture
 def logged_histograms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Histogram]]:
     """(step, histogram) of each log, as the callback sends them."""
-    from refkl.hf import metrics
+    from refkl.hf import trackers
 
     sent: list[tuple[int, Histogram]] = []
-    for kind, send in metrics._TRACKERS.items():
+    for kind, send in trackers._TRACKERS.items():
 
         def kept(callback: Any, histogram: Histogram, step: int, send: Any = send) -> None:
             sent.append((step, histogram))
             send(callback, histogram, step)
 
-        monkeypatch.setitem(metrics._TRACKERS, kind, kept)
+        monkeypatch.setitem(trackers._TRACKERS, kind, kept)
     return sent
 
 

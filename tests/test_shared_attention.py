@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from refkl import build_reference, score_tokens
 from refkl.backend import base_model
 from refkl.scoring import prepare
-from refkl.scoring.packing import worthwhile as choice
+from refkl.scoring.packing import exact_models, worthwhile
 from refkl.scoring.packing.prefix_mask import Seen, UnknownAttention
 
 NOT = {
@@ -43,14 +43,14 @@ def assert_equal(model: nn.Module, attention: str) -> None:
     """Torch's attention on the batch as it is, and in one row with another kernel."""
     right = scored(model, shared_batch(prefix="off"))
     loaded_with(model, attention)
-    assert prepare(model, shared_batch()).layout is not None
+    assert prepare(model, shared_batch()).packed is not None
     assert_alike(scored(model, shared_batch()), right)
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one row whatever it costs."""
-    monkeypatch.setattr(choice, "GAIN", 100.0)
+    monkeypatch.setattr(worthwhile, "GAIN", 100.0)
 
 
 @pytest.mark.usefixtures("always")
@@ -65,12 +65,12 @@ def test_scores_and_gradients_are_those_of_torchs_attention(name: str, attention
 def test_every_model_on_the_list() -> None:
     """Taken and right, or left as it is for a reason; never an error in the middle of a run."""
     wrong, taken = {}, 0
-    for name in sorted(choice.EXACT):
+    for name in sorted(exact_models.EXACT):
         for variant, model in variants(name).items():
-            if not model._supports_flash_attn or prepare(model, shared_batch()).layout is None:
+            if not model._supports_flash_attn or prepare(model, shared_batch()).packed is None:
                 continue
             try:
-                if choice.why_not(loaded_with(model, "flash_attention_2"), model) is None:
+                if exact_models.why_not(loaded_with(model, "flash_attention_2"), model) is None:
                     assert_equal(loaded_with(model, "eager"), "flash_attention_2")
                     taken += 1
             except Exception as error:
@@ -173,10 +173,10 @@ def test_the_first_kl_is_zero() -> None:
 @pytest.mark.parametrize("name", NOT)
 def test_what_torchs_attention_would_not_compute_is_left_as_it_is(name: str) -> None:
     model = tiny(name)
-    assert prepare(model, shared_batch()).layout is not None
-    why = choice.why_not(loaded_with(model, "flash_attention_2"), model)
+    assert prepare(model, shared_batch()).packed is not None
+    why = exact_models.why_not(loaded_with(model, "flash_attention_2"), model)
     assert why is not None and NOT[name] in why
-    assert prepare(model, shared_batch()).layout is None
+    assert prepare(model, shared_batch()).packed is None
 
 
 def test_attention_of_the_users_own_is_left_as_it_is() -> None:
@@ -186,7 +186,7 @@ def test_attention_of_the_users_own_is_left_as_it_is() -> None:
     ALL_ATTENTION_FUNCTIONS.register("own", own)
     try:
         model = loaded_with(llama(), "own")
-        assert "'own'" in str(choice.why_not(model, model)) and prepare(model, shared_batch()).layout is None
+        assert "'own'" in str(exact_models.why_not(model, model)) and prepare(model, shared_batch()).packed is None
         assert ALL_ATTENTION_FUNCTIONS["own"] is own
     finally:
         del ALL_ATTENTION_FUNCTIONS._global_mapping["own"]

@@ -255,7 +255,7 @@ def test_grpo_measures_the_kl_to_the_first_reference(tmp_path: Path) -> None:
     found = logged(trainer, "kl/first")
     assert len(found) == 2 and found[1] > 0
     assert logged(trainer, "sync/updates") == [1.0, 2.0, 3.0, 4.0]
-    tokens = trainer._last_batch
+    tokens = trainer.kl_state.last_batch
     with torch.no_grad():
         ours = score_tokens(policy, tokens, temperature=0.8).logp
         with policy.disable_adapter():

@@ -244,7 +244,7 @@ def test_a_subclass_keeps_what_it_overrides(tmp_path: Path) -> None:
     alone = losses[KLGRPOTrainer][0] - losses[KLGRPOTrainer][1]
     assert losses[KLDoubled][0] == pytest.approx(3 * alone + losses[KLDoubled][1], abs=2e-6)
     assert losses[KLDoubled][1] == losses[KLGRPOTrainer][1] > 0.01
-    assert [type(model).__name__ for model in trainer.models] == ["ReferenceView", "PolicyView"]
+    assert [type(model).__name__ for model in trainer.models] == ["ScoredModel", "ScoredModel"]
 
 
 def test_with_reference_finds_the_arguments_however_they_are_passed(tmp_path: Path) -> None:

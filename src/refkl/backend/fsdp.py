@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,12 @@ def mixed_precision(model: nn.Module) -> list[str]:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return the module's class before FSDP2 put its own in front of it."""
-    classes = (c for c in type(module).__mro__ if issubclass(c, nn.Module))
+    return _own_class(type(module))  # type: ignore[arg-type]  # mypy compares the class with the instances' __hash__
+
+
+@cache
+def _own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    classes = (c for c in cls.__mro__ if issubclass(c, nn.Module))
     return next(c for c in classes if not issubclass(c, FSDPModule))
 
 

@@ -36,7 +36,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_engine(model: nn.Module) -> bool:
     """Return True if the model is a DeepSpeed engine, without importing deepspeed (which need not be installed)."""
-    return any(t.__name__ == "DeepSpeedEngine" and t.__module__.startswith("deepspeed.") for t in type(model).__mro__)
+    return _is_engine_class(type(model))  # type: ignore[arg-type]  # mypy compares the class with the instances' __hash__
+
+
+@cache
+def _is_engine_class(cls: type) -> bool:
+    return any(t.__name__ == "DeepSpeedEngine" and t.__module__.startswith("deepspeed.") for t in cls.__mro__)
 
 
 @cache

@@ -215,7 +215,7 @@ class RunRecorder(TrainerCallback):
         if not logs:
             return
         logs = self._by_our_names(logs)
-        histogram = self.trainer.kl_histogram if "loss" in logs else None
+        histogram = self.trainer.kl_state.histogram if "loss" in logs else None
         spread = {} if histogram is None else {"kl/log_ratio": histogram.trimmed()}
         self.folder.append("metrics.jsonl", {"step": state.global_step, **logs, **spread})
         if "loss" in logs:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from refkl.kl.divergence_rows import Divergence
 from refkl.reference import Reference
-from refkl.reference.pair import Compared, compare, compare_logits
+from refkl.reference.pair import Compared, compare, compare_logits, scored_together
 from refkl.scoring import Call, ScoredLogits, prepare
 from refkl.types import TokenBatch, TokenScores
 
@@ -52,7 +52,7 @@ class Watch:
         counted = self._positions(call)
         outputs: list[Any] = []
         # Enter this before adding the hooks: it may run the model to inspect it.
-        with self.reference.sharing_work_with(model, self.batch):
+        with scored_together(model, self.reference, self.batch):
             hooks = self._hooks(model, counted, outputs)
             try:
                 yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -19,12 +20,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import ModelOutput, logging
 
 from refkl.backend import base_model, full_shape
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
+from refkl.config import KLConfig
 from refkl.hf.observed_loss import IGNORED, CrossEntropy, Watch, predicts_its_labels
-from refkl.hf.trainer_mixin import KLTrainerMixin, check_given
+from refkl.hf.trainer_mixin import KLTrainerMixin
 from refkl.messages import unknown
 from refkl.penalty import global_normalizer
-from refkl.reference import Reference
 from refkl.reference.pair import Compared
 from refkl.types import TokenBatch, TokenScores
 
@@ -44,33 +44,30 @@ class SupervisedKL(KLTrainerMixin):
     _count: Tensor | None = None
     """Divisor of each micro-batch's KL in this optimizer step."""
 
-    def __init__(
-        self,
-        *args: Any,
-        reference: str | ReferenceConfig | Reference = "auto",
-        kl: KLConfig | None = None,
-        kl_on: KLOn = "labels",
-        sync: SyncConfig | None = None,
-        scoring: ScoringConfig | None = None,
-        resume_reference: ResumedReference = "recorded",
-        on_checkpoint_error: OnCheckpointError = "stop",
-        **kwargs: Any,
-    ) -> None:
-        check_given(kl, sync, scoring)
-        kl = (kl or KLConfig()).on_given_text()
-        if kl_on not in get_args(KLOn):
-            raise unknown("kl_on", str(kl_on), get_args(KLOn))
+    def __init__(self, *args: Any, kl_on: KLOn = "labels", **kwargs: Any) -> None:
+        """Make the trainer, with the arguments of KLTrainerMixin.
+
+        Args:
+            args, kwargs: those of KLTrainerMixin and of the trainer that is extended.
+            kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
+        """
         self.kl_on = kl_on
         self._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
         super().__init__(*args, **kwargs)
-        self._check_trainer()
-        self._takes = frozenset(inspect.signature(type(self._inner()).forward).parameters)
-        self._attach(reference, kl, sync, scoring, resume_reference, on_checkpoint_error)
+
+    def _check_arguments(self) -> None:
+        self._given.kl = (self._given.kl or KLConfig()).on_given_text()
+        if self.kl_on not in get_args(KLOn):
+            raise unknown("kl_on", str(self.kl_on), get_args(KLOn))
+
+    def _penalty(self) -> KLConfig:
+        assert self._given.kl is not None, "settled before the trainer was made"
+        return self._given.kl
 
     def _inner(self) -> nn.Module:
         return base_model(self.accelerator.unwrap_model(self.model))
 
-    def _check_trainer(self) -> None:
+    def _check_made(self) -> None:
         """Raise ValueError if this Trainer or model is not supported."""
         name, inner = type(self).__name__, self._inner()
         kind = type(inner).__name__
@@ -89,6 +86,11 @@ class SupervisedKL(KLTrainerMixin):
                 f"{name} does not run in nn.DataParallel, which transformers uses where one process sees "
                 f"{self.args.n_gpu} GPUs. Start it with accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES)."
             )
+
+    @cached_property
+    def _takes(self) -> frozenset[str]:
+        """The names of the arguments of the model's forward."""
+        return frozenset(inspect.signature(type(self._inner()).forward).parameters)
 
     def _batch_of(self, inputs: dict[str, Any]) -> TokenBatch:
         """Return the tokens of a micro-batch; scored tokens are those at which the KL is computed.
@@ -177,7 +179,7 @@ class SupervisedKL(KLTrainerMixin):
 
         result, found = self._compared(loss_of, model, inputs, batch, ready, return_outputs)
         if self.model.training:
-            self._last_batch = batch
+            self.kl_state.last_batch = batch
         output = self._penalise(
             found.scored.scores.logp,
             found.reference.logp,

@@ -1,27 +1,23 @@
-"""Base class of all refkl trainers: merges its arguments with TRL's, builds the reference, steps the penalty and the
-sync."""
+"""Base class of all refkl trainers: their common arguments, their reference and their penalty."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from refkl.backend import dropout_rates, watch_compile_locks
-from refkl.checks import CHANGED, check_held, check_vocabulary, why_not_zero
+from refkl.checks import CHANGED, why_not_zero
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.freeze import trainable_parameters
+from refkl.hf.callbacks import HistogramCallback, PenaltyCallback, SyncMetrics
 from refkl.hf.checkpoints import Checkpointing
-from refkl.hf.metrics import HistogramCallback, record
-from refkl.kl import Histogram
+from refkl.hf.kl_state import KLState
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference, build_reference
 from refkl.reference.pair import measure_pair
@@ -33,21 +29,6 @@ logger = logging.get_logger(__name__)
 watch_compile_locks()  # at import: DeepSpeed compiles its first op when a script makes its TrainingArguments
 
 
-def settled_sync(args: Any, sync: SyncConfig | None) -> SyncConfig | None:
-    """Return the sync config: refkl's, or one made from TRL's own setting (`sync_ref_model`).
-
-    Raises:
-        ValueError: both are given.
-    """
-    if args is None or not args.sync_ref_model:
-        return sync
-    if sync is not None:
-        raise ValueError(
-            "Both sync= and the trainer's sync_ref_model ask for a sync of the reference. Leave sync_ref_model False."
-        )
-    return SyncConfig(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
-
-
 def check_given(kl: Any, sync: Any, scoring: Any) -> None:
     """Raise ValueError if an argument of a trainer is not a configuration of its kind."""
     for name, given, kind in (("kl", kl, KLConfig), ("sync", sync, SyncConfig), ("scoring", scoring, ScoringConfig)):
@@ -55,61 +36,83 @@ def check_given(kl: Any, sync: Any, scoring: Any) -> None:
             raise ValueError(f"{name}= takes a {kind.__name__}, and got a {type(given).__name__}.")
 
 
+@dataclass
+class Given:
+    """Arguments of a trainer that its `__init__` settles with those of the trainer that it extends."""
+
+    kl: KLConfig | None
+    sync: SyncConfig | None
+
+
 class KLTrainerMixin(Checkpointing):
     """Adds `.reference`, `.penalty`, `.sync` and KL metrics to a trainer."""
 
     _metrics: dict[str, defaultdict[str, list[float]]]
-    _looked = False
-    """True once the first KL of the training was checked."""
-    _penalised = False
-    """True once a KL was added or measured."""
-    _step_kl: float | None = None
-    """The KL of the last optimizer step, nats per token over all ranks."""
-    _measured_at: float = 1.0
-    """The temperature of the scores."""
-    _last_batch: TokenBatch | None = None
-    """Tokens that were scored in the last optimizer step."""
+    kl_state: KLState
+    """The KL of this run, which callbacks share."""
     placements: ClassVar[tuple[str, ...]] = ("loss",)
     """The placements of the penalty that this trainer supports."""
     kl_metric: ClassVar[str] = "kl"
     """The name under which the KL per token is logged."""
     scoring: ScoringConfig
     """Settings for prompts that several rows share."""
-    kl_histogram: Histogram | None = None
-    """The log-ratios of all tokens of the steps since the last log, over micro-batches and ranks."""
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: str | ReferenceConfig | Reference = "auto",
+        kl: KLConfig | None = None,
+        sync: SyncConfig | None = None,
+        scoring: ScoringConfig | None = None,
+        resume_reference: ResumedReference = "recorded",
+        on_checkpoint_error: OnCheckpointError = "stop",
+        **kwargs: Any,
+    ) -> None:
+        """Make the trainer, then its reference, from the policy as the trainer has made it.
+
+        Args:
+            args, kwargs: the arguments of the trainer that this one extends.
+            reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
+            kl: the penalty. The default differs between trainers: see each.
+            sync: when to update the reference. Default: never; in TRL's trainers, as `args.sync_ref_model` says.
+            scoring: whether a prompt that several rows share is computed once. Default: if that is exact and cheaper.
+            resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
+            on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, for example on a full disk.
+
+        Raises:
+            ValueError: an argument or a setting that this trainer does not support, or two that contradict each other.
+        """
+        check_given(kl, sync, scoring)
+        self._given = Given(kl, sync)
+        self._check_arguments()
+        with self._as_it_is_made():
+            super().__init__(*args, **kwargs)
+        self._check_made()
+        self._attach(reference, self._penalty(), self._given.sync, scoring, resume_reference, on_checkpoint_error)
+
+    def _check_arguments(self) -> None:
+        """Raise ValueError for an argument that this trainer does not support, before the trainer is made."""
+
+    def _as_it_is_made(self) -> AbstractContextManager[None]:
+        """Return a context to open while the `__init__` of the extended trainer runs."""
+        return nullcontext()
+
+    def _check_made(self) -> None:
+        """Raise ValueError if the trainer, as it was made, is not supported."""
+
+    def _penalty(self) -> KLConfig:
+        """Return the penalty: the given one, or this trainer's default."""
+        raise NotImplementedError
+
+    @property
+    def _temperature(self) -> float:
+        """The divisor of the logits."""
+        return 1.0
 
     @property
     def _exact(self) -> bool:
         """True if the KL is the exact divergence, not an estimate."""
         return self.penalty.settled.estimator == "exact"
-
-    @contextmanager
-    def _joining(
-        self, trainer: type, settle: Callable[[dict[str, Any]], AbstractContextManager[None]]
-    ) -> Iterator[None]:
-        """Open `settle` around `trainer.__init__` while this trainer is made, with its arguments by name.
-
-        It is done there and not in refkl's own __init__, because a user's class between the two may rename arguments or
-        make some of them itself.
-        """
-        original = trainer.__init__  # type: ignore[misc]
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def settled(instance: Any, *args: Any, **kwargs: Any) -> None:
-            if instance is not self:
-                original(instance, *args, **kwargs)
-                return
-            given = signature.bind(instance, *args, **kwargs)
-            given.apply_defaults()
-            with settle(given.arguments):
-                original(instance, *args, **kwargs)
-
-        trainer.__init__ = settled  # type: ignore[misc]
-        try:
-            yield
-        finally:
-            trainer.__init__ = original  # type: ignore[misc]
 
     def _attach(
         self,
@@ -119,9 +122,8 @@ class KLTrainerMixin(Checkpointing):
         scoring: ScoringConfig | None,
         resume_reference: ResumedReference,
         on_checkpoint_error: OnCheckpointError,
-        temperature: float = 1.0,
     ) -> None:
-        """Build the reference from the policy as TRL has made it (including the adapter), not yet wrapped or
+        """Build the reference from the policy as the trainer has made it (including the adapter), not yet wrapped or
         trained."""
         self.scoring = scoring or ScoringConfig()
         self._check_kl(kl)
@@ -137,9 +139,18 @@ class KLTrainerMixin(Checkpointing):
             )
         self.reference = reference
         self.penalty = KLPenalty(kl, reference)
-        self._measured_at = temperature
-        self.add_callback(_PenaltySteps(self))
-        self.add_callback(HistogramCallback(self))
+        state = self.kl_state = KLState(
+            trainer=type(self).__name__,
+            policy=lambda: self.model,
+            reference=reference,
+            penalty=self.penalty,
+            accelerator=self.accelerator,
+            metric=self.kl_metric,
+            metrics=self._metrics,
+            temperature=self._temperature,
+        )
+        self.add_callback(PenaltyCallback(state))
+        self.add_callback(HistogramCallback(state, self.callback_handler))
         if sync is not None:
             if self.args.restore_callback_states_from_checkpoint:
                 raise ValueError(
@@ -147,12 +158,17 @@ class KLTrainerMixin(Checkpointing):
                     "Leave it False: a resumed run takes up the sync's counters without it."
                 )
             self.sync = SyncReferenceCallback(
-                reference, sync, kl=lambda: self._step_kl, batch=lambda: self._last_batch, temperature=temperature
+                reference,
+                sync,
+                kl=lambda: state.step_kl,
+                batch=lambda: state.last_batch,
+                temperature=state.temperature,
             )
+            state.sync = self.sync
             self.sync.sync.check(self.model)
             self.sync.saves = False
             self.add_callback(self.sync)
-            self.add_callback(_SyncMetrics(self))
+            self.add_callback(SyncMetrics(state))
 
     def _check_kl(self, kl: KLConfig) -> None:
         """Raise ValueError if this trainer cannot apply the penalty as configured."""
@@ -214,10 +230,10 @@ class KLTrainerMixin(Checkpointing):
         )
         if not count:
             return output
-        self._penalised = True
-        if self.model.training and not self._looked and bool(mask.any()):
-            self._looked = True
-            self._look_at_first(output.per_token.detach()[mask.bool()])
+        self.kl_state.measured = True
+        if self.model.training and not self.kl_state.checked and bool(mask.any()):
+            self.kl_state.checked = True
+            self._check_first(output.per_token.detach()[mask.bool()])
         if not self.model.training:
             counted = mask.bool().sum().float()
             sums = torch.stack([output.per_token.detach().sum().float(), counted])
@@ -231,11 +247,11 @@ class KLTrainerMixin(Checkpointing):
         Callbacks would be too late under ZeRO-3: the optimizer's step is over by then.
         """
         if self.model.training and self.penalty.exact_due:
-            pair = measure_pair(model, self.reference, batch, temperature=self._measured_at, exact=True)
+            pair = measure_pair(model, self.reference, batch, temperature=self.kl_state.temperature, exact=True)
             assert pair.divergence is not None
             self.penalty.add_exact(pair.divergence, batch.completion_mask)
 
-    def _look_at_first(self, kl: Tensor) -> None:
+    def _check_first(self, kl: Tensor) -> None:
         """Warn if the KL is not 0 although the policy has not trained yet, and nothing explains it."""
         inner = self.accelerator.unwrap_model(self.model)
         noise = self.args.neftune_noise_alpha or any(dropout_rates(module) for module in inner.modules())
@@ -256,68 +272,3 @@ _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 _ROUNDING, _ROUNDING_16 = 1e-4, 0.05
 """Limits of the first KL in nats per token, in 32 and in 16 bits, if policy and reference are scored in batches of
 different size. In 16 bits it is an estimate of rounding errors."""
-
-
-_LOOK_EVERY, _LOOK_AT = 50, 4
-"""Every _LOOK_EVERY optimizer steps, _LOOK_AT of the reference's weights are compared with its fingerprint."""
-
-
-class _SyncMetrics(TrainerCallback):
-    """Logs the sync's metrics of each step. It must be added after the sync."""
-
-    def __init__(self, trainer: KLTrainerMixin) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.trainer.sync is not None
-        for name, value in self.trainer.sync.metrics.items():
-            logged = self.trainer._metrics["train"][name]
-            if name == "sync/updates":
-                logged.clear()  # a count: TRL logs means over the steps
-            logged.append(value)
-
-
-class _PenaltySteps(TrainerCallback):
-    """Steps the penalty after each optimizer step.
-
-    It also lets the reference follow the prepared policy, and verifies that only the sync changes the reference.
-    """
-
-    def __init__(self, trainer: KLTrainerMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check before the first step, when the optimizer exists, which tensors policy, reference and optimizer share.
-
-        Raises:
-            ValueError: the policy trains, or the optimizer holds, weights of the reference.
-        """
-        reference = self.trainer.reference
-        if reference.freed:
-            return
-        reference.follow_policy()
-        tokenizer = kwargs.get("processing_class")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds a tokenizer
-        vocabulary = None if tokenizer is None else len(tokenizer)
-        model, optimizer = self.trainer.model, kwargs.get("optimizer")
-        for finding in check_held(model, reference, optimizer=optimizer):
-            if finding.verdict == "fault":
-                raise ValueError(f"{finding.check}: {finding.found}; {finding.advice}.")
-        if vocabulary is not None and (finding := check_vocabulary(model, reference, vocabulary)).verdict == "fault":
-            # Some tokenizers have a token that occurs in no text.
-            logger.warning(f"{finding.found}: if such a token comes up, {finding.advice}.")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.trainer._penalised:
-            raise ValueError(
-                f"A step of {type(self.trainer).__name__} is over and no KL was measured: its compute_loss does not "
-                "call _compute_loss, where TRL has its loss and refkl adds to it. Override _compute_loss instead, or "
-                "call it."
-            )
-        metrics = self.trainer.penalty.step(self.trainer.accelerator)
-        self.trainer._step_kl = metrics.get("kl", 0.0)  # missing if every completion was cut off
-        record(self.trainer, metrics)
-        if state.global_step % _LOOK_EVERY == 0:
-            self.trainer.reference.verify(_LOOK_AT)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from refkl.scoring import (
     scored_through_logits,
     scores_from,
 )
+from refkl.scoring.packing.pack import packed_once
 from refkl.types import PairScores, TokenBatch, TokenScores
 
 
@@ -59,12 +61,19 @@ def score_pair(
             `score_tokens`.
     """
     if divergence is None:
-        with reference.sharing_work_with(policy, batch):
+        with scored_together(policy, reference, batch):
             ref_scores = reference.score(batch, temperature=temperature, entropy=entropy)
             return PairScores(score_tokens(policy, batch, temperature=temperature, entropy=entropy), ref_scores)
     how = Divergence(divergence, jsd_weight, order, top_k)
     found = compare(policy, reference, batch, how, temperature=temperature, entropy=entropy)
     return PairScores(found.scored.scores, found.reference, found.divergence)
+
+
+@contextmanager
+def scored_together(policy: nn.Module, reference: Reference, batch: TokenBatch) -> Iterator[None]:
+    """Open around the scores of one batch by a policy and its reference: work that both need is done once."""
+    with packed_once(batch), reference.sharing_work_with(policy, batch):
+        yield
 
 
 def measure_pair(
@@ -115,7 +124,7 @@ def compare(
         ValueError: as `score_pair`.
     """
     reference.check_exact()
-    with reference.sharing_work_with(policy, batch):
+    with scored_together(policy, reference, batch):
         head = _common_head(policy, reference)
         if head is not None:
             if ref_scores is None:
@@ -156,7 +165,7 @@ def compare_logits(
     """`compare`, from logits of the policy that are at hand; the reference's are made in full too.
 
     For a head that is adapted, sharded, or on another device, and for a forward that was not ours. Open
-    `reference.sharing_work_with` around the forward that gave them and this.
+    `scored_together` around the forward that gave them and this.
     """
     scored = scored_through_logits(logits, temperature=temperature, entropy=entropy, observe=observe)
     batch = scored.call.batch

@@ -14,7 +14,7 @@ from refkl.backend import communicating_device, evaluating
 from refkl.reference.cached.row_keys import describe
 from refkl.scoring import score_model
 from refkl.scoring.in_parts import free_tokens, in_parts
-from refkl.scoring.packing.worthwhile import shares_prompts
+from refkl.scoring.packing.pack import can_pack
 from refkl.types import TokenBatch, TokenScores
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ def score_held(held: HeldReference, batch: TokenBatch, **options: Any) -> TokenS
             return score_model(model, part, **options).scores
 
         limit = _most_tokens(held, model, moved.input_ids.device)
-        if limit is None:
+        if limit is None or (moved.input_ids.numel() <= limit and not held.collective):
             return score(moved).to(batch.input_ids.device)
 
         def rounds(parts: int) -> int:
             return _most_over_ranks(parts) if held.collective else parts
 
-        scores = in_parts(score, moved, limit, rounds, shares=shares_prompts(model, moved))
+        scores = in_parts(score, moved, limit, rounds, shares=can_pack(model, moved))
         return scores.to(batch.input_ids.device)
 
 

@@ -11,18 +11,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from refkl.backend import base_model, learned_prompt
 from refkl.backend.exclusive import use_of
 from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt
-from refkl.scoring.packing.packed_batch import Layout, lay_out
-from refkl.scoring.packing.worthwhile import masks_for, may_gain, why_not
+from refkl.scoring.packing.pack import pack
+from refkl.scoring.packing.packed_batch import PackedBatch, scored_columns
 from refkl.types import TokenBatch
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +34,8 @@ class Call:
     """Positions that the model's output has before those of the batch: a learned prompt's."""
     positions: Tensor | None = None
     """[B, ahead + T] position ids for the model inside PEFT, which drops those that it is given; None for none."""
-    layout: Layout | None = None
-    """The places of the tokens if the model is given a packed row; None if it is given the batch as it is."""
+    packed: PackedBatch | None = None
+    """The packed row that the model is given; None if it is given the batch as it is."""
 
     def run(self, model: nn.Module) -> Any:
         """Call the model, once, as it is wrapped."""
@@ -68,16 +64,16 @@ class Call:
     def predicting(self, values: Tensor) -> Tensor:
         """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all.
 
-        Of one row it is [1, M or N, …] -> [B, K, …].
+        Of a packed row it is [1, M or N, …] -> [B, K, …].
         """
-        if self.layout is not None:
-            layout, given = self.layout, values.shape[1]
-            if given not in (layout.keep.numel(), layout.tokens):
+        if self.packed is not None:
+            packed, given = self.packed, values.shape[1]
+            if given not in (packed.keep.numel(), packed.tokens):
                 raise ValueError(
-                    f"The model gave {given} positions for {layout.tokens} tokens, so it cannot be scored."
+                    f"The model gave {given} positions for {packed.tokens} tokens, so it cannot be scored."
                 )
-            kept = values[0] if given == layout.keep.numel() else values[0, layout.keep]
-            return kept[layout.at]
+            kept = values[0] if given == packed.keep.numel() else values[0, packed.keep]
+            return kept[packed.at]
         if values.shape[1] == self.columns.numel():
             return values
         if values.shape[1] != self.ahead + self.batch.input_ids.shape[1]:
@@ -110,7 +106,7 @@ class ScoredLogits:
 
 
 def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
-    """The arguments that a model is to be called with.
+    """Return the arguments to call a model with, packed where that is exact and costs less.
 
     Args:
         model: a causal language model, bare or inside PEFT, DDP, DeepSpeed.
@@ -124,10 +120,7 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
     base = base_model(model)
     # mypy holds the instances' __hash__ against the class.
     accepted = _forward_parameters(type(base))  # type: ignore[arg-type]
-    # At least one column: every rank must run the forward, scored tokens or none.
-    columns = batch.completion_mask.any(0).nonzero()[:, 0]
-    if not columns.numel():
-        columns = torch.tensor([min(1, batch.input_ids.shape[1] - 1)], device=batch.input_ids.device)
+    columns = scored_columns(batch)
     prompt = active_prompt(model)
     ahead = 0 if prompt is None else prompt.ahead
     if prompt is not None:
@@ -145,29 +138,13 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
         given.pop(OF_PROMPTS, None)  # the prompt is off, and without it the model would get them
     inside = None if position_ids is None or prompt is None else prompt.positions(position_ids)
     call = Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
-    if batch.prefix == "off" or prompt is not None or given or forward:
+    if forward or (packed := pack(model, batch)) is None:
         return call
-    return _in_one_row(model, base, call) or call
-
-
-def _in_one_row(model: nn.Module, base: nn.Module, call: Call) -> Call | None:
-    """The same call with prompts that rows share run once; None where that is not exact, or not quicker."""
-    layout = lay_out(call.batch, call.columns) if may_gain(base, call.batch) else None
-    if layout is None:
-        return None
-    if (why := why_not(model, base)) is not None:
-        if layout.tokens < 0.8 * call.batch.input_ids.numel():
-            logger.warning_once(
-                f"Rows have prompts in common, or much padding, and the model is run on all of it: {why}. "
-                "prefix 'off' says that this is meant."
-            )
-        return None
-    if (masks := masks_for(base, layout, call.batch)) is None:
-        return None
-    inputs = {"input_ids": layout.input_ids, "attention_mask": masks, "position_ids": layout.position_ids}
-    if "logits_to_keep" in call.inputs:
-        inputs["logits_to_keep"] = layout.keep
-    return replace(call, inputs={**call.inputs, **inputs}, layout=layout)
+    one_row = {"input_ids": packed.batch.input_ids, "attention_mask": packed.mask}
+    one_row["position_ids"] = packed.batch.position_ids
+    if "logits_to_keep" in inputs:
+        one_row["logits_to_keep"] = packed.batch.keep
+    return replace(call, inputs={**call.inputs, **one_row}, packed=packed.batch)
 
 
 def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:

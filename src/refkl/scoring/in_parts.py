@@ -114,7 +114,7 @@ def in_parts(
     found = [score(part) for _, part in cut]
     for _ in range(again):
         score(cut[-1][1])
-    if len(cut) == 1:
+    if cut[0][1] is batch:
         return found[0]
 
     def whole(name: str) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Check of the installed TRL, once, when refkl.trl is imported.
+"""TRL's internals: all that refkl uses of them is here, and is checked once, when refkl.trl is imported.
 
 The plugin overrides methods that TRL does not promise to keep. They are listed here, so that a changed TRL gives one
 message instead of an AttributeError at step 40.
@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
+from peft import PeftModel
+from torch import nn
 
 TESTED = ("1.16", "1.17")
 """The first tested version, and the first that is not. docs/versions.md lists which were tested, and how."""
@@ -98,3 +104,43 @@ def _changes() -> list[str]:
         return [*found, "trl.trainer.utils has no FusedCausalLMOutput"]
     fields = {field.name for field in dataclasses.fields(answer)}
     return found + [f"FusedCausalLMOutput has no {name}" for name in _ANSWERS if name not in fields]
+
+
+def answer(**fields: Any) -> Any:
+    """Return what TRL's patched models return for `fused_lm_head=True`: log-probabilities and statistics, by name."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    return FusedCausalLMOutput(**fields)
+
+
+@contextmanager
+def no_reference_of_trl(trainer: type, model: Any) -> Iterator[None]:
+    """Run TRL's __init__ without the reference that it makes there; TRL has no option for that.
+
+    For a full policy TRL loads the model's folder a second time: that call returns None here. To a PeftModel it adds a
+    copy of the adapter called "ref", which for PiSSA or OLoRA rewrites the base once more. Here no adapter is made, and
+    TRL's copying finds the policy's own.
+    """
+    module = sys.modules[trainer.__module__]
+    create: Any = vars(module)["create_model_from_path"]
+    policy_to_load = isinstance(model, str)
+
+    def policy_only(*args: Any, **kwargs: Any) -> Any:
+        nonlocal policy_to_load
+        if policy_to_load:
+            policy_to_load = False
+            return create(*args, **kwargs)
+        return None
+
+    shadowed = isinstance(model, PeftModel)
+    vars(module)["create_model_from_path"] = policy_only
+    if shadowed:
+        own = nn.Module.get_parameter
+        vars(model)["add_adapter"] = lambda name, config: None
+        vars(model)["get_parameter"] = lambda name: own(model, name.replace(".ref.", ".default."))
+    try:
+        yield
+    finally:
+        vars(module)["create_model_from_path"] = create
+        if shadowed:
+            del vars(model)["add_adapter"], vars(model)["get_parameter"]

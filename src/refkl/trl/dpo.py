@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import ClassVar
-
-import trl.trainer.dpo_trainer as trl_dpo
 from trl import DPOTrainer
 
 from refkl.trl.preference import PreferenceKL
@@ -29,7 +25,6 @@ class KLDPOTrainer(PreferenceKL, DPOTrainer):
     """
 
     trl_trainer = DPOTrainer
-    trl_module: ClassVar[ModuleType] = trl_dpo
 
     def _statistics(self) -> tuple[str, ...]:
         weights = ("log_sum_sq_probs",) if self.use_weighting else ()  # WPO's

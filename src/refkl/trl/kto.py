@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import ClassVar
-
-import trl.trainer.kto_trainer as trl_kto
 from trl import KTOTrainer
 
 from refkl.trl.preference import PreferenceKL
@@ -30,7 +26,6 @@ class KLKTOTrainer(PreferenceKL, KTOTrainer):
     """
 
     trl_trainer = KTOTrainer
-    trl_module: ClassVar[ModuleType] = trl_kto
     kl_metric = "kl/token"
 
     def _statistics(self) -> tuple[str, ...]:

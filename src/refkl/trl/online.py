@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from transformers.utils import logging
 
 from refkl.backend import dropout_rates
 from refkl.backend.adapters import keeping_base
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
+from refkl.config import KLConfig
 from refkl.hf.checkpoints import overridden
-from refkl.hf.trainer_mixin import KLTrainerMixin, check_given, settled_sync
-from refkl.reference import Reference
-from refkl.trl.scored_model import PolicyView, ReferenceView, same_tokens
+from refkl.trl.base import TRLTrainer, settled_sync
+from refkl.trl.scored_model import PolicyScorer, ScoredModel, same_tokens
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
 logger = logging.get_logger(__name__)
@@ -35,11 +34,9 @@ _ROW = "refkl_row"
 _FLAGS = ("compute_entropy", "compute_aux_loss")
 
 
-class OnlineKL(KLTrainerMixin):
+class OnlineKL(TRLTrainer):
     """The KL of KLGRPOTrainer and KLRLOOTrainer."""
 
-    trl_trainer: ClassVar[Any]
-    """The TRL trainer that is extended."""
     # Attributes of both trainers:
     args: Any
     temperature: float
@@ -50,45 +47,14 @@ class OnlineKL(KLTrainerMixin):
     use_vllm: bool
     vllm_generation: Any
     placements = ("loss", "reward")
+    _beta = 0.0
+    """TRL's own coefficient, as the caller gave it."""
     _inputs: dict[str, Any] | None = None
     """During a loss: the micro-batch."""
-    _view: PolicyView | None = None
+    _calls: PolicyScorer | None = None
     """During a loss: the policy's scores."""
     _trained: Any = None
     """During a loss: the policy, as TRL wraps it."""
-
-    def __init__(
-        self,
-        *args: Any,
-        reference: str | ReferenceConfig | Reference = "auto",
-        kl: KLConfig | None = None,
-        sync: SyncConfig | None = None,
-        scoring: ScoringConfig | None = None,
-        resume_reference: ResumedReference = "recorded",
-        on_checkpoint_error: OnCheckpointError = "stop",
-        **kwargs: Any,
-    ) -> None:
-        check_given(kl, sync, scoring)
-        self._sync, self._kl, self._beta = sync, kl, 0.0
-        with self._joining(self.trl_trainer, self._settled):
-            super().__init__(*args, **kwargs)
-        if self.beta != 0.0:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}), and a "
-                f"reference of its own. Pass args=."
-            )
-        if self.use_vllm:
-            # It merges a LoRA adapter and unmerges it, which rounds the base that the reference shares.
-            self.vllm_generation.sync_weights = keeping_base(self.model, self.vllm_generation.sync_weights)
-        sync, beta = self._sync, self._beta
-        penalty = kl or self._as_trl(beta)
-        self._attach(reference, penalty, sync, scoring, resume_reference, on_checkpoint_error, self.temperature)
-        if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
-            logger.warning(
-                "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
-                "at zero. Set disable_dropout=True."
-            )
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:
@@ -96,10 +62,36 @@ class OnlineKL(KLTrainerMixin):
         config = given["args"]
         if config is not None:
             self._check_config(config)
-        self._beta = self._settled_beta(config, self._kl)
-        self._sync = settled_sync(config, self._sync)
+        self._beta = self._settled_beta(config, self._given.kl)
+        self._given.sync = settled_sync(config, self._given.sync)
         with overridden(config, beta=0.0, sync_ref_model=False):
             yield
+
+    def _check_made(self) -> None:
+        if self.beta != 0.0:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}), and a "
+                f"reference of its own. Pass args=."
+            )
+
+    def _penalty(self) -> KLConfig:
+        return self._given.kl or self._as_trl(self._beta)
+
+    @property
+    def _temperature(self) -> float:
+        return self.temperature
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.use_vllm:
+            # It merges a LoRA adapter and unmerges it, which rounds the base that the reference shares.
+            self.vllm_generation.sync_weights = keeping_base(self.model, self.vllm_generation.sync_weights)
+        if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
+            logger.warning(
+                "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "
+                "at zero. Set disable_dropout=True."
+            )
 
     def _check_config(self, config: Any) -> None:
         """Raise ValueError for an option of TRL that this trainer does not support."""
@@ -140,10 +132,10 @@ class OnlineKL(KLTrainerMixin):
         compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Score as TRL does, with a view of the policy that uses refkl's scorer."""
+        """Score as TRL does, with a stand-in for the policy that refkl scores."""
         of_loss = self._is_of_the_loss(model, input_ids, attention_mask)
         exact = self._exact and of_loss
-        view = PolicyView(
+        calls = PolicyScorer(
             model,
             temperature=self.temperature,
             entropy=(self._differentiates_entropy() or "detached") if compute_entropy else False,
@@ -151,10 +143,9 @@ class OnlineKL(KLTrainerMixin):
             exact=exact,
             ready=self._ready_hidden(input_ids.shape[1]) if exact else None,
             before=self._measure_exact if of_loss else None,
-            prefix=self.scoring.prefix,
         )
         found = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
-            view,
+            ScoredModel(calls, model=model, prefix=self.scoring.prefix),
             input_ids,
             attention_mask,
             logits_to_keep,
@@ -164,21 +155,21 @@ class OnlineKL(KLTrainerMixin):
             **inputs,
         )
         if of_loss:
-            if not view.batches:
+            if not calls.batches:
                 raise ValueError(
                     f"{type(self).__name__} scores its policy without calling it as TRL does (labels= and "
                     "fused_lm_head=True), so there is nothing to take the KL of."
                 )
-            self._view = view
+            self._calls = calls
             if self.model.training:
-                self._last_batch = view.batches[-1]
+                self.kl_state.last_batch = calls.batches[-1]
             self._scored(found[0])
         return found
 
     def _is_of_the_loss(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
         """Return True if this call scores the policy on its micro-batch. A subclass may score other models or
         tokens."""
-        if self._inputs is None or self._view is not None or model is not self._trained:
+        if self._inputs is None or self._calls is not None or model is not self._trained:
             return False
         inputs = self._inputs
         own = TokenBatch(
@@ -248,10 +239,10 @@ class OnlineKL(KLTrainerMixin):
         limited = self.reference.config.max_tokens is not None and all(x is None for x in media.values())
         if self.reference.one_sweep or limited:
             batch_size = None  # the reference splits the rollout itself, by tokens
-        view = ReferenceView(score, self.scoring.prefix)
+        stand_in = ScoredModel(score, prefix=self.scoring.prefix)
         with torch.no_grad(), self.reference.keep_active():
             logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
-                view, input_ids, attention_mask, keep, batch_size, **media
+                stand_in, input_ids, attention_mask, keep, batch_size, **media
             )
         found = {"ref_per_token_logps": logp, "reference_updates": torch.full((len(logp),), self.reference.updates)}
         return found | ({"reference_hidden": torch.cat(hidden)} if hidden else {})
@@ -299,29 +290,29 @@ class OnlineKL(KLTrainerMixin):
         self._inputs, self._trained = self._to_loss(inputs), model
         try:
             loss = super()._compute_loss(model, self._inputs)  # type: ignore[misc]
-            if self._view is None:
+            if self._calls is None:
                 raise ValueError(
                     f"The loss of {type(self).__name__} did not score the policy on its micro-batch, so there is no KL "
                     "to add: it has to call _get_per_token_logps_and_entropies, with the model and the tokens it is "
                     "given."
                 )
-            return loss + self._of_kl(self._view, self._inputs)
+            return loss + self._of_kl(self._calls, self._inputs)
         finally:
-            self._inputs = self._view = self._trained = None
+            self._inputs = self._calls = self._trained = None
 
     def _to_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of TRL's loss. TRL keeps `inputs` itself for the next iteration over the same rollouts."""
         return inputs
 
-    def _of_kl(self, view: PolicyView, inputs: dict[str, Any]) -> Tensor | float:
+    def _of_kl(self, calls: PolicyScorer, inputs: dict[str, Any]) -> Tensor | float:
         """Return the term to add to TRL's loss, after that has scored the policy."""
         if self.penalty.config.placement == "reward":
             return 0.0
         keep = inputs["completion_ids"].shape[1]
-        policy_logp = torch.cat([scores.logp[:, -keep:] for scores in view.scores])
+        policy_logp = torch.cat([scores.logp[:, -keep:] for scores in calls.scores])
         if self._exact:
-            divergence = torch.cat([d[:, -keep:] for d in view.divergences if d is not None])
-            ref_logp, old_logp = torch.cat([s.logp[:, -keep:] for s in view.references]), None
+            divergence = torch.cat([d[:, -keep:] for d in calls.divergences if d is not None])
+            ref_logp, old_logp = torch.cat([s.logp[:, -keep:] for s in calls.references]), None
         else:
             divergence = None
             ref_logp, old_logp = self._present(inputs)["ref_per_token_logps"], self._old_logp(inputs, policy_logp)

@@ -1,28 +1,26 @@
 """Base class of the DPO and KTO trainers: policy and reference are scored together, on given data.
 
-TRL computes their losses from `model(..., labels=, fused_lm_head=True).log_probs`, for policy and reference alike. Both
-are replaced by views that answer this call with refkl's scorer; the rest of TRL's loss is unchanged.
+TRL computes their losses from `model(..., labels=, fused_lm_head=True).log_probs`, for policy and reference alike. A
+ScoredModel stands in for each of the two; the rest of TRL's loss is unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from trl import BEMACallback
 
-from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
+from refkl.config import KLConfig
 from refkl.hf.checkpoints import overridden
-from refkl.hf.trainer_mixin import KLTrainerMixin, check_given, settled_sync
 from refkl.penalty import global_normalizer
-from refkl.reference import Reference
-from refkl.trl.scored_model import PolicyView, ReferenceView, same_tokens
+from refkl.trl.base import TRLTrainer, settled_sync
+from refkl.trl.compat import no_reference_of_trl
+from refkl.trl.scored_model import PolicyScorer, ScoredModel, same_tokens
 from refkl.types import TokenBatch, TokenScores
 
 _TOKENS = ("input_ids", "attention_mask", "completion_mask")
@@ -31,33 +29,15 @@ _PARTS = ("KL_", "")
 _SCORED = "reference_scores"
 
 
-class PreferenceKL(KLTrainerMixin):
+class PreferenceKL(TRLTrainer):
     """The KL of KLDPOTrainer and KLKTOTrainer."""
 
-    trl_trainer: ClassVar[Any]
-    """The TRL trainer that is extended."""
-    trl_module: ClassVar[ModuleType]
-    """The module of that trainer."""
     ref_model: Any  # of both trainers
+    _window: Sequence[Tensor] = ()
+    """The masks of the optimizer step's micro-batches."""
 
-    def __init__(
-        self,
-        *args: Any,
-        reference: str | ReferenceConfig | Reference = "auto",
-        kl: KLConfig | None = None,
-        sync: SyncConfig | None = None,
-        scoring: ScoringConfig | None = None,
-        resume_reference: ResumedReference = "recorded",
-        on_checkpoint_error: OnCheckpointError = "stop",
-        **kwargs: Any,
-    ) -> None:
-        check_given(kl, sync, scoring)
-        self._sync = sync
-        with self._joining(self.trl_trainer, self._settled):
-            super().__init__(*args, **kwargs)
-        sync = self._sync
-        self._attach(reference, kl or KLConfig(coef=0.0), sync, scoring, resume_reference, on_checkpoint_error)
-        self._window: list[Tensor] = []
+    def _penalty(self) -> KLConfig:
+        return self._given.kl or KLConfig(coef=0.0)
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:
@@ -77,8 +57,8 @@ class PreferenceKL(KLTrainerMixin):
                 "precompute_ref_log_probs is TRL's own cache of reference scores, which refkl does not use. Leave it "
                 "False, and name a folder in reference.cache."
             )
-        self._sync = settled_sync(config, self._sync)
-        with overridden(config, sync_ref_model=False), _no_reference_of_trl(self.trl_module, given["model"]):
+        self._given.sync = settled_sync(config, self._given.sync)
+        with overridden(config, sync_ref_model=False), no_reference_of_trl(self.trl_trainer, given["model"]):
             yield
 
     def _check_settings(self) -> None:
@@ -127,42 +107,42 @@ class PreferenceKL(KLTrainerMixin):
         def ready(batch: TokenBatch) -> TokenScores | None:
             return next((scores for ids, mask, scores in at_hand if same_tokens(batch, ids, mask)), None)
 
-        policy = PolicyView(
+        calls = PolicyScorer(
             model,
-            statistics=self._statistics(),
             reference=self.reference,
             exact=self._exact,
             ready=ready,
             before=self._measure_exact,
-            prefix=self.scoring.prefix,
         )
+        prefix = self.scoring.prefix
+        policy = ScoredModel(calls, model=model, statistics=self._statistics(), prefix=prefix)
 
-        def answer(batch: TokenBatch) -> TokenScores:
-            at = policy.call_of(batch.input_ids, batch.attention_mask)
-            return self.reference.score(batch) if at is None else policy.references[at]
+        def scored(batch: TokenBatch) -> TokenScores:
+            at = calls.call_of(batch.input_ids, batch.attention_mask)
+            return self.reference.score(batch) if at is None else calls.references[at]
 
         # TRL calls it on the batches on which it calls the policy.
-        self.ref_model = ReferenceView(answer, self.scoring.prefix)
+        self.ref_model = ScoredModel(scored, prefix=prefix)
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]
         finally:
             self.ref_model = None
         tokens = _tokens(inputs)
-        if (at := policy.call_of(tokens.input_ids, tokens.attention_mask)) is None:
+        if (at := calls.call_of(tokens.input_ids, tokens.attention_mask)) is None:
             raise ValueError(
                 f"The loss of {type(self).__name__} did not score the policy on its batch as TRL does (labels= and "
                 "fused_lm_head=True), so there is no KL to add or to log."
             )
         if self.model.training:
-            self._last_batch = policy.batches[at]
+            self.kl_state.last_batch = calls.batches[at]
         output = self._penalise(
-            policy.scores[at].logp,
-            policy.references[at].logp,
+            calls.scores[at].logp,
+            calls.references[at].logp,
             tokens.completion_mask,
             1.0,
-            divergence=policy.divergences[at],
+            divergence=calls.divergences[at],
             normalizer=self._normalizer(),
-            fingerprint=policy.references[at].fingerprint,
+            fingerprint=calls.references[at].fingerprint,
         )
         if not self.penalty.coef:
             return result
@@ -185,35 +165,3 @@ def _tokens(inputs: dict[str, Any]) -> TokenBatch:
 def _is_text(batch: dict[str, Any]) -> bool:
     """Return True if a micro-batch has only tokens as inputs."""
     return batch.keys() <= {f"{prefix}{name}" for prefix in _PARTS for name in _TOKENS} | {"label"}
-
-
-@contextmanager
-def _no_reference_of_trl(module: ModuleType, model: Any) -> Iterator[None]:
-    """Run TRL's __init__ without the reference that it makes there; TRL has no option for that.
-
-    For a full policy TRL loads the model's folder a second time: that call returns None here. To a PeftModel it adds a
-    copy of the adapter called "ref", which for PiSSA or OLoRA rewrites the base once more. Here no adapter is made, and
-    TRL's copying finds the policy's own.
-    """
-    create = module.create_model_from_path
-    policy_to_load = isinstance(model, str)
-
-    def policy_only(*args: Any, **kwargs: Any) -> Any:
-        nonlocal policy_to_load
-        if policy_to_load:
-            policy_to_load = False
-            return create(*args, **kwargs)
-        return None
-
-    shadowed = isinstance(model, PeftModel)
-    vars(module)["create_model_from_path"] = policy_only
-    if shadowed:
-        own = nn.Module.get_parameter
-        vars(model)["add_adapter"] = lambda name, config: None
-        vars(model)["get_parameter"] = lambda name: own(model, name.replace(".ref.", ".default."))
-    try:
-        yield
-    finally:
-        vars(module)["create_model_from_path"] = create
-        if shadowed:
-            del vars(model)["add_adapter"], vars(model)["get_parameter"]

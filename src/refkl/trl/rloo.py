@@ -12,7 +12,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from refkl.config import KLConfig
 from refkl.trl.online import OnlineKL, scored_tokens
-from refkl.trl.scored_model import PolicyView
+from refkl.trl.scored_model import PolicyScorer
 
 
 class KLRLOOTrainer(OnlineKL, RLOOTrainer):
@@ -125,11 +125,11 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             rollout["kl_reward"] = self._reward_of(sampled, rollout, count=False).reward
         return rollout
 
-    def _of_kl(self, view: PolicyView, inputs: dict[str, Any]) -> Tensor | float:
+    def _of_kl(self, calls: PolicyScorer, inputs: dict[str, Any]) -> Tensor | float:
         if self.penalty.config.placement != "reward":
-            return super()._of_kl(view, inputs)
+            return super()._of_kl(calls, inputs)
         keep = inputs["completion_ids"].shape[1]
-        logp = torch.cat([scores.logp[:, -keep:] for scores in view.scores])
+        logp = torch.cat([scores.logp[:, -keep:] for scores in calls.scores])
         self._reward_of(logp.detach(), inputs)  # the present KL, for the log and a controller
         if (reward := inputs.get("kl_reward")) is None or not self.penalty.coef:
             return 0.0

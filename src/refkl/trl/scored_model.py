@@ -1,8 +1,8 @@
-"""Policy and reference as TRL's trainers call a model, scored by refkl.
+"""A model as TRL's trainers call it, scored by refkl.
 
-TRL patches its models to answer `model(..., labels=, fused_lm_head=True)` with log-probabilities. A view answers the
-same call, so that one function scores both, with positions counted from the attention mask. TRL's split into
-micro-batches, its images and its arithmetic stay TRL's own.
+TRL patches its models to answer `model(..., labels=, fused_lm_head=True)` with log-probabilities. A ScoredModel answers
+the same call, for policy and reference, so that one function scores both, with positions counted from the attention
+mask. TRL's split into micro-batches, its images and its arithmetic stay TRL's own.
 """
 
 from __future__ import annotations
@@ -12,18 +12,74 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import FusedCausalLMOutput
 
 from refkl.config import Prefix
+from refkl.hf.observed_loss import labelled
 from refkl.kl.divergence_rows import Divergence
 from refkl.reference import Reference
-from refkl.reference.pair import compare
+from refkl.reference.pair import compare, scored_together
 from refkl.scoring import Call, Entropies, Scored, score_model
+from refkl.trl.compat import answer
 from refkl.types import TokenBatch, TokenScores
 
 
-class PolicyView:
-    """The policy, called as TRL calls it. The results of the calls are kept for the KL."""
+class ScoredModel:
+    """A model, called as TRL calls it."""
+
+    def __init__(
+        self,
+        score: Callable[..., Scored | TokenScores],
+        *,
+        model: Any = None,
+        plain: Callable[..., Any] | None = None,
+        statistics: tuple[str, ...] = (),
+        prefix: Prefix = "auto",
+    ) -> None:
+        """Stand in for a model.
+
+        Args:
+            score: called with the batch, and with `observe` and `output_router_logits` as keywords if TRL asks for
+                what they give. It returns a Scored then, and may return TokenScores otherwise.
+            model: the model that this one stands in for: its attributes are this one's. None for a reference.
+            plain: called for anything but log-probabilities. Default: `model`; a reference refuses.
+            statistics: TRL's per-token statistics of the logits to return: "mean_logits", "is_top1",
+                "log_sum_sq_probs".
+            prefix: prefix sharing of the batches, as in TokenBatch.
+        """
+        self.score, self.model, self.plain = score, model, plain or model
+        self.statistics, self.prefix = statistics, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)  # other attributes come from the model itself
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            if self.plain is None:
+                raise ValueError(
+                    "The reference was called for more than the log-probabilities of tokens, which is all that a refkl "
+                    "reference gives: fused_lm_head=True and labels= were not passed."
+                )
+            return self.plain(*args, **({} if labels is None else {"labels": labels}), **inputs)
+        assert labels is not None, "TRL passes labels with fused_lm_head"
+        router = {name: inputs.pop(name) for name in ("output_router_logits",) if name in inputs}
+        seen = Statistics(self.statistics)
+        options = router | ({"observe": seen.observe} if self.statistics else {})
+        found = self.score(token_batch(inputs, labels, self.prefix), **options)
+        scores = found if isinstance(found, TokenScores) else found.scores
+        given = {} if isinstance(found, TokenScores) else seen.result(found.call)
+        if router and isinstance(found, Scored):
+            given["aux_loss"] = found.outputs.aux_loss
+        # `score` may score tokens without a label too.
+        mask = labelled(labels)[:, 1:]
+        entropy = None if scores.entropy is None else scores.entropy[:, 1:].masked_fill(~mask, 0.0)
+        if "is_top1" in given:
+            given["is_top1"] = given["is_top1"] & mask
+        logp = scores.logp[:, 1:].masked_fill(~mask, 0.0)
+        return answer(log_probs=logp, entropy=entropy, label_mask=mask, **given)
+
+
+class PolicyScorer:
+    """Scores the policy, and its reference with it. The results of the calls are kept for the KL."""
 
     def __init__(
         self,
@@ -31,36 +87,29 @@ class PolicyView:
         *,
         temperature: float = 1.0,
         entropy: Entropies = "detached",
-        statistics: tuple[str, ...] = (),
         reference: Reference | None = None,
         exact: bool = False,
         ready: Callable[[TokenBatch], TokenScores | None] | None = None,
         before: Callable[[Any, TokenBatch], None] | None = None,
-        prefix: Prefix = "auto",
     ) -> None:
-        """Make a view of `model` as it is wrapped.
+        """Score `model` as it is wrapped.
 
         Args:
-            model: called once for each call of the view.
+            model: called once for each call of this.
             temperature: divides the logits.
             entropy: as in `score_model`.
-            statistics: TRL's per-token statistics of the logits to return: "mean_logits", "is_top1",
-                "log_sum_sq_probs".
             reference: scored with the policy, call by call, so that the two can share work.
             exact: also compute the exact divergence from it.
             ready: returns the reference's scores of a batch if they are already computed; for an exact divergence with
                 `hidden`.
             before: called with the model and the batch before these are scored with grad.
-            prefix: prefix sharing of the batches, as in TokenBatch.
         """
         self.model = model
         self.options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
-        self.statistics = statistics
         self.reference = reference
         self.exact = exact
         self.ready = ready
         self.before = before
-        self.prefix = prefix
         self.batches: list[TokenBatch] = []
         """The scored batches, one per call."""
         self.scores: list[TokenScores] = []
@@ -68,28 +117,14 @@ class PolicyView:
         self.divergences: list[Tensor | None] = []
         """[B, T] nats for each call, with grad, if `exact`; None for TRL's calls without grad during training."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)  # other attributes come from the policy itself
-
-    def __call__(self, *args: Any, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        if not fused_lm_head:
-            return self.model(*args, **({} if labels is None else {"labels": labels}), **inputs)
-        router = {k: inputs.pop(k) for k in ("output_router_logits",) if k in inputs}
-        batch = token_batch(inputs, labels, self.prefix)
+    def __call__(self, batch: TokenBatch, **options: Any) -> Scored:
         if self.before is not None and torch.is_grad_enabled():
             self.before(self.model, batch)
-        seen = Statistics(self.statistics)
-        options = {**self.options, "observe": seen.observe if self.statistics else None, **router}
+        options = self.options | options
         scored = self._alone(batch, options) if self.reference is None else self._both(self.reference, batch, options)
         self.batches.append(batch)
         self.scores.append(scored.scores)
-        entropy = scored.scores.entropy
-        return FusedCausalLMOutput(
-            log_probs=scored.scores.logp[:, 1:],
-            entropy=None if entropy is None else entropy[:, 1:],
-            aux_loss=scored.outputs.aux_loss if router else None,
-            **seen.result(scored.call),
-        )
+        return scored
 
     def call_of(self, input_ids: Tensor, attention_mask: Tensor) -> int | None:
         """Return the index of the last call on these tokens; None if there was none."""
@@ -107,24 +142,9 @@ class PolicyView:
             self.divergences.append(found.divergence)
             return found.scored
         self.divergences.append(None)
-        with reference.sharing_work_with(self.model, batch):
+        with scored_together(self.model, reference, batch):
             self.references.append(ready or reference.score(batch, temperature=options["temperature"]))
             return self._alone(batch, options)
-
-
-class ReferenceView:
-    """The reference, called as TRL calls its own."""
-
-    def __init__(self, score: Callable[[TokenBatch], TokenScores], prefix: Prefix) -> None:
-        self.score, self.prefix = score, prefix
-
-    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        if not fused_lm_head:
-            raise ValueError(
-                "The reference was called for more than the log-probabilities of tokens, which is all that a refkl "
-                "reference gives: fused_lm_head=True and labels= were not passed."
-            )
-        return FusedCausalLMOutput(log_probs=self.score(token_batch(inputs, labels, self.prefix)).logp[:, 1:])
 
 
 def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) -> bool:
@@ -135,9 +155,8 @@ def same_tokens(batch: TokenBatch, input_ids: Tensor, attention_mask: Tensor) ->
     return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
 
 
-def token_batch(inputs: dict[str, Any], labels: Tensor | None, prefix: Prefix) -> TokenBatch:
+def token_batch(inputs: dict[str, Any], labels: Tensor, prefix: Prefix) -> TokenBatch:
     """Return the batch of a call by TRL. Inputs that are not text go to the model unchanged."""
-    assert labels is not None, "TRL passes labels with fused_lm_head"
     own = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "use_cache")}
     return TokenBatch(inputs["input_ids"], inputs["attention_mask"], labels != -100, None, own, prefix)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
-from refkl.hf.observed_loss import EXACT, Watch, labelled, predicts_its_labels
+from refkl.hf.observed_loss import EXACT, Watch, predicts_its_labels
 from refkl.hf.supervised import SupervisedKL
 from refkl.reference.pair import Compared, compare
-from refkl.scoring import score_model
-from refkl.trl.scored_model import Statistics
+from refkl.scoring import Scored, score_model
+from refkl.trl.scored_model import ScoredModel
 from refkl.types import TokenBatch, TokenScores
 
 
@@ -39,8 +37,8 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
 
     args: SFTConfig
 
-    def _check_trainer(self) -> None:
-        super()._check_trainer()
+    def _check_made(self) -> None:
+        super()._check_made()
         if self.padding_free:
             raise ValueError(
                 f"{type(self).__name__} tells sequences apart by their padding, and packing with packing_strategy "
@@ -67,39 +65,19 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
                 "on padding, or right after it. Make labels of input_ids, with -100 where none is to be, and pad on "
                 "the right."
             )
-        view = _View(model, Watch(self.reference, batch), ready)
-        result = loss_of(view)
-        if view.watch.found is None:
+        watch = Watch(self.reference, batch)
+
+        def score(_: TokenBatch, **options: Any) -> Scored:
+            if watch.found is not None:  # only for TRL's metrics
+                return score_model(model, batch, entropy="detached", **options)
+            watch.found = compare(model, self.reference, batch, EXACT, ref_scores=ready, entropy="detached", **options)
+            return watch.found.scored
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            with watch.open(model):
+                return model(*args, **kwargs)
+
+        result = loss_of(ScoredModel(score, model=model, plain=observed, statistics=("is_top1",)))
+        if watch.found is None:
             raise ValueError(f"The compute_loss of {type(self).__name__} did not run the policy, so there is no KL.")
-        return result, view.watch.found
-
-
-class _View:
-    """The policy as SFTTrainer.compute_loss calls it. Its first call is compared with the reference."""
-
-    def __init__(self, model: Any, watch: Watch, ready: TokenScores | None) -> None:
-        self.model, self.watch, self.ready = model, watch, ready
-
-    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        if not fused_lm_head:
-            given = {} if labels is None else {"labels": labels}
-            with self.watch.open(self.model):
-                return self.model(**given, **inputs)
-        assert labels is not None, "TRL passes labels with fused_lm_head"
-        batch, seen = self.watch.batch, Statistics(("is_top1",))
-        router = {name: inputs[name] for name in ("output_router_logits",) if name in inputs}
-        options: dict[str, Any] = {"entropy": "detached", "observe": seen.observe, **router}
-        if self.watch.found is None:
-            self.watch.found = compare(self.model, self.watch.reference, batch, EXACT, ref_scores=self.ready, **options)
-            scored = self.watch.found.scored
-        else:  # only for TRL's metrics
-            scored = score_model(self.model, batch, **options)
-        entropy, mask = scored.scores.entropy, labelled(labels)[:, 1:]
-        assert entropy is not None, "asked for"
-        return FusedCausalLMOutput(
-            log_probs=scored.scores.logp[:, 1:].masked_fill(~mask, 0.0),
-            entropy=entropy[:, 1:].masked_fill(~mask, 0.0),
-            is_top1=seen.result(scored.call)["is_top1"] & mask,
-            label_mask=mask,
-            aux_loss=scored.outputs.aux_loss if router else None,
-        )
+        return result, watch.found

@@ -92,8 +92,8 @@ class Stream:
 
     def taken(self, batch: TokenBatch) -> TokenBatch:
         """The batch as it is to be scored: too large for one chunk, in its rows, since one row has no chunks."""
-        layout = prepare(self._model, batch).layout
-        return replace(batch, prefix="off") if layout is not None and layout.tokens > CHUNK_TOKENS else batch
+        packed = prepare(self._model, batch).packed
+        return replace(batch, prefix="off") if packed is not None and packed.tokens > CHUNK_TOKENS else batch
 
     def learn(self, batch: TokenBatch) -> None:
         """Inside a sweep: if the batch is to be taken in chunks for the first time, see what the layers get for one row

@@ -24,8 +24,8 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """The places of a batch's tokens in the packed row."""
+class PackedBatch:
+    """A batch's tokens in one row, and which of them predicts each scored token."""
 
     input_ids: Tensor
     """[1, N]"""
@@ -49,14 +49,17 @@ class Layout:
         return max([*ends, *(p.length for p in self.prompts)])
 
 
-def lay_out(batch: TokenBatch, columns: Tensor) -> Layout | None:
-    """Pack the tokens of a batch into one row; None if rows have holes, or nothing is scored.
+def scored_columns(batch: TokenBatch) -> Tensor:
+    """[K] the columns in which some row has a scored token, or one other: every rank must run the forward."""
+    columns = batch.completion_mask.any(0).nonzero()[:, 0]
+    if columns.numel():
+        return columns
+    return torch.tensor([min(1, batch.input_ids.shape[1] - 1)], device=batch.input_ids.device)
 
-    Args:
-        batch: of text alone.
-        columns: [K] where some row has a scored token.
-    """
-    real, scored = batch.attention_mask.bool(), batch.completion_mask
+
+def pack_tokens(batch: TokenBatch) -> PackedBatch | None:
+    """Pack the tokens of a batch of text into one row; None if rows have holes, or nothing is scored."""
+    real, scored, columns = batch.attention_mask.bool(), batch.completion_mask, scored_columns(batch)
     rows = scored.any(1).nonzero()[:, 0]
     if not len(rows):
         return None
@@ -86,7 +89,7 @@ def lay_out(batch: TokenBatch, columns: Tensor) -> Layout | None:
     predicts = torch.where(offset == 0, parent[:, None], own[:, None] + offset - 1)
     at = torch.zeros(batch.input_ids.shape[0], len(columns), dtype=torch.long, device=ids.device)
     at[rows] = torch.where(scored[rows][:, columns], predicts, 0)
-    return Layout(ids[source, column][None], positions[source, column][None], keep, at, prompts, completions)
+    return PackedBatch(ids[source, column][None], positions[source, column][None], keep, at, prompts, completions)
 
 
 def _same_prompts(values: tuple[Tensor, ...], begin: Tensor, first: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refkl.scoring.packing.packed_batch import Layout, Segment
+from refkl.scoring.packing.packed_batch import PackedBatch, Segment
 
 BLOCK = 24.0
 """The cost of a further block of attention, in tokens that pass the model: some small operations a layer."""
@@ -89,16 +89,16 @@ class Block:
 
 
 class Seen:
-    """Who sees whom in a layout.
+    """Who sees whom in a packed batch.
 
     Args:
         scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
     """
 
-    def __init__(self, layout: Layout, scale: int) -> None:
-        device = layout.input_ids.device
-        self.layout = layout
-        prompts, completions = layout.prompts, [c for c in layout.completions if c.length]
+    def __init__(self, packed: PackedBatch, scale: int) -> None:
+        device = packed.input_ids.device
+        self.packed = packed
+        prompts, completions = packed.prompts, [c for c in packed.completions if c.length]
         alone = _alike(prompts, lambda p: p.length, scale)
         following = _alike(completions, lambda c: c.length + prompts[c.parent].length, scale)
         self.blocks = [Block(tokens, tokens) for tokens in (Tokens.of(part, device) for part in alone)]
@@ -110,7 +110,7 @@ class Seen:
             keys = Tokens.of(parents, device).then(own)
             self.blocks.append(Block(own, keys, lengths[:1] if even else lengths))
         # Where the blocks' outputs, one after the other with their filling, hold each token of the one row.
-        place = torch.empty(layout.tokens, dtype=torch.long)
+        place = torch.empty(packed.tokens, dtype=torch.long)
         done = 0
         for part in (*alone, *following):
             size = max(s.length for s in part)
@@ -118,7 +118,7 @@ class Seen:
                 begin = done + number * size
                 place[segment.start : segment.start + segment.length] = torch.arange(begin, begin + segment.length)
             done += size * len(part)
-        as_it_is = done == layout.tokens and bool((place == torch.arange(done)).all())
+        as_it_is = done == packed.tokens and bool((place == torch.arange(done)).all())
         self.place = None if as_it_is else place.to(device)
         self._allowed: dict[tuple[int | None, int], list[Tensor | None]] = {}
 
@@ -157,16 +157,16 @@ class Seen:
 
     def dense(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[1, 1, N, N] what is added to the products of queries and keys: 0, or the least number where not seen."""
-        layout = self.layout
-        prompt, place = (torch.empty(layout.tokens, dtype=torch.long) for _ in range(2))
+        packed = self.packed
+        prompt, place = (torch.empty(packed.tokens, dtype=torch.long) for _ in range(2))
         own = torch.full_like(prompt, -1)
-        for number, segment in enumerate((*layout.prompts, *layout.completions)):
+        for number, segment in enumerate((*packed.prompts, *packed.completions)):
             tokens = slice(segment.start, segment.start + segment.length)
-            before = 0 if segment.parent < 0 else layout.prompts[segment.parent].length
+            before = 0 if segment.parent < 0 else packed.prompts[segment.parent].length
             prompt[tokens] = number if segment.parent < 0 else segment.parent
             own[tokens] = -1 if segment.parent < 0 else number
             place[tokens] = before + torch.arange(segment.length)
-        prompt, own, place = (x.to(layout.input_ids.device) for x in (prompt, own, place))
+        prompt, own, place = (x.to(packed.input_ids.device) for x in (prompt, own, place))
         seen = (prompt[:, None] == prompt) & ((own == -1) | (own[:, None] == own))
         distance = place[:, None] - place
         seen = seen & (distance >= 0)
@@ -185,7 +185,7 @@ class SharedMask(Tensor):
     @classmethod
     def of(cls, seen: Seen, window: int | None) -> SharedMask:
         """For the layers that see `window` tokens back, or all of them."""
-        tokens, device = seen.layout.tokens, seen.layout.input_ids.device
+        tokens, device = seen.packed.tokens, seen.packed.input_ids.device
         mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens).as_subclass(cls)
         mask.seen, mask.window = seen, window
         return mask
@@ -196,7 +196,7 @@ class SharedMask(Tensor):
         Raises:
             UnknownAttention: the tokens are not those of the mask.
         """
-        tokens = self.seen.layout.tokens
+        tokens = self.seen.packed.tokens
         if query.shape[0] != 1 or query.shape[-2] != tokens or key.shape[-2] != tokens:
             raise UnknownAttention(
                 f"Attention of {query.shape[-2]} queries to {key.shape[-2]} keys of {query.shape[0]} rows, where "
@@ -234,7 +234,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     """Return True if two masks let the same tokens see each other."""
     if not isinstance(one, SharedMask) or not isinstance(other, SharedMask):
         return False
-    mine, theirs = one.seen.layout, other.seen.layout
+    mine, theirs = one.seen.packed, other.seen.packed
     return (one.window, mine.prompts, mine.completions) == (other.window, theirs.prompts, theirs.completions)
 
 

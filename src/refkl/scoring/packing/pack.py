@@ -1,0 +1,117 @@
+"""The one door to packing: a batch as one row for a model, or None where that is not exact or not quicker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from refkl.backend import base_model
+from refkl.backend.learned_prompt import active_prompt
+from refkl.scoring.packing.attention_kernels import give_masks
+from refkl.scoring.packing.exact_models import why_not
+from refkl.scoring.packing.packed_batch import PackedBatch, pack_tokens
+from refkl.scoring.packing.prefix_mask import Seen, SharedMask
+from refkl.scoring.packing.worthwhile import may_gain, pairs_per_token, saves
+from refkl.types import TokenBatch
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed batch, and the attention mask to give the model with it."""
+
+    batch: PackedBatch
+    mask: Any
+    """A tensor, or one for each type of layer."""
+
+
+def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
+    """Pack a batch for a model, as it is wrapped.
+
+    Returns None if the model must be given the batch as it is: it has other inputs than text, the model has a learned
+    prompt or is not known to be exact under packing, or packing would cost more.
+    """
+    base = base_model(model)
+    if batch.prefix == "off" or batch.model_inputs or not may_gain(base, batch) or active_prompt(model) is not None:
+        return None
+    work = _ONCE.get(batch) or _Work()
+    if (packed := work.packed(batch)) is None:
+        return None
+    if (why := why_not(model, base)) is not None:
+        if packed.tokens < 0.8 * batch.input_ids.numel():
+            logger.warning_once(
+                f"Rows have prompts in common, or much padding, and the model is run on all of it: {why}. "
+                "prefix 'off' says that this is meant."
+            )
+        return None
+    mask = _mask(base, packed, work.seen(packed, pairs_per_token(base)), batch)
+    return None if mask is None else Packed(packed, mask)
+
+
+def can_pack(model: nn.Module, batch: TokenBatch) -> bool:
+    """Return True if rows of this batch may share their prompts in this model, whatever it costs."""
+    return batch.prefix == "auto" and not batch.model_inputs and why_not(model, base_model(model)) is None
+
+
+@contextmanager
+def packed_once(batch: TokenBatch) -> Iterator[None]:
+    """Lay the batch out once while open, for all models that score it. Its tensors must not change meanwhile."""
+    first = batch not in _ONCE
+    _ONCE.setdefault(batch, _Work())
+    try:
+        yield
+    finally:
+        if first:
+            _ONCE.pop(batch, None)
+
+
+@dataclass(eq=False)
+class _Work:
+    """The parts of packing that do not depend on the model, or only on its size."""
+
+    _packed: list[PackedBatch | None] = field(default_factory=list)
+    _seen: dict[int, Seen] = field(default_factory=dict)
+
+    def packed(self, batch: TokenBatch) -> PackedBatch | None:
+        if not self._packed:
+            self._packed.append(pack_tokens(batch))
+        return self._packed[0]
+
+    def seen(self, packed: PackedBatch, scale: int) -> Seen:
+        if scale not in self._seen:
+            self._seen[scale] = Seen(packed, scale)
+        return self._seen[scale]
+
+
+_ONCE: WeakKeyDictionary[TokenBatch, _Work] = WeakKeyDictionary()
+"""The batches for which `packed_once` is open."""
+
+
+def _mask(base: nn.Module, packed: PackedBatch, seen: Seen, batch: TokenBatch) -> Any:
+    """Return the attention mask to give the model, or None if the batch as it is costs less."""
+    config: Any = base.config
+    dense = config._attn_implementation == "eager"
+    if not saves(base, packed, seen, batch, dense=dense):
+        return None
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    short = window is None or packed.longest() <= window
+    if kinds == {"full_attention"} and not short and "layer_types" not in vars(config):
+        return None
+
+    give_masks(base)
+
+    def mask(window: int | None) -> Tensor:
+        dtype = base.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return seen.dense(window, dtype) if dense else SharedMask.of(seen, window)
+
+    if "sliding_attention" not in kinds:
+        return mask(None)
+    return {kind: mask(None if kind == "full_attention" else window) for kind in kinds}
