@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -15,10 +16,12 @@ from accelerate.utils import ParallelismConfig
 from peft import LoraConfig
 from support import llama
 from test_trl import dpo, grpo, kto, logged, rloo
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 
 from refkl import KLConfig
-from refkl.trl import TESTED, KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
+from refkl.hf import KLTrainer
+from refkl.hf.compat import METHODS, check_transformers
+from refkl.trl import TESTED, KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer, KLSFTTrainer, compat
 from refkl.trl.compat import check_trl
 
 ALL = [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer), (dpo, KLDPOTrainer), (kto, KLKTOTrainer)]
@@ -67,6 +70,32 @@ def test_what_the_trainers_are_to_use_is_looked_for_in_their_source(monkeypatch:
     monkeypatch.setitem(sys.modules["refkl.trl.compat"]._USED, "KTOTrainer", ("self.ref_model", "self._no_such_thing"))
     with pytest.raises(ImportError, match=r"KTOTrainer no longer uses self\._no_such_thing"):
         check_trl()
+
+
+def test_a_changed_trainer_of_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_transformers()
+
+    def moved(self: Any, model: Any, batch: Any) -> None: ...
+
+    monkeypatch.setattr(Trainer, "compute_loss", moved)
+    monkeypatch.delattr(Trainer, "_save_checkpoint")
+    with pytest.raises(ImportError, match=r"Trainer\.compute_loss takes model, batch where .*no _save_checkpoint"):
+        check_transformers()
+
+
+@pytest.mark.parametrize("trainer", [*(cls for _, cls in ALL), KLSFTTrainer, KLTrainer])
+def test_every_method_of_transformers_that_is_overridden_is_checked(trainer: type) -> None:
+    ours = [vars(cls) for cls in trainer.__mro__ if cls.__module__.startswith("refkl.")]
+    known = {name for name, value in vars(Trainer).items() if callable(value)} - {"__init__"}
+    assert {name for own in ours for name in own if name in known} <= METHODS.keys()
+
+
+def test_only_one_file_imports_from_inside_trl() -> None:
+    package = Path(compat.__file__).parents[1]
+    users = {
+        str(p.relative_to(package)) for p in package.rglob("*.py") if re.search(r"\btrl\.trainer\b", p.read_text())
+    }
+    assert users == {"trl/compat.py"}
 
 
 def test_the_message_comes_when_the_plugin_is_imported(tmp_path: Path) -> None:

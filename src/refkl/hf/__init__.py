@@ -5,6 +5,11 @@
 coef · KL(policy ‖ reference) is added to the Trainer's own loss.
 """
 
-from refkl.hf.supervised import KLTrainer, with_reference
+from refkl.hf.compat import check_transformers
 
-__all__ = ["KLTrainer", "with_reference"]
+check_transformers()
+
+from refkl.hf.supervised import KLTrainer, with_reference  # noqa: E402
+from refkl.hf.trainer_mixin import KLTrainerMixin  # noqa: E402
+
+__all__ = ["KLTrainer", "KLTrainerMixin", "with_reference"]

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, logging
 from refkl.backend import base_model, full_shape
 from refkl.config import KLConfig
 from refkl.hf.observed_loss import IGNORED, CrossEntropy, Watch, predicts_its_labels
-from refkl.hf.trainer_mixin import KLTrainerMixin
+from refkl.hf.trainer_mixin import KLTrainerMixin, joined
 from refkl.messages import unknown
 from refkl.penalty import global_normalizer
 from refkl.reference.pair import Compared
@@ -226,14 +226,11 @@ class KLTrainer(SupervisedKL, Trainer):
 
     If a batch has padding on the left and no position_ids, positions are counted from the attention mask.
 
+    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+
     Args:
-        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: the penalty; exact. The default coefficient is 0.05; 0 only measures the KL.
         kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
-        sync: when to update the reference; by default never.
-        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
-        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
-        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
         ValueError: an estimator for sampled tokens; a model that is not a causal language model; an option of the
@@ -362,5 +359,4 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
         raise ValueError(f"{trainer.__name__} is one of TRL's trainers: use refkl.trl.with_reference.")
     if trainer is Trainer:
         return KLTrainer  # type: ignore[return-value]
-    body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
-    return type(f"KL{trainer.__name__}", (KLTrainer, trainer), body)
+    return joined(KLTrainer, trainer)

@@ -45,7 +45,7 @@ class Given:
 
 
 class KLTrainerMixin(Checkpointing):
-    """Adds `.reference`, `.penalty`, `.sync` and KL metrics to a trainer."""
+    """Adds `.reference`, `.penalty`, `.sync` and KL metrics to a trainer. Base class of all refkl trainers."""
 
     _metrics: dict[str, defaultdict[str, list[float]]]
     kl_state: KLState
@@ -265,6 +265,12 @@ class KLTrainerMixin(Checkpointing):
                 f"The KL of the first step is {float(kl.mean()):.3g} nats per token, and the policy has not trained "
                 f"yet: {CHANGED}. `refkl check` and refkl.check_reference look closer."
             )
+
+
+def joined(ours: type[KLTrainerMixin], trainer: type) -> type:
+    """Return a class of a user's trainer with `ours` in front, which keeps the overrides of both."""
+    body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
+    return type(f"KL{trainer.__name__}", (ours, trainer), body)
 
 
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}

@@ -18,6 +18,8 @@ from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 
+from refkl.hf.compat import changed_methods
+
 TESTED = ("1.16", "1.17")
 """The first tested version, and the first that is not. docs/versions.md lists which were tested, and how."""
 
@@ -91,13 +93,7 @@ def _changes() -> list[str]:
         if (trainer := getattr(trl, name, None)) is None:
             found.append(f"there is no {name}")
             continue
-        for method, parameters in methods.items():
-            if (function := getattr(trainer, method, None)) is None:
-                found.append(f"{name} has no {method}")
-                continue
-            has = tuple(inspect.signature(function).parameters)[1 : len(parameters) + 1]
-            if has != parameters:
-                found.append(f"{name}.{method} takes {', '.join(has)} where it took {', '.join(parameters)}")
+        found += changed_methods(trainer, methods)
         source = inspect.getsource(inspect.getmodule(trainer) or trainer)
         found += [f"{name} no longer uses {used}" for used in _USED[name] if used not in source]
     if (answer := getattr(utils, "FusedCausalLMOutput", None)) is None:

@@ -18,15 +18,12 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
     same for all tokens of a completion. It is then the KL of the policy that sampled, and `loss_type` treats it like
     any advantage.
 
+    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+
     Args:
-        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 only measures),
             aggregated as TRL does for `args.loss_type`. If `args.use_bias_correction_kl` is False, the gradient is
             "autograd" instead, which is a different one.
-        sync: when to update the reference; by default never, or as `args.sync_ref_model` says.
-        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
-        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
-        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
         ValueError: `kl` and `args.beta` are both given; an option of TRL that refkl does not support; with the KL in

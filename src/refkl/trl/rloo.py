@@ -25,14 +25,11 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
     the reference and the coefficient of that time. The log, a controller and `sync.max_kl` get the present policy's KL
     at each step.
 
+    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+
     Args:
-        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: the penalty. By default TRL's: k1, summed over each completion, subtracted from its reward at coefficient
             `args.beta`.
-        sync: when to update the reference; by default never, or as `args.sync_ref_model` says.
-        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
-        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
-        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
         ValueError: `kl` and an `args.beta` other than TRL's default are both given; no `args`; an option of TRL that

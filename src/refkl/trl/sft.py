@@ -21,14 +21,11 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
     Loss and `eval_loss` are TRL's own plus coef · KL(policy ‖ reference), exact, a mean over the tokens of the
     optimizer step; see refkl.hf.KLTrainer. The policy runs once, except where TRL itself runs it twice.
 
+    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+
     Args:
-        reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
         kl: the penalty; exact. The default coefficient is 0.05; 0 only measures the KL.
         kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
-        sync: when to update the reference; by default never.
-        scoring: whether prompts that rows share run once; by default if that is exact and costs less.
-        resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
-        on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, as on a full disk.
 
     Raises:
         ValueError: an estimator for sampled tokens; packed sequences (padding_free, or packing other than "wrapped"),

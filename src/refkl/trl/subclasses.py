@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 from refkl import hf
-from refkl.hf.trainer_mixin import KLTrainerMixin
+from refkl.hf.trainer_mixin import KLTrainerMixin, joined
 from refkl.trl.dpo import KLDPOTrainer
 from refkl.trl.grpo import KLGRPOTrainer
 from refkl.trl.kto import KLKTOTrainer
@@ -49,8 +49,7 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
         if trainer is known:
             return ours  # type: ignore[return-value]
         if issubclass(trainer, known):
-            body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
-            return type(f"KL{trainer.__name__}", (ours, trainer), body)
+            return joined(ours, trainer)
     if issubclass(trainer, Trainer) and not any(cls.__module__.split(".")[0] == "trl" for cls in trainer.__mro__):
         return hf.with_reference(trainer)
     names = ", ".join(known.__name__ for known in _TRAINERS)
