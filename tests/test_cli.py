@@ -249,7 +249,7 @@ def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> No
         main(["train", "--help"])
     assert exit_status.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--kl.coef COEF What the KL is multiplied by; under a controller, what it starts from." in text
+    assert "--kl.coef COEF Coefficient of the KL; under a controller, its initial value." in text
     assert "--trainer.learning_rate" in text
 
 

@@ -515,7 +515,7 @@ def test_config() -> None:
         ReferenceConfig(quantize="int5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_kl_floor must be positive, got 0"):
         ReferenceConfig(quantize="int8", max_kl_floor=0.0)
-    with pytest.raises(ValueError, match="limits what quantising does"):
+    with pytest.raises(ValueError, match="limits the KL floor of a quantised reference"):
         ReferenceConfig(max_kl_floor=0.1)
 
 

@@ -1,9 +1,10 @@
 """Configuration of a reference, its KL penalty, its sync, and of a whole run.
 
-Defaults are the recipe to start from. Nonsense is refused when an object is made, so that it cannot reach a run.
+The defaults are a recipe to start from. An object with invalid settings raises ValueError when it is made, so that they
+cannot reach a run.
 
-Objects are frozen and hold what they were given: `dataclasses.replace` and `asdict` round trips mean what a new object
-would. `settled()` says what a field means that is left open.
+Objects are frozen and keep the given values, so `dataclasses.replace` and a round trip through `asdict` give the same
+as a new object. `settled()` returns the values that open fields stand for.
 """
 
 from refkl.config.kl import KLConfig, SettledKL

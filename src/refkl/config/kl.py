@@ -19,80 +19,86 @@ RewardForm = Literal["return_to_go", "token", "sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class SettledKL:
-    """The values of a KLConfig, those that it leaves open included."""
+    """The values of a KLConfig, with its open fields filled in."""
 
     estimator: Estimator
     """The value of the penalty."""
     reward: RewardForm | None
-    """What a token is credited with; None in the loss."""
+    """Credit of a token (see KLConfig.reward); None if the penalty is in the loss."""
     gamma: float
-    """The discount of reward "return_to_go"; 1 elsewhere."""
+    """Discount of reward "return_to_go"; 1 elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """The KL that is added, and its weight.
+    """Settings of the KL penalty.
 
-    A field that the others leave without a use is refused when it is set, and so is one that is missing. A config is
-    frozen and keeps what it was given: a field that is left open stays None, so that `dataclasses.replace` settles it
-    anew. `settled` says what such a field means.
+    A field that the other fields leave without effect is refused if it is set, and so is a field that they need and
+    that is missing. A config is frozen and keeps the given values: an open field stays None, so `dataclasses.replace`
+    fills it in again. `settled` returns the values that open fields stand for.
     """
 
     coef: float = 0.05
-    """What the KL is multiplied by; under a controller, what it starts from. 0 measures it and penalises nothing."""
+    """Coefficient of the KL; under a controller, its initial value. 0 measures the KL and penalises nothing."""
     estimator: Estimator | None = None
-    """The value; see refkl.kl.estimate. None: "k3" in the loss, "k1" in the reward, where it alone is unbiased, and
-    "exact" on text that no policy sampled (supervised fine-tuning). "exact": the divergence over the whole vocabulary,
-    which the caller passes; for the loss."""
+    """Estimator that gives the value of the KL; see refkl.kl.estimate. None means "k3" in the loss, "k1" in the reward
+    (no other is unbiased there), and "exact" on text that no policy sampled (supervised fine-tuning). "exact" is the
+    divergence over the whole vocabulary, which the caller passes; it is for the loss."""
     gradient: Literal["reverse_kl", "autograd", "none"] = "reverse_kl"
     """"reverse_kl" is the gradient of KL(policy ‖ reference), for every estimator. "autograd" differentiates the
-    estimator as it stands (k3 as in TRL's GRPO; k1 then has a gradient of mean zero). Both are for the loss: a reward
-    is never differentiated, which "none" says too."""
+    formula of the estimator (k3 as in TRL's GRPO; k1 then has a gradient of mean zero). Both are for the loss. A reward
+    is never differentiated; there, "none" has the same effect as the default."""
     aggregation: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"
-    """In the loss, from tokens to one number; see refkl.kl.aggregate."""
+    """Aggregation of the KL per token to one number, in the loss; see refkl.kl.aggregate."""
     length: int | None = None
-    """For aggregation "seq-mean-token-sum-norm", in tokens: the constant that each sequence's sum is divided by, such
-    as the longest completion that is allowed."""
+    """Constant that divides the sum of each sequence, in tokens, such as the longest allowed completion; for
+    aggregation "seq-mean-token-sum-norm" only."""
     placement: Literal["loss", "reward"] = "loss"
-    """Where the penalty goes: added to the loss, or -coef · KL added to the reward of each token."""
+    """Place of the penalty: "loss" adds it to the loss, "reward" adds -coef · KL to the reward of each token."""
     reward: RewardForm | None = None
-    """For placement "reward", what a token is credited with: "return_to_go" (the default there), its KL and that of
-    the tokens after it; "token", its own alone, for trainers that make returns of their own; "sequence", the sum, at
-    the last token. See refkl.kl.place_rewards for which is unbiased."""
+    """Credit of a token, for placement "reward". "return_to_go" (the default) credits it with its own KL and that of
+    the tokens after it. "token" credits it with its own KL only, for trainers that compute returns themselves.
+    "sequence" puts the sum at the last token. See refkl.kl.place_rewards for which is unbiased."""
     gamma: float | None = None
-    """For reward "return_to_go": the discount from one token to the next. None is 1, the exact gradient."""
+    """Discount from one token to the next, for reward "return_to_go". None means 1, which gives the exact gradient."""
     controller: Literal["fixed", "linear", "cosine", "adaptive", "dual"] = "fixed"
-    """How coef changes over a run, once per optimizer step. "fixed": it stays. "linear", "cosine": to `end_coef` over
-    `steps`. "adaptive": steers the KL to `target` within `horizon` (Ziegler et al., arXiv:1909.08593). "dual": keeps
-    the KL within the budget `target`."""
+    """Change of coef over a run, once per optimizer step. "fixed" keeps it constant. "linear" and "cosine" change it to
+    `end_coef` over `steps`. "adaptive" steers the KL to `target` within `horizon` (Ziegler et al., arXiv:1909.08593).
+    "dual" keeps the KL within the budget `target`."""
     end_coef: float | None = None
-    """For "linear" and "cosine": the last coefficient."""
+    """Final coefficient, for "linear" and "cosine"."""
     steps: int | None = None
-    """For "linear" and "cosine": optimizer steps from `coef` to `end_coef`."""
+    """Number of optimizer steps from `coef` to `end_coef`, for "linear" and "cosine"."""
     target: float | None = None
-    """For "adaptive" and "dual": the KL to hold, in nats per `unit`."""
+    """The KL to hold, in nats per `unit`, for "adaptive" and "dual"."""
     unit: Literal["token", "sequence"] | None = None
-    """For "adaptive" and "dual": what the target is per. None is "sequence": the mean of the KL summed over each."""
+    """Unit of the target, for "adaptive" and "dual". None means "sequence": the mean over sequences of the KL summed
+    over the tokens of each."""
     horizon: float | None = None
-    """For "adaptive": over how many sequences (tokens, if that is the unit) the coefficient changes by its most."""
+    """Number of sequences (of tokens, if that is the unit) over which the coefficient changes by its greatest factor,
+    for "adaptive"."""
     learning_rate: float | None = None
-    """For "dual": the most that log coef changes in a step. None is 0.1."""
+    """Largest change of log coef in one step, for "dual". None means 0.1."""
     min_coef: float | None = None
-    """For "dual": the coefficient goes no lower. None is 1e-6."""
+    """Lower bound of the coefficient, for "dual". None means 1e-6."""
     max_coef: float | None = None
-    """For "dual": the coefficient goes no higher. None is 100."""
+    """Upper bound of the coefficient, for "dual". None means 100."""
     ratio: Literal["token", "prefix"] = "token"
-    """In the loss, where another policy sampled the tokens (old_logp): each token's own ratio, or the product of the
-    ratios up to it, which alone is unbiased for the sequence and has a variance that grows with its length."""
+    """Importance ratio of a token that another policy sampled (old_logp), in the loss. "token" is the ratio of the
+    token itself. "prefix" is the product of the ratios up to and including it: only this is unbiased for the sequence,
+    and its variance grows with the length."""
     max_log_ratio: float | None = None
-    """Clamp the log-ratio to ± this in the estimate's value; the reverse-KL gradient is never clamped."""
+    """Limit of the log-ratio in the value of the estimate: it is clamped to ± this. The reverse-KL gradient is never
+    clamped."""
     reference_weights: list[float] | None = None
-    """For several references: the weight of each in their geometric mixture; they sum to 1. None weighs all alike."""
+    """Weight of each reference in the geometric mixture of several references; they sum to 1. None means equal
+    weights."""
     exact_every: int | None = None
-    """Optimizer steps between two measurements of the exact KL beside an estimate, logged as kl/exact: over the whole
-    vocabulary, on one micro-batch of that step, with dropout off. Each costs a forward of policy and reference more."""
+    """Optimizer steps between two measurements of the exact KL beside an estimate, logged as kl/exact. A measurement
+    covers the whole vocabulary, on one micro-batch of that step, with dropout off. It costs one more forward pass of
+    policy and reference."""
 
     def __post_init__(self) -> None:
         check_offered("kl", self)
@@ -105,7 +111,7 @@ class KLConfig:
             raise ValueError(f"kl.max_log_ratio must be positive, got {self.max_log_ratio}.")
         if self.max_log_ratio is not None and self.estimator == "exact":
             raise ValueError(
-                "kl.max_log_ratio has no use with estimator 'exact', which is of no log-ratio. Leave it out."
+                "kl.max_log_ratio has no use with estimator 'exact', which uses no log-ratio. Leave it out."
             )
         if self.reference_weights is not None:
             _check_weights(self.reference_weights)
@@ -122,7 +128,7 @@ class KLConfig:
             )
 
     def settled(self) -> SettledKL:
-        """The fields that may be left open, as the placement settles them."""
+        """Return the values of the fields that may be left open; they depend on the placement."""
         in_reward = self.placement == "reward"
         return SettledKL(
             estimator=self.estimator or ("k1" if in_reward else "k3"),
@@ -131,25 +137,25 @@ class KLConfig:
         )
 
     def on_given_text(self) -> KLConfig:
-        """The same, for tokens that no policy sampled: "exact", if no estimator was asked for.
+        """Return the config for tokens that no policy sampled: the same, with estimator "exact" if none was set.
 
         Raises:
-            ValueError: another one was.
+            ValueError: another estimator was set.
         """
         config = self if self.estimator is not None else replace(self, estimator="exact")
         if config.estimator != "exact":
             raise ValueError(
                 f"kl.estimator {config.estimator!r} estimates the KL from tokens that the policy sampled. Here the "
-                "tokens are given, and of these it is no estimate of KL(policy ‖ reference). Use 'exact', or leave "
+                "tokens are given, and from these it does not estimate KL(policy ‖ reference). Use 'exact', or leave "
                 "kl.estimator out."
             )
         return config
 
     def make_controller(self) -> Controller:
-        """The controller that these fields describe, at its start.
+        """Return the controller that these fields describe, in its initial state.
 
         Raises:
-            ValueError: a field that the controller lacks or has no use for, or one that makes no sense.
+            ValueError: a field that the controller needs is missing, one without use is set, or one is invalid.
         """
         takes = dict(signature(CONTROLLERS[self.controller]).parameters)
         given = {name: getattr(self, name) for name in _controller_fields() if getattr(self, name) is not None}
@@ -174,17 +180,17 @@ class KLConfig:
         check_aggregation(self.aggregation, self.length)
         if settled.estimator == "exact" and self.gradient != "reverse_kl":
             raise ValueError(
-                f"kl.gradient {self.gradient!r} has no use with estimator 'exact': the divergence that is passed has a "
-                "gradient of its own. Leave kl.gradient out."
+                f"kl.gradient {self.gradient!r} has no use with estimator 'exact': the gradient is that of the exact "
+                "divergence. Leave kl.gradient out."
             )
         if settled.estimator == "exact" and self.ratio != "token":
-            raise ValueError("kl.ratio has no use with estimator 'exact', which is not made of samples. Leave it out.")
+            raise ValueError("kl.ratio has no use with estimator 'exact', which uses no samples. Leave it out.")
         if not penalises:
             return
         if self.gradient == "none":
             raise ValueError(
-                "kl.gradient 'none' penalises nothing in the loss. Use 'reverse_kl', or placement 'reward', or coef 0 "
-                "to measure the KL alone."
+                "kl.gradient 'none' penalises nothing in the loss. Use 'reverse_kl', or kl.placement 'reward'. To only "
+                "measure the KL, set kl.coef 0."
             )
         if self.gradient == "autograd" and settled.estimator == "k1":
             raise ValueError(
@@ -195,23 +201,25 @@ class KLConfig:
     def _check_reward(self, settled: SettledKL) -> None:
         if settled.estimator == "exact":
             raise ValueError(
-                "kl.estimator 'exact' does not go into the reward: a token's exact divergence is the same whichever "
-                "token is sampled, so as a reward it teaches that token nothing. Use 'k1', or placement 'loss'."
+                "kl.estimator 'exact' does not go into the reward: the exact divergence is the same whichever token is "
+                "sampled, so a reward made of it prefers no token. Use 'k1', or kl.placement 'loss'."
             )
         if self.ratio != "token":
             raise ValueError(
-                "kl.ratio has no use with placement 'reward': the trainer's own ratio weighs a reward. Leave it out."
+                "kl.ratio has no use with placement 'reward': the trainer weights rewards by its own ratio. Leave it "
+                "out."
             )
         if settled.estimator != "k1" and self.coef > 0:
             warnings.warn(
                 f"kl.estimator {settled.estimator!r} in the reward is biased: it is not the gradient of KL(policy ‖ "
-                "reference), and training can end with tokens given up altogether (docs/estimators.md). 'k1' is right "
+                "reference), and training can drive the probability of tokens to 0 (docs/estimators.md). Use 'k1' "
                 "there.",
                 stacklevel=4,
             )
         if self.gradient == "autograd":
             raise ValueError(
-                "kl.gradient 'autograd' has no use with placement 'reward', which is never differentiated."
+                "kl.gradient 'autograd' has no use with placement 'reward': rewards are never differentiated. Leave it "
+                "out."
             )
         if self.aggregation != "token-mean" or self.length is not None:
             raise ValueError(
@@ -225,12 +233,12 @@ class KLConfig:
 
 
 def _controller_fields() -> list[str]:
-    """The settings of any controller, but for coef."""
+    """Return the names of the settings of any controller, except coef."""
     return sorted({name for cls in CONTROLLERS.values() for name in signature(cls).parameters} - {"coef"})
 
 
 def _check_weights(weights: list[float]) -> None:
-    """Raise ValueError unless these are weights of a mixture."""
+    """Raise ValueError unless these are the weights of a mixture."""
     if not weights or not all(0.0 <= w <= 1.0 for w in weights) or not isclose(sum(weights), 1.0, abs_tol=1e-6):
         raise ValueError(
             f"kl.reference_weights must not be negative and must sum to 1, got {weights} with sum {sum(weights):g}."

@@ -1,4 +1,4 @@
-"""What a field of a configuration may say, and how it is told that it may not."""
+"""Allowed values of configuration fields, and the check of a value."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Prefix = Literal["auto", "off"]
 
 
 def choices(hint: Any) -> list[Any]:
-    """What a Literal type lists, alone or in a union; nothing for other types."""
+    """Return the values that a Literal type lists, by itself or in a union; nothing for other types."""
     return [x for h in (hint, *get_args(hint)) if get_origin(h) is Literal for x in get_args(h)]
 
 
 def check_offered(section: str, config: Any) -> None:
-    """Raise ValueError for a field whose value is not among those that its Literal type lists."""
+    """Raise ValueError if the value of a field is not one that its Literal type lists."""
     for name, hint in get_type_hints(type(config)).items():
         options, value = choices(hint), getattr(config, name)
         if options and value is not None and value not in options:
@@ -32,5 +32,5 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def is_import_path(text: str) -> bool:
-    """True for "package.module:function"."""
+    """Return True for text of the form "package.module:function"."""
     return _IMPORT_PATH.fullmatch(text) is not None

@@ -1,4 +1,4 @@
-"""Which model is the reference, how it is held, and how a batch goes through it and the policy."""
+"""Configuration of the reference model, and of how policy and reference compute a batch."""
 
 from __future__ import annotations
 
@@ -10,44 +10,49 @@ from refkl.config.options import DtypeName, Prefix, Quantization, check_offered
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The model that is the reference, and the way it is held."""
+    """The reference model and how it is held."""
 
     strategy: str = "auto"
-    """"auto" or a name in STRATEGIES ("adapter", "swap", "clone", "shared_trunk", "zero3", "fsdp2"). Auto: a PEFT
-    policy with a fresh adapter takes "adapter"; any other of which part trains "swap"; else ZeRO-3 takes "zero3", FSDP2
-    "fsdp2" and all else "clone"."""
+    """"auto" or a name in STRATEGIES ("adapter", "swap", "clone", "shared_trunk", "zero3", "fsdp2"). "auto" takes
+    "adapter" for a PEFT policy with a fresh adapter, and "swap" for any other policy of which only a part trains.
+    Otherwise it takes "zero3" under ZeRO-3, "fsdp2" under FSDP2, and else "clone"."""
     source: str = "policy"
-    """"policy": the policy as it stands when the reference is built; where a prompt is learned (prompt, prefix and
-    p-tuning) the bare base, since a new prompt changes the policy at once. "base": the bare base of a PEFT policy,
-    without its adapter, be that trained or not. "pretrained": the weights that the policy was loaded from, also where
-    it has been changed since. Anything else is a model folder or hub name: a model of its own class, with the policy's
-    vocabulary."""
+    """"policy": the policy as it is when the reference is built. If the policy learns a prompt (prompt, prefix and
+    p-tuning), it is the bare base, since a new prompt changes the policy at once. "base": the bare base of a PEFT
+    policy, without its adapter, whether the adapter was trained or not. "pretrained": the weights that the policy was
+    loaded from, even if it has been changed since. Anything else is a model folder or hub name: a model of the class
+    that the folder names, with the policy's vocabulary."""
     dtype: DtypeName | None = None
-    """Kind of number the reference is held in; None follows the policy. A lower one puts a floor under the KL."""
+    """Dtype of the reference's weights; None follows the policy. With a lower precision, the KL is nonzero even to an
+    untrained policy."""
     device: str | None = None
-    """Where "clone" is held, as in "cuda:1"; for "swap", "cpu" is host memory. None follows the policy; but of "swap",
-    what is more than a tenth of a GPU's memory is held by the host."""
+    """Device of the reference for "clone", such as "cuda:1"; for "swap", "cpu" means host memory. None follows the
+    policy, except that "swap" uses host memory if its copy takes more than a tenth of the GPU's memory."""
     offload: bool = False
-    """The reference's weights wait in host memory, and it runs on the device all the same: "clone" streams through it
-    layer by layer, "zero3" and "fsdp2" part by part, "swap" exchanges one tensor at a time, as with device "cpu". A
-    score moves all of them, so score whole rollout batches."""
+    """Keep the reference's weights in host memory, while it still runs on the device. "clone" streams them through the
+    device layer by layer, "zero3" and "fsdp2" part by part; "swap" exchanges one tensor at a time, as with device
+    "cpu". Every score moves all of the weights, so score whole rollout batches."""
     cache: str | None = None
-    """A folder: log-probabilities that were scored once are kept there and not scored again, whatever the strategy, in
-    this run or a later one. For preference data and repeated prompts; exact divergences are refused then."""
+    """Folder in which log-probabilities are stored, so that the same tokens are not scored again, in this run or a
+    later one, with any strategy. It helps with preference data and repeated prompts. Exact divergences are refused with
+    it."""
     quantize: Quantization | None = None
-    """For "clone": its linear layers, but for the output head, in 8 bits ("int8", torchao) or 4 ("int4", torchao;
-    "nf4", bitsandbytes). Puts a floor under the KL, which is measured before the first score: Reference.kl_floor."""
+    """Quantisation of the reference's linear layers except the output head, for "clone": 8 bits ("int8", torchao) or 4
+    bits ("int4", torchao; "nf4", bitsandbytes). A quantised reference has a nonzero KL even to an untrained policy.
+    refkl measures this floor before the first score: Reference.kl_floor."""
     max_tokens: int | None = None
-    """Tokens that are scored at once; of more, rows are scored in parts, long ones with long ones. None for as many as
-    the memory that is free allows; but where weights are sharded, for all of them, which moves the weights once. GRPO
-    and RLOO then score a whole rollout in such parts, and otherwise in the micro-batches of its losses."""
+    """Largest number of tokens to score at once. If a batch has more, it is scored in parts, with rows of similar
+    length together. None means as many as the free memory allows, or all of them if weights are sharded, which moves
+    the weights only once. If it is set or weights are moved, GRPO and RLOO score a whole rollout in such parts;
+    otherwise they score the micro-batches of their losses."""
     averages: Literal["device", "host"] = "device"
-    """For a reference in 16 bits, or in fewer, that moves with alpha < 1: where the fp32 averages that it is written
-    from are kept. Sharded as the reference is."""
+    """Place of the fp32 averages that a reference in 16 bits or fewer is written from if it moves with alpha < 1. They
+    are sharded as the reference is."""
     max_kl_floor: float = 0.05
-    """For `quantize`: nats per token, the mean; a reference that rounding moved further than this is refused."""
+    """Largest allowed floor of the KL of a quantised reference (`quantize`), in nats per token, as a mean. A reference
+    above it is refused."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The settings of a strategy that was registered with `Options`, by name; refkl's own strategies have none."""
+    """Settings of a strategy that was registered with `Options`, by name; refkl's own strategies have none."""
 
     def __post_init__(self) -> None:
         check_offered("reference", self)
@@ -57,7 +62,8 @@ class ReferenceConfig:
             raise ValueError(f"reference.max_kl_floor must be positive, got {self.max_kl_floor}.")
         if self.quantize is None and self.max_kl_floor != type(self).max_kl_floor:
             raise ValueError(
-                "reference.max_kl_floor limits what quantising does, and reference.quantize is not set. Leave it out."
+                "reference.max_kl_floor limits the KL floor of a quantised reference, and reference.quantize is not "
+                "set. Leave it out."
             )
         if not self.strategy:
             raise ValueError("reference.strategy is empty: use 'auto' or the name of a strategy.")
@@ -69,12 +75,13 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How a batch goes through policy and reference."""
+    """Settings for the computation of a batch by policy and reference."""
 
     prefix: Prefix = "auto"
-    """"auto": a prompt that several rows of a batch share is run once, and padding is not, for policy and reference
-    alike, where scores and gradients are the same and it costs less. GRPO's and RLOO's micro-batches of one optimizer
-    step are put together so that completions of one prompt meet. "off": batches are run as they are."""
+    """"auto": if several rows of a batch share a prompt, refkl computes it once and skips padding, in policy and
+    reference alike, when scores and gradients stay the same and it costs less. The GRPO and RLOO micro-batches of one
+    optimizer step are put together so that completions of one prompt are in the same one. "off": batches are computed
+    as they are."""
 
     def __post_init__(self) -> None:
         check_offered("scoring", self)

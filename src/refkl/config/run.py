@@ -1,4 +1,4 @@
-"""A whole run of `refkl train`."""
+"""Configuration of a whole run of `refkl train`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ModelConfig:
     path: str
     """A model folder (or hub name), or "package.module:function" for a function that returns one."""
     dtype: DtypeName = "float32"
-    """Kind of number the weights are loaded in. Mixed precision is the trainer's (`trainer.bf16`)."""
+    """Dtype that the weights are loaded in. Mixed precision is a setting of the trainer (`trainer.bf16`)."""
     freeze: list[str] = field(default_factory=list)
-    """Module paths that do not train, such as "model.embed_tokens" or "model.layers.0"; see refkl.freeze."""
+    """Module paths to freeze, such as "model.embed_tokens" or "model.layers.0"; see refkl.freeze."""
     init_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of transformers' from_pretrained, such as attn_implementation."""
 
@@ -40,7 +40,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Prompts for GRPO (column "prompt"), preferences for DPO ("prompt", "chosen", "rejected"), or texts for SFT
-    ("prompt" and "completion", of which the completion is learnt; or "text", or "messages")."""
+    ("prompt" and "completion", which trains on the completion only; or "text", or "messages")."""
 
     source: str
     """A .jsonl, .json, .csv or .parquet file, a folder written by datasets.save_to_disk, "package.module:function" for
@@ -48,7 +48,7 @@ class DataConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the function; for a task `size`, `seed`, `instructions`, `chat` and the task's own settings."""
     limit: int | None = None
-    """Take this many rows at most."""
+    """Largest number of rows to use."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -59,16 +59,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """Texts generated at fixed prompts before, during and after training, to see what the numbers mean."""
+    """Texts generated at fixed prompts before, during and after training, to show what the metrics mean."""
 
     prompts: int = 8
-    """How many prompts, from the start of the data; 0 for none."""
+    """Number of prompts, from the start of the data; 0 for none."""
     every: int = 0
     """Optimizer steps between two rounds; 0 for one round at the middle of the run."""
     max_new_tokens: int | None = None
-    """Length of a sample; None takes the trainer's max_completion_length, or 32."""
+    """Largest number of tokens of a sample; None means the trainer's max_completion_length, or 32."""
     temperature: float = 0.7
-    """Of these samples alone (training samples at the trainer's); 0 takes the likeliest token each time."""
+    """Sampling temperature of these samples only (training samples use the trainer's). 0 takes the most likely token
+    each time."""
 
     def __post_init__(self) -> None:
         if self.prompts < 0 or self.every < 0:
@@ -79,22 +80,23 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """The launch that the run expects. A launch that gives something else is refused before it trains."""
+    """The launch that the run expects. Any other launch is refused before training."""
 
     backend: BackendName | None = None
-    """The backend that must be found, or None for any."""
+    """The expected backend; None for any."""
     processes: int | None = None
-    """The number of processes that must be found, or None for any."""
+    """The expected number of processes; None for any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """The reaction to a checkpoint that cannot be written. How often one is, and how many are kept, are `trainer`'s
-    save_strategy, save_steps and save_total_limit."""
+    """Reaction to a checkpoint that cannot be written. `trainer`'s save_strategy, save_steps and save_total_limit set
+    how often checkpoints are written, and how many are kept."""
 
     on_error: OnCheckpointError = "stop"
-    """When a disk is full or fails: "stop" ends the run with an error, "continue" goes on without that checkpoint. What
-    there is of it is deleted, and the last whole one stays. "continue" is for one process and for DDP."""
+    """"stop" ends the run with an error if a disk is full or fails; "continue" goes on without that checkpoint. Either
+    way the incomplete checkpoint is deleted, and the last complete one stays. "continue" is for one process and for
+    DDP."""
 
     def __post_init__(self) -> None:
         check_offered("checkpoint", self)
@@ -102,13 +104,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
-    """The place from which a stopped or killed run goes on; on the command line, `--resume` and `--resume PATH`."""
+    """The checkpoint from which a stopped or killed run goes on; on the command line, `--resume` and `--resume
+    PATH`."""
 
     checkpoint: str | None = None
-    """"newest": the newest whole checkpoint of the run folder; or a checkpoint's folder. None starts anew."""
+    """"newest": the newest complete checkpoint of the run folder; or the folder of a checkpoint. None starts a new
+    run."""
     reference: ResumedReference = "recorded"
-    """"recorded": the reference that the checkpoint was trained against, or none. "initial": the one that the
-    configuration gives, whatever the checkpoint says."""
+    """"recorded": the reference that the checkpoint was trained against; the run is refused if it is not available.
+    "initial": the reference that the configuration gives, whatever the checkpoint says."""
 
     def __post_init__(self) -> None:
         check_offered("resume", self)
@@ -118,36 +122,36 @@ class ResumeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run of `refkl train`: a YAML file, any key of which can be overridden on the command line."""
+    """One run of `refkl train`: a YAML file. Any of its keys can be overridden on the command line."""
 
     method: Method = "grpo"
     """"grpo" or "rloo" (a reward), "dpo" (preference pairs), "kto" (completions that are wanted or not) or "sft" (texts
-    to learn). It says which of TRL's configurations `trainer` is."""
+    to learn). It selects the TRL configuration that `trainer` is."""
     model: ModelConfig
     """The policy."""
     data: DataConfig
-    """What it is trained on."""
+    """The training data."""
     peft: dict[str, Any] | None = None
-    """A PEFT configuration: `peft_type` (LORA, IA3, …) and that type's own fields. None trains the model itself."""
+    """A PEFT configuration: `peft_type` (LORA, IA3, …) and the fields of that type. None trains the model itself."""
     reward: list[RewardConfig] = field(default_factory=list)
-    """For GRPO and RLOO: one or more rewards, summed with their weights and logged apart: functions, reward models,
-    verifiable tasks. --reward.help lists what an entry takes."""
+    """One or more rewards, for GRPO and RLOO: functions, reward models, verifiable tasks. They are summed with their
+    weights and logged separately. --reward.help lists the fields of an entry."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """How the reference is held."""
+    """The reference model and how it is held."""
     kl: KLConfig = field(default_factory=KLConfig)
-    """The penalty."""
+    """The KL penalty."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    """What is run once for several rows."""
+    """Settings for the computation of a batch by policy and reference."""
     sync: SyncConfig | None = None
-    """When the reference moves; None never."""
+    """Updates of the reference; None for no updates."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    """Texts to look at."""
+    """Texts generated at fixed prompts."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    """What the launcher must have given."""
+    """The launch that the run expects."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What happens when a checkpoint cannot be written."""
+    """Reaction to a checkpoint that cannot be written."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    """Where the run goes on."""
+    """The checkpoint that the run goes on from."""
     trainer: Any = None
     """TRL's configuration (GRPOConfig, RLOOConfig, DPOConfig, KTOConfig, SFTConfig), with all of its fields;
     `trainer.output_dir` is the run folder."""
@@ -156,14 +160,14 @@ class RunConfig:
         if self.method == "sft":
             self.kl.on_given_text()
         if self.method in REWARDED and not self.reward:
-            raise ValueError(f"method {self.method!r} maximises a reward, and `reward` lists none.")
+            raise ValueError(f"method {self.method!r} maximises a reward, and `reward` lists none. Add an entry to it.")
         if self.method not in REWARDED and self.reward:
-            raise ValueError(f"method {self.method!r} takes no reward; leave `reward` out.")
+            raise ValueError(f"method {self.method!r} takes no reward, and `reward` lists some. Leave `reward` out.")
         names = [reward.settled().name for reward in self.reward]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"Two entries of `reward` are called {' and '.join(map(repr, twice))}, and the logs tell rewards apart "
-                "by name alone. Set reward.name."
+                "only by name. Set reward.name."
             )
         if self.peft is not None and "peft_type" not in self.peft:
             raise ValueError("peft needs peft_type, such as LORA, beside that type's fields.")

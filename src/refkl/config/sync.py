@@ -1,4 +1,4 @@
-"""When the reference moves."""
+"""Configuration of the updates of the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refkl.config.options import check_offered
 
 @dataclass(frozen=True, kw_only=True)
 class SettledSync:
-    """What a SyncConfig means where it leaves a field open; None for what it has no use for."""
+    """The values of a SyncConfig, with its open fields filled in; None for a field that it does not use."""
 
     alpha: float | None
     ema_power: float | None
@@ -20,43 +20,45 @@ class SettledSync:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
-    """When the reference moves, and how far.
+    """Updates of the reference: their times and their size.
 
-    A field that the others leave without a use is refused when it is set. A config is frozen and keeps what it was
-    given: a field that is left open stays None, and `settled` says what it means.
+    A field that the other fields leave without effect is refused if it is set. A config is frozen and keeps the given
+    values: an open field stays None, and `settled` returns the value that it stands for.
     """
 
     every: int | None = 512
-    """Optimizer steps between two syncs (not micro-batches), 1 for a moving average; None: only when `max_kl` says."""
+    """Optimizer steps (not micro-batches) between two syncs; 1 for a moving average. None updates the reference only if
+    the KL passes `max_kl`."""
     average: Literal["ema", "bema"] = "ema"
     """"ema": theta_ref <- (1 - alpha) theta_ref + alpha theta, with one `alpha`. "bema": a moving average whose alpha
-    decays, and which is corrected for its lag (Block and Zhang, arXiv:2508.00180); holds two copies in fp32 more."""
+    decays, and which is corrected for its lag (Block and Zhang, arXiv:2508.00180); it holds two more copies in fp32."""
     alpha: float | None = None
-    """For "ema". 1 copies the policy (TR-DPO hard); None is 0.6, every 512 steps the soft variant's recommendation
-    (Gorbatovski et al., arXiv:2404.09656)."""
+    """Weight of the policy in an update, for "ema". 1 copies the policy (TR-DPO hard). None means 0.6, which is
+    recommended for the soft variant with a sync every 512 steps (Gorbatovski et al., arXiv:2404.09656)."""
     ema_power: float | None = None
-    """For "bema": alpha at step t is (lag + t) to the power of minus this. None is 0.5."""
+    """Exponent p of alpha = (lag + t)^-p at step t, for "bema". None means 0.5."""
     bias_power: float | None = None
-    """For "bema": the correction at step t, theta - theta_first, is weighed by (lag + t) to the power of minus this.
-    None is 0.2."""
+    """Exponent p of the weight (lag + t)^-p of the correction theta - theta_first at step t, for "bema". None means
+    0.2."""
     lag: float | None = None
-    """For "bema": how many steps old it begins. None is 10."""
+    """Age of the average at its start, in steps, for "bema". None means 10."""
     lora: Literal["factors", "product"] = "factors"
-    """What of a LoRA policy's layers is averaged with alpha < 1: "factors", A and B each by itself, or "product", the
+    """Average of a LoRA policy's layers with alpha < 1. "factors" averages A and B separately. "product" averages the
     change of weight B · A that they make, exactly; the reference's rank then grows with each sync."""
     lora_rank: int | None = None
-    """For lora "product": the rank that the reference is cut back to at each sync, as the best approximation. None
-    keeps the average exact, and its rank no higher than the smaller side of a layer's weight."""
+    """Rank that the reference is cut to at each sync, as the best approximation, for lora "product". None keeps the
+    average exact; its rank is then at most the smaller side of a layer's weight."""
     warmup: int = 0
-    """Optimizer steps before any of it; `every` and "bema" count from there."""
+    """Optimizer steps at the start without any update; `every` and "bema" count from there."""
     max_kl: float | None = None
-    """Nats per token: when the KL to the reference passes this, the reference becomes a copy of the policy, whatever
-    `every` says (ProRL's reset, arXiv:2505.24864)."""
+    """Limit of the KL to the reference, in nats per token. If the KL passes it, the reference becomes a copy of the
+    policy, whatever `every` says (ProRL's reset, arXiv:2505.24864)."""
     reset_optimizer: bool = False
-    """At such a reset, also the optimizer's state: its moments are set to 0, as at the start."""
+    """Also reset the optimizer's state if `max_kl` is passed: its moments are set to 0, as at the start."""
     first_kl_every: int | None = None
-    """Optimizer steps between two measurements of the KL to the reference as it was first, on the tokens of that step:
-    an anchor that moves hides how far it has gone. Costs a copy of what moves (none for a fresh adapter)."""
+    """Optimizer steps between two measurements of the KL to the first reference, on the tokens of that step. The KL to
+    a reference that moves does not show how far the policy has gone. It costs a copy of the weights that move (none for
+    a fresh adapter)."""
 
     def __post_init__(self) -> None:
         check_offered("sync", self)
@@ -76,7 +78,7 @@ class SyncConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"sync.{name} counts optimizer steps and must be at least 1, got {value}.")
         if self.every is None and self.max_kl is None:
-            raise ValueError("sync.every is None and sync.max_kl is not set: the reference would never move.")
+            raise ValueError("sync.every is None and sync.max_kl is not set: the reference would never move. Set one.")
         if self.warmup < 0:
             raise ValueError(f"sync.warmup counts optimizer steps and cannot be negative, got {self.warmup}.")
         if self.max_kl is not None and not self.max_kl > 0.0:
@@ -86,7 +88,7 @@ class SyncConfig:
         self._check_average()
 
     def settled(self) -> SettledSync:
-        """The fields that may be left open, as `every` and `average` settle them."""
+        """Return the values of the fields that may be left open; they depend on `every` and `average`."""
         names = () if self.every is None else _TAKES[self.average]
         given = {name: getattr(self, name) for name in _OPEN}
         values = {name: _OPEN[name] if name in names and value is None else value for name, value in given.items()}
@@ -94,7 +96,7 @@ class SyncConfig:
 
     def _check_average(self) -> None:
         if self.every is None and self.average != "ema":
-            raise ValueError("sync.average 'bema' moves the reference every so many steps: set sync.every.")
+            raise ValueError("sync.average 'bema' moves the reference at regular steps: set sync.every.")
         own = () if self.every is None else _TAKES[self.average]
         for name in _OPEN:
             if name not in own and getattr(self, name) is not None:
@@ -113,6 +115,6 @@ class SyncConfig:
 
 
 _OPEN = {"alpha": 0.6, "ema_power": 0.5, "bias_power": 0.2, "lag": 10.0}
-"""Fields of SyncConfig that may be left open, and what they are then, where they are of use."""
+"""Fields of SyncConfig that may be left open, and their values then, if they are used."""
 _TAKES: dict[str, tuple[str, ...]] = {"ema": ("alpha",), "bema": ("ema_power", "bias_power", "lag")}
-"""Which of them each average takes."""
+"""The fields that each average uses."""
