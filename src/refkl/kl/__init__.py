@@ -1,4 +1,4 @@
-"""KL maths on plain tensors. It needs no model, no configuration and no process group.
+"""KL maths on plain tensors, without a model, a configuration or a process group.
 
 The directions are defined here. d = log p_policy - log p_reference. `reverse_kl` is KL(policy ‖ reference) =
 E_policy[d]; `forward_kl` is KL(reference ‖ policy) = E_reference[-d].

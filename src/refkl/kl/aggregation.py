@@ -41,11 +41,11 @@ def aggregate(
         per_token: [B, T].
         mask: [B, T], True = counts. Values elsewhere are ignored, including NaN and inf.
         mode: one of AGGREGATIONS.
-        normalizer: positive divisor that replaces this batch's own count (see `aggregation_count`): in tokens for
+        normalizer: positive divisor that replaces the count of this batch (see `aggregation_count`): in tokens for
             "token-mean", a plain number for "token-sum", in sequences otherwise.
-        length: for "seq-mean-token-sum-norm", in tokens: the constant that divides every sequence's sum, such as the
-            longest completion allowed. None means the width T, which is constant only if every batch is padded to the
-            same width; only then do micro-batches and ranks add up to the whole batch (KLConfig requires a length).
+        length: constant that divides every sequence's sum, in tokens, such as the longest allowed completion; for
+            "seq-mean-token-sum-norm". None means the width T. Micro-batches and ranks then add up to the whole batch
+            only if every batch is padded to the same width (KLConfig requires a length).
 
     Returns:
         Scalar in the units of `per_token`. 0.0, connected to the graph, if nothing is scored. A sequence without a
@@ -104,12 +104,13 @@ def check_aggregation(mode: str, length: float | None) -> None:
     if mode != CONSTANT_LENGTH:
         if length is not None:
             raise ValueError(
-                f"length {length} has no use with aggregation {mode!r}: {CONSTANT_LENGTH!r} alone takes one."
+                f"length {length} has no use with aggregation {mode!r}: only {CONSTANT_LENGTH!r} takes one. Leave it "
+                "out."
             )
     elif length is None:
         raise ValueError(
-            f"Aggregation {CONSTANT_LENGTH!r} divides by a constant length and was given none. Set length, such as to "
-            "the longest completion that is allowed: the width of a batch would change with its padding."
+            f"Aggregation {CONSTANT_LENGTH!r} divides by a constant length and was given none. Set length, for example "
+            "to the longest allowed completion: the width of a batch would change with its padding."
         )
     elif not 0.0 < length < math.inf:
         raise ValueError(f"length must be positive and finite, got {length}.")

@@ -53,11 +53,11 @@ class Controller:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: plain numbers and strings, exact in JSON."""
+        """Return the state for a checkpoint: plain numbers and strings, which JSON stores exactly."""
         return {"controller": self.name, **self._state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. The settings (targets, bounds, lengths) of this controller stay.
+        """Continue from `state_dict`. This controller keeps its settings (targets, bounds, lengths).
 
         Raises:
             ValueError: the state belongs to another controller, or to none.
@@ -65,7 +65,7 @@ class Controller:
         if state.get("controller") != self.name:
             raise ValueError(
                 f"This state is of the KL controller {state.get('controller')!r} and cannot be loaded by "
-                f"{self.name!r}. Go on with the controller that it was saved from, or load no state to begin anew."
+                f"{self.name!r}. Use the controller that the state was saved from, or start without a state."
             )
         self._restore(state)
 
@@ -100,7 +100,7 @@ class LinearKL(Controller):
         super().__init__(coef)
         if not 1 <= steps < math.inf or steps != int(steps):
             raise ValueError(
-                f"A schedule's steps count optimizer steps and must be a whole number from 1, got {steps}."
+                f"A schedule's steps count optimizer steps and must be a whole number of at least 1, got {steps}."
             )
         self.start_coef = self.coef
         self.end_coef = _coefficient("end_coef", end_coef)
@@ -136,7 +136,7 @@ class CosineKL(LinearKL):
 
 
 class _FollowsKL(Controller):
-    """Base class of controllers that multiply the coefficient at each step. It can therefore never leave 0."""
+    """Base class of controllers that multiply the coefficient at each step, so it can never leave 0."""
 
     target: float
 
@@ -144,8 +144,8 @@ class _FollowsKL(Controller):
         super().__init__(coef)
         if self.coef == 0.0:
             raise ValueError(
-                f"The {self.name} controller multiplies its coefficient, which can never leave 0.0. Start from a small "
-                "one, or use the fixed controller to measure the KL alone."
+                f"The {self.name} controller multiplies its coefficient, which can never leave 0.0. Set a small "
+                "positive coef, or use the fixed controller to only measure the KL."
             )
         if unit not in UNITS:
             raise unknown("unit", str(unit), UNITS)
@@ -159,7 +159,7 @@ class _FollowsKL(Controller):
         if state.get("unit", self.unit) != self.unit:
             raise ValueError(
                 f"The KL of this state was per {state['unit']}, and this {self.name} controller's target is per "
-                f"{self.unit}: the coefficient is another penalty's. Set unit to the saved one's, or load no state."
+                f"{self.unit}: the saved coefficient does not fit. Set the unit of the state, or load no state."
             )
         super()._restore(state)
 
@@ -168,7 +168,7 @@ class _FollowsKL(Controller):
         if not math.isfinite(kl):
             raise ValueError(
                 f"The {self.name} controller was given a KL of {kl}. Look for log-probabilities that are not finite in "
-                "the policy's or the reference's scores."
+                "the scores of the policy or the reference."
             )
         if n < 0:
             raise ValueError(f"n counts {self.unit}s and cannot be negative, got {n}.")
@@ -204,8 +204,8 @@ class AdaptiveKL(_FollowsKL):
         if n >= 5 * self.horizon:
             raise ValueError(
                 f"A step of n = {n} {self.unit}s is too much for a horizon of {self.horizon:g}: the factor "
-                f"1 - 0.2 · n / horizon would make the coefficient {1.0 - 0.2 * n / self.horizon:g} times what it is. "
-                f"Set a horizon of many steps: {20 * n} would be 20 of these."
+                f"1 - 0.2 · n / horizon would multiply the coefficient by {1.0 - 0.2 * n / self.horizon:g}. "
+                f"Set a horizon of many steps: {20 * n} would be 20 steps of this size."
             )
         self.coef *= 1.0 + error * n / self.horizon
 
@@ -218,9 +218,9 @@ class DualKL(_FollowsKL):
     The coefficient grows while the KL is over its budget and shrinks while it is under. It settles where the KL equals
     the budget, or at a bound: at `min_coef` if the reward by itself keeps the policy within the budget, at `max_coef`
     if no coefficient can. In log space a step is a factor of at most exp(learning_rate), so the same learning rate
-    serves coefficients of 0.001 and of 10 (as SAC does for its temperature, Haarnoja et al., arXiv:1812.05905). Unlike
+    suits coefficients of 0.001 and of 10 (as SAC does for its temperature, Haarnoja et al., arXiv:1812.05905). Unlike
     AdaptiveKL it does not depend on the batch size. The policy must follow the coefficient faster than the coefficient
-    moves: if the KL swings around the target, lower the learning rate.
+    changes: if the KL swings around the target, lower the learning rate.
 
     Args:
         coef: the initial coefficient, within the bounds.
@@ -252,7 +252,7 @@ class DualKL(_FollowsKL):
         if not self.min_coef <= self.coef <= self.max_coef:
             raise ValueError(
                 f"The coefficient {self.coef:g} is not within its bounds, min_coef {self.min_coef:g} and max_coef "
-                f"{self.max_coef:g}. Start from one that is, or widen them."
+                f"{self.max_coef:g}. Set a coefficient between them, or widen the bounds."
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -278,7 +278,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
 
 def _coefficient(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0.0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}: below zero it rewards drift.")
+        raise ValueError(f"{name} must be finite and not negative, got {value}: a negative one rewards drift.")
     return float(value)
 
 

@@ -40,12 +40,12 @@ _FAR = 1e5
 FLOOR = -1e6
 """Replaces log 0 where two logarithms are mixed: inf - inf is NaN."""
 _STEEP = 40.0
-"""From this log q - log p on, p (q/p - 1) may be 0 · inf, or 0 although q is not."""
+"""Value of log q - log p from which p (q/p - 1) may be 0 · inf, or 0 although q is not."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A kind of divergence and its options. Raises ValueError at once if they are invalid."""
+    """A kind of divergence and its options. Invalid ones raise ValueError at construction."""
 
     kind: str = "reverse_kl"
     weight: float = 0.5
@@ -57,7 +57,7 @@ class Divergence:
             raise unknown("divergence", self.kind, DIVERGENCES)
         if self.kind == "jsd" and not 0.0 < self.weight < 1.0:
             raise ValueError(
-                f"jsd takes a weight in (0, 1), got {self.weight}: at 0 or 1 it is zero for any two distributions."
+                f"jsd takes a weight in (0, 1), got {self.weight}: at 0 or 1 jsd is zero for any two distributions."
             )
         if self.kind in ("amari", "alpha", "renyi"):
             self._check_order()
@@ -71,7 +71,7 @@ class Divergence:
             raise ValueError(f"{self.kind} needs a finite order, as in order=0.5; got {self.order}.")
         if self.order in (0.0, 1.0):
             same = "reverse_kl" if self.order == 1.0 else "forward_kl"
-            raise ValueError(f"{self.kind} of order {self.order} is a limit: ask for {same!r}, which has it exactly.")
+            raise ValueError(f"{self.kind} of order {self.order} is a limit: ask for {same!r}, which is exact.")
         if self.kind == "renyi" and self.order < 0.0:
             raise ValueError(f"renyi takes a positive order, got {self.order}: below zero it is not a divergence.")
 
@@ -120,12 +120,12 @@ def compare(
     """
     p, log_z = policy or softmax(z)
     q, ref_log_z = reference or softmax(ref_z)
-    # A NaN logit makes the logsumexp of its row NaN, which -inf does not: a number per row, so no pass over [n, V].
+    # A NaN logit makes the logsumexp of its row NaN; -inf does not. This is one number per row: no pass over [n, V].
     poison = 0.0 * log_z + 0.0 * ref_log_z
     d = (z - ref_z if difference is None else difference) - (log_z - ref_log_z)
     holes = None
     if not finite:
-        # NaN comes from -inf - -inf, a category that neither has. `poison` brings back that of a row that is none.
+        # NaN here comes from -inf - -inf, a category that neither side has. `poison` restores NaN in invalid rows.
         holes = (d == torch.inf) & (p > 0), (d == -torch.inf) & (q > 0)
         d.nan_to_num_(nan=0.0, posinf=_FAR, neginf=-_FAR)
     pair = _Pair(p, q, d, lambda: ((z - log_z).clamp_(min=FLOOR), (ref_z - ref_log_z).clamp_(min=FLOOR)))
@@ -181,7 +181,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an autograd.Function's backward that has no derivative, so that it refuses create_graph=True.
 
-    once_differentiable by itself would treat the result as a constant, and a gradient penalty would silently lose a
+    With once_differentiable only, the result would count as a constant, and a gradient penalty would silently lose a
     term.
     """
     once = torch.autograd.function.once_differentiable(backward)
@@ -190,8 +190,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     def refusing(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "This gradient was asked for with create_graph=True, and has no derivative of its own. Leave "
-                "create_graph out, or compute the penalty from the logits with torch alone."
+                "This gradient was asked for with create_graph=True, but it cannot be differentiated again. Leave "
+                "create_graph out, or compute the penalty from the logits with torch only."
             )
         return once(ctx, *grads)
 

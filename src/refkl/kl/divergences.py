@@ -26,7 +26,7 @@ def divergence(
     order: float | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Compute the exact divergence over the last dimension, in nats (chi2, hellinger, tv and amari: a plain number).
+    """Compute the exact divergence over the last dimension, in nats (a plain number for chi2, hellinger, tv and amari).
 
     Args:
         logits: policy, [..., V], any float dtype; computed in fp32, or in fp64 if an input is. -inf excludes a

@@ -32,7 +32,7 @@ GRADIENTS = ("reverse_kl", "autograd", "none")
 RATIOS = ("token", "prefix")
 
 MAX_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
-"""Largest exponent of exp, by dtype; larger ones saturate there. It leaves room for a finite sum over a batch.
+"""Largest exponent of exp, by dtype; exp of a larger one saturates. It leaves room for a finite sum over a batch.
 
 Values saturate at exp of this. A log-ratio, infinite or not, enters a value as at most exp(half of this), so that its
 square is finite too.
@@ -107,7 +107,7 @@ def estimate(
             result = _weighted_k3(bounded, log_ratio, drift) if estimator == "k3" else _times_exp(drift, value)
         if ratio == "prefix":
             result = _times_exp(pad(drift.cumsum(-1)[..., :-1], (1, 0)), result)
-        # clamp passes no gradient on where its input is NaN, and k1's slope is 1 whatever its value.
+        # clamp passes no gradient where its input is NaN, and the slope of k1 is 1 at every value.
         whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)
         result = result + _straight_through(torch.zeros_like(whole).masked_fill(spoilt, torch.nan), whole)
     else:
@@ -131,8 +131,8 @@ def _check_options(
         raise unknown("ratio", ratio, RATIOS)
     if ratio == "prefix" and old_logp is None:
         raise ValueError(
-            "ratio='prefix' weighs tokens by policy / old policy, and old_logp is None: pass the log-probabilities of "
-            "the policy that sampled. For the whole gradient on-policy pass logp.detach()."
+            "ratio='prefix' weights tokens by policy / old policy, and old_logp is None. Pass the log-probabilities of "
+            "the policy that sampled; for the whole gradient on-policy, pass logp.detach()."
         )
     if max_log_ratio is not None and not max_log_ratio > 0:
         raise ValueError(f"max_log_ratio must be positive, got {max_log_ratio}.")
@@ -179,8 +179,8 @@ def _k3(log_ratio: Tensor) -> Tensor:
 def _weighted_k3(bounded: Tensor, log_ratio: Tensor, drift: Tensor) -> Tensor:
     """Return w · k3, with its derivative w·d in closed form.
 
-    Autograd takes the difference of two terms of w·exp(-d), which in fp32 leaves only rounding from d = -17 on. Where d
-    is clamped, k3 is a constant and the derivative is w · k3.
+    Autograd takes the difference of two terms of w·exp(-d), which in fp32 leaves only rounding error from d = -17 on.
+    Where d is clamped, k3 is a constant and the derivative is w · k3.
     """
     value = _times_exp(drift, _k3(bounded)).detach()
     weight = _saturating(drift, MAX_EXPONENT[drift.dtype]).exp()

@@ -74,7 +74,7 @@ class _Fused(torch.autograd.Function):
                 results = kept[0] * loss[:, None], None, None
             elif bool((loss == loss[:1]).all()):
                 results = tuple(_scaled(g, loss) for g in kept[:3])
-            else:  # the weight's gradient was summed over tokens with other weights
+            else:  # the kept gradient is a sum over tokens, but the factors differ between tokens
                 coefs = {name: c * loss for name, c in zip(job.graded, kept[3:], strict=True)}
                 results = _again(inputs, job, coefs, ctx.needs_input_grad[:3])
         elif inputs is None:
@@ -100,7 +100,7 @@ def _scaled(grad: Tensor | None, factors: Tensor) -> Tensor | None:
     """Multiply grad by the one factor that all tokens have. In place, since a weight's gradient is large."""
     if grad is None or not factors.numel() or bool(factors[0] == 1.0):
         return grad
-    return grad.mul_(float(factors[0]))  # a Python float: rounded to bf16 it would bias all gradients
+    return grad.mul_(float(factors[0]))  # a Python float: a factor rounded to bf16 would bias all gradients
 
 
 def _whole(d_hidden: Tensor | None, job: Job, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:

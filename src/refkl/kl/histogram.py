@@ -54,8 +54,8 @@ class Histogram:
     counts: tuple[int, ...]
     """One count per bin, from the most negative log-ratios to the largest."""
     largest: float
-    """The largest |log-ratio|, in nats: values in the outermost bins may be far beyond the edges. NaN if a log-ratio
-    was."""
+    """Largest |log-ratio|, in nats: values in the outermost bins may be far beyond the edges. NaN if any log-ratio was
+    NaN."""
     edges: ClassVar[tuple[float, ...]] = (*(-x for x in MAGNITUDES[:0:-1]), 0.0, *MAGNITUDES)
     """Bin edges in nats: bin i spans edges[i] to edges[i + 1], including the edge further from 0. The bin of 0 has no
     width."""
@@ -67,14 +67,14 @@ class Histogram:
 
     @property
     def tokens(self) -> int:
-        """The number of log-ratios counted."""
+        """Number of log-ratios counted."""
         return sum(self.counts)
 
     def quantile(self, q: float, *, magnitude: bool = False) -> float:
         """Return the quantile `q` in nats, as torch.quantile does, to the width of a bin.
 
         Values are assumed to be spread evenly over their bin, whose outer edge is at most 1.28 times as far from 0 as
-        its inner edge. The result is at most `largest` and at most 1000 away from 0. It is NaN if a log-ratio was.
+        its inner edge. The result is at most `largest` and at most 1000 away from 0. It is NaN if any log-ratio was.
 
         Args:
             q: from 0 to 1.
@@ -84,7 +84,7 @@ class Histogram:
             ValueError: `q` is out of range, or nothing was counted.
         """
         if not 0.0 <= q <= 1.0:
-            raise ValueError(f"A quantile is a share of the tokens, from 0 to 1, got {q}.")
+            raise ValueError(f"q must be a share of the tokens, from 0 to 1, got {q}.")
         counts, edges = self.counts, self.edges
         if magnitude:
             both = zip(counts[_SIDE + 1 :], reversed(counts[:_SIDE]), strict=True)
@@ -92,7 +92,7 @@ class Histogram:
         if math.isnan(self.largest):
             return math.nan
         if not (total := sum(counts)):
-            raise ValueError("This histogram is of no tokens, and has no quantiles.")
+            raise ValueError("This histogram counts no tokens, so it has no quantiles.")
         place = q * (total - 1)
         low = int(place)
         below = _value(counts, edges, low)

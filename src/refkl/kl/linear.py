@@ -6,7 +6,7 @@ gradient come from one projection. Costs in units of one product 2·N·V·H, for
     frozen head    2 for log-probabilities, 3 for an exact divergence (one more for the entropy's gradient)
     trained head   4 and 6; with the loss given as a closure (`token_loss`) 3 and 4
 
-(A divergence from another head takes one product more, in each pass over the tiles, for as long as the two are near.)
+(A divergence from another head takes one more product in each pass over the tiles, as long as the two heads are near.)
 
 A frozen head (as with LoRA) keeps ∂f/∂h [N, H] from the forward pass, and the backward pass multiplies it. A trained
 head projects again in the backward pass, unless a closure lets it form the gradient in the forward pass.
@@ -247,7 +247,7 @@ def _check(inputs: Inputs, scaling: Scaling, mask: Tensor | None, chunk: int | N
     if vocab_size is None and len(set(sizes)) > 1:
         raise ValueError(
             f"The policy's head has {sizes[0]} tokens and the reference's {sizes[1]}. If the longer one is the same "
-            f"vocabulary padded, say vocab_size={max(sizes)}: missing tokens then count as -inf."
+            f"vocabulary padded, pass vocab_size={max(sizes)}: missing tokens then count as -inf."
         )
     columns = max(sizes) if vocab_size is None else vocab_size
     if columns < max(sizes):
@@ -259,7 +259,7 @@ def _check(inputs: Inputs, scaling: Scaling, mask: Tensor | None, chunk: int | N
         if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < columns:
             raise ValueError(
                 f"targets must be in [0, {columns}), found {int(scored.min())} to {int(scored.max())}. "
-                "Leave out what is not a token (such as -100) by the mask."
+                "Leave out values that are no tokens (such as -100) by the mask."
             )
     return columns
 

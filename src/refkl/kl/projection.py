@@ -19,15 +19,16 @@ from torch import Tensor
 _TILE_BYTES = 32 << 20
 _TILE_BYTES_CUDA = 512 << 20
 _LEAST_ROWS, _MOST_ROWS = 256, 4096
-"""A product of fewer rows spends its time on reading the weight."""
+"""Bounds of the rows of a tile. With fewer rows, a product spends its time on reading the weight."""
 _SHARES = 16
-"""A tile takes at most this fraction of the free memory: there are up to three tiles, and intermediate tensors."""
+"""Inverse of the largest fraction of the free memory that a tile takes: there are up to three tiles, and intermediate
+tensors."""
 _WIDEN_BYTES = 8 << 20
 """Bytes of a 16-bit weight that are widened at a time, or of two weights that are subtracted."""
 _SAMPLE = 256
 """Number of vocabulary columns that `near` compares."""
 _NEAR = 2.0**-6
-"""Subtraction loses 6 of 24 bits if the difference is this fraction of the operands."""
+"""Ratio of a difference to its operands below which they count as near: subtracting them loses 6 of 24 bits."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Projection:
 
     def product(self, hidden: Tensor, out: Tensor, *, bias: bool = True) -> None:
         """Compute out[:, :V] <- gain · hidden Wᵀ (+ bias), before the soft cap. hidden [n, H], out [n, ≥ V]."""
-        if self.low is not None:  # the gain comes after: scaled states would be rounded once more
+        if self.low is not None:  # the gain is applied after it: scaled states would be rounded once more
             torch.mm(hidden.to(self.low), self.weight.t(), out_dtype=self.dtype, out=out[:, : self.size]).mul_(
                 self.gain
             )

@@ -27,7 +27,7 @@ def place_rewards(per_token: Tensor, mask: Tensor, form: str = "return_to_go", *
     """Place rewards per token.
 
     Args:
-        per_token: [B, T] rewards. Values that are not scored are ignored, including NaN and inf.
+        per_token: [B, T] rewards. Values where the mask is False are ignored, including NaN and inf.
         mask: [B, T], True = counts.
         form: "return_to_go": each scored token gets its own reward and those of the tokens after it. "token": its own.
             "sequence": the sum over the sequence, at its last scored token.
@@ -68,4 +68,4 @@ def check_rewards(form: str, gamma: float) -> None:
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma must be in (0, 1], got {gamma}.")
     if gamma != 1.0 and form != "return_to_go":
-        raise ValueError(f"gamma {gamma} has no use with reward {form!r}: 'return_to_go' alone discounts.")
+        raise ValueError(f"gamma {gamma} has no use with reward {form!r}: only 'return_to_go' discounts.")

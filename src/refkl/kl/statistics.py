@@ -51,7 +51,7 @@ def statistics(
 
 
 def exact_statistics(divergence: Tensor, mask: Tensor) -> Tensor:
-    """Return the vector [SIZE] of a micro-batch whose exact divergence, [B, T] nats, was measured besides an
+    """Return the vector [SIZE] of a micro-batch whose exact divergence, [B, T] nats, was measured beside an
     estimate."""
     stats = torch.zeros(SIZE, dtype=torch.float64)
     measured = divergence.detach()[mask.bool()]
@@ -66,7 +66,8 @@ def merged(window: list[Tensor]) -> Tensor:
 
 
 def with_nan(stats: Tensor) -> Tensor:
-    """[SIZE] reduced over ranks, whose maximum may have dropped a NaN: a log-ratio that is NaN is in no bin."""
+    """Restore NaN in a vector [SIZE] whose maximum over ranks may have dropped it: a log-ratio that is NaN is in no
+    bin."""
     missing = stats[len(_SUMS) : -1].sum() < stats[_SUMS.index("tokens")]
     return torch.cat([stats[:-1], torch.where(missing, torch.nan, stats[-1:])])
 

@@ -35,12 +35,13 @@ class Walk:
             self.ref = Projection(inputs.ref_weight, inputs.ref_bias, job.scaling, self.dtype, job.autocast)
         self.subtractable = self.ref is not None and not self.shared and self.head.subtractable(self.ref)
         self.apart = self.shared
-        """True if the first buffer holds z - z_ref in place of z.
+        """True if the first buffer holds z - z_ref instead of z.
 
-        Projected from differences it has all its digits; subtracting the logits leaves only those in which they differ.
+        A difference that is projected from differences keeps all its digits. Subtracting the logits keeps only the
+        digits in which they differ.
         """
         self.finite = all(p is None or p.finite(job.columns) for p in (self.head, self.ref))
-        # If requested by themselves, these two are computed in place, in the fewest passes.
+        # If one of these two is the only value requested, it is computed in place, in the fewest passes.
         plain = job.how == Divergence() and self.finite and not self.head.capped
         self.lean = job.names == ("logp",) or (job.names == ("divergence",) and plain)
         self.count = inputs.hidden.shape[0] if job.rows is None else job.rows.numel()
@@ -303,7 +304,7 @@ class Walk:
         return z, ref_z, difference, bend
 
     def _own(self, raw: Tensor) -> Tensor:
-        """Return a product that may be changed: itself if nothing will change it."""
+        """Return a product that is safe to use: a copy if it will be changed in place, else the product itself."""
         padded = any(p is not None and p.size < self.job.columns for p in (self.head, self.ref))
         return raw.clone() if self.head.capped or padded else raw
 
@@ -321,13 +322,13 @@ class Walk:
                 found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
                     f"token_loss must return one loss per token, [{rows.numel()}], and returned {found}. "
-                    "Sum or average above the fused call."
+                    "Sum or average the result of the fused call instead."
                 )
             if not grad:
                 return loss.detach(), {}
             if not loss.requires_grad:
                 raise ValueError(
-                    "token_loss returned a loss without grad: it does not depend on the scores it was given."
+                    "token_loss returned a loss without grad: it must depend on the scores that it receives."
                 )
             wanted = [leaves[name] for name in self.job.graded]
             slopes = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
@@ -356,7 +357,7 @@ def _numbers(index: slice | Tensor, device: torch.device) -> Tensor:
 
 
 def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of a stored gradient. fp16 would lose the small values, which a loss scale is to save."""
+    """Return the dtype of a stored gradient. fp16 would lose the small values, which loss scaling is meant to save."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
