@@ -190,7 +190,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "negative coefficient": ({"kl": {"coef": -1.0}}, [], "rewards drift"),
     "model arguments in the trainer": ({"trainer": {"model_init_kwargs": {"a": 1}}}, [], r"Use model\.init_kwargs"),
     "unknown peft type": ({"peft": {"peft_type": "LORAA"}}, [], "Did you mean 'LORA'"),
-    "unknown peft field": ({"peft": {**LORA, "rank": 3}}, [], r"peft\.rank is no field of LoraConfig"),
+    "unknown peft field": ({"peft": {**LORA, "rank": 3}}, [], r"peft\.rank is not a field of LoraConfig"),
     "missing data": ({"data": {"source": "nowhere.jsonl"}}, [], "no file nowhere.jsonl"),
     "missing model": ({"model": {"path": "nowhere"}}, [], r"model\.path 'nowhere' cannot be loaded"),
     "unknown strategy": ({"reference": {"strategy": "clon"}}, [], "Did you mean 'clone'"),

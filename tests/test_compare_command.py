@@ -76,7 +76,7 @@ def test_the_command_on_samples(tmp_path: Path, capsys: pytest.CaptureFixture[st
         np.testing.assert_allclose(line["divergence"]["reverse_kl"], exact.numpy(), rtol=1e-4, atol=1e-6)
 
     assert main(["compare", one, two, "--data", data(tmp_path, PAIRS), "--output", str(output)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_the_command_on_given_text_and_a_checkpoint_with_itself(
@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[list[str], Callable[[Path], str] | None, str]] = {
     "no room": (["--max-length", "1"], None, "--max-length must be at least 2"),
     "no batch": (["--batch-size", "0"], None, "batch_size must be at least 1"),
     "unknown dtype": (["--dtype", "int8"], None, "dtype is 'int8'"),
-    "no such device": (["--device", "gpu"], None, "--device 'gpu' is no device"),
+    "no such device": (["--device", "gpu"], None, "--device 'gpu' is not a device"),
     "a cold sample": (["--sample", "--temperature", "0"], None, "at 0 there is no distribution"),
 }  # fmt: skip
 

@@ -171,7 +171,7 @@ def test_the_page_holds_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFi
     assert frontier["kl"] == [i / 100 for i in steps] and frontier["reward"] == values and frontier["step"] == steps
     assert sources["kl/coef leash"]["value"] == [0.2] * 30 and sources["kl/sequence leash"]["value"][-1] == 3.0
     assert not any(name.startswith("kl/saturated") for name in sources)
-    assert "Not drawn, as it was 0 throughout: kl/saturated, kl/clipped." in page.said
+    assert "Not drawn, because it was always 0: kl/saturated, kl/clipped." in page.said
     for said in (
         "finished",
         "clone",
@@ -232,7 +232,7 @@ def test_runs_are_overlaid_and_told_apart(tmp_path: Path) -> None:
     assert buttons == ["0", "1"] and len(page.pieces) == 4
     assert "These runs began from different references" in page.said
     assert "b/run is not finished: running at step 20." in page.said
-    assert "kl.coef 0.2 0.0" in page.said and "What differs: 2 settings" in page.said  # and the method
+    assert "kl.coef 0.2 0.0" in page.said and "Different settings: 2" in page.said  # and the method
 
 
 def test_dpo_shows_margins_and_where_the_reference_moved(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_an_old_folder_and_one_that_just_began(tmp_path: Path) -> None:
     assert "old has no reference.json, no config.yaml." in page.said
     assert "new has logged no training step yet." in page.said and "new has no samples.jsonl." in page.said
     alone = report(new, output=tmp_path / "alone.html")
-    assert "Nothing that could be drawn was logged." in alone.said and alone.sources() == {}
+    assert "No numbers were logged that can be drawn." in alone.said and alone.sources() == {}
 
 
 def test_long_runs_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
@@ -286,9 +286,9 @@ def test_long_runs_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
     assert len(shown["step"]) <= 1000 and (shown["step"][0], shown["step"][-1]) == (1, 10_000)
     assert dict(zip(shown["step"], shown["value"], strict=True))[6544] == 99.0
     assert all(value == reward(step) for step, value in zip(shown["step"], shown["value"], strict=True) if step != 6544)
-    assert "at most 1000 points of a line are drawn" in page.said
+    assert "thinned to at most 1000 points" in page.said
     assert sum(map(len, page.pieces)) <= 30_000 and {len(pieces) for pieces in page.pieces} == {400}
-    for said in ("3 rounds of 11 are shown", "12 prompts of 13 are shown", "the first 400 pieces", "50 pieces more"):
+    for said in ("3 rounds of 11 are shown", "12 prompts of 13 are shown", "the first 400 pieces", "50 more pieces"):
         assert said in page.said, said
 
 
@@ -306,14 +306,14 @@ def damage(name: str, text: str) -> Callable[[Path], None]:
 
 
 WRONG: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
-    "no run folder": (lambda run: (run / "metrics.jsonl").unlink(), [], "is no run folder: it has no metrics.jsonl"),
+    "no run folder": (lambda run: (run / "metrics.jsonl").unlink(), [], "is not a run folder: it has no metrics.jsonl"),
     "a damaged line": (damage("metrics.jsonl", '{"step": 1\n{"step": 2, "loss": 1}\n'), [], "is damaged in line 1"),
     "a line that is no object": (damage("metrics.jsonl", "[1]\n{}\n"), [], "is damaged in line 1"),
     "a line without a step": (damage("metrics.jsonl", '{"loss": 1}\n'), [], "a line has no step"),
     "a sample without text": (damage("samples.jsonl", '{"step": 1}\n'), [], "lacks step, prompt or completion"),
     "too few numbers": (
         damage("samples.jsonl", '{"step": 1, "prompt": "", "completion": "a", "tokens": ["a"], "log_ratio": []}\n'),
-        [], "not one number a token",
+        [], "must have one number per token",
     ),
     "a cut reference": (damage("reference.json", '{"before": '), [], r"reference.json is damaged"),
     "a cut configuration": (damage("config.yaml", "a: [1"), [], r"config.yaml is damaged"),

@@ -13,10 +13,10 @@ from refkl.messages import RunError
 USAGE = """\
 usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file can be overridden (--kl.coef 0.1)
        refkl train CONFIG.yaml --resume [CHECKPOINT]   goes on from the newest whole checkpoint, or from this one
-       refkl train --help [--method grpo|rloo|dpo|kto|sft]   every key, with what it means
+       refkl train --help [--method grpo|rloo|dpo|kto|sft]   lists every key and its meaning
        refkl check CONFIG.yaml [--key value ...]     verifies the reference without training
        refkl plan --model DIR [--world-size N] [--backend NAME] [--method full|lora] [--memory 80GiB]
-                                                     what a run takes on each rank; needs no weights
+                                                     the memory of a run on each rank; needs no weights
        refkl compare A B --data FILE [--sample] [--kind reverse_kl,jsd,...] [--output DIR]
                                                      the exact KL between two checkpoints, on text or on A's samples
        refkl export RUN [--merge] [--output DIR]     a run's trained policy as a model folder
@@ -28,8 +28,8 @@ usage: refkl train CONFIG.yaml [--key value ...]     train; any key of the file 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status.
 
-    0 is success; 1 a check that found a fault, or a run that could not continue; 2 an input that cannot be used; 130 a
-    run that was stopped.
+    The status is 0 for success, 1 for a check that found a fault or a run that could not continue, 2 for an input that
+    cannot be used, and 130 for a run that was stopped.
     """
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])

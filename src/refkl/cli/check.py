@@ -1,4 +1,4 @@
-"""`refkl check`: verifies the reference of a run without training."""
+"""`refkl check`: verify the reference of a run without training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check(run: ParsedRun) -> int:
     config = run.config
     data = load_data(config.data, config.method)
     args = run.trainer_config()
-    with TemporaryDirectory() as nowhere:  # a trainer makes its folder at once
+    with TemporaryDirectory() as nowhere:  # a trainer creates its output folder as soon as it is made
         args.output_dir = nowhere
         trainer = make_trainer(run, args, data, [load_reward(r, data) for r in config.reward])
     accelerator, tokenizer = trainer.accelerator, trainer.processing_class
@@ -45,7 +45,7 @@ def check(run: ParsedRun) -> int:
     if not accelerator.is_main_process:
         accelerator.end_training()
         return 0
-    console.print(f"policy: {model_path(config.model)} on {backend}", soft_wrap=True)
+    console.print(f"policy: {model_path(config.model)} ({backend})", soft_wrap=True)
     console.print(
         f"reference: {trainer.reference.strategy}: {trainer.reference.reason}; from {trainer.reference.source}",
         soft_wrap=True,

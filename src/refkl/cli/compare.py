@@ -53,7 +53,7 @@ def compare_command(arguments: list[str]) -> int:
     first, second = (load_checkpoint(path, dtype=options.dtype, device=options.device) for path in paths)
     check_vocabularies(first, second)
     if (tokenizer := first.tokenizer or second.tokenizer) is None:
-        raise ValueError(f"Neither {first.path} nor {second.path} holds a tokenizer: save one beside a model.")
+        raise ValueError(f"Neither {first.path} nor {second.path} holds a tokenizer: save one in a model's folder.")
     limit = _limit(positions(first.model, second.model), options.max_length)
     if column is None:
         texts = _samples(options, first.model, tokenizer, rows, limit, _watching(console))
@@ -78,25 +78,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    models = "a model folder, an adapter's folder, a run's folder, a hub name, or package.module:function"
+    models = "a model folder, an adapter folder, a run folder, a hub name, or package.module:function"
     add("model_a", metavar="MODEL_A", help=f"the policy: {models}")
-    add("model_b", metavar="MODEL_B", help="the reference: the same")
+    add("model_b", metavar="MODEL_B", help="the reference: as for MODEL_A")
     add("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, a saved data set, or module:function")
-    add("--limit", type=int, help="take this many rows at most")
+    add("--limit", type=int, help="largest number of rows to use")
     add("--kind", default="reverse_kl", help="reverse_kl is KL(A || B); one of refkl.kl.DIVERGENCES, or several a,b,c")
-    add("--order", type=float, help="for amari and renyi")
-    add("--jsd-weight", type=float, help="for jsd: A's share of the mixture; 0.5 by default")
-    add("--temperature", type=float, default=1.0, help="divides the logits of both, and of what A samples")
-    add("--sample", action="store_true", help="A samples at the prompts, though the data has completions")
-    add("--max-new-tokens", type=int, help="of a sample; 64 by default")
-    add("--samples-per-prompt", type=int, help="1 by default")
-    add("--seed", type=int, help="of the samples; 0 by default")
-    add("--max-length", type=int, help="tokens of a sequence at most; the models' own limit by default")
-    add("--batch-size", type=int, default=8, help="sequences at once")
-    add("--dtype", default="float32", help="of the weights: float32, bfloat16, float16 or float64")
-    add("--device", help="as in cuda:1; a GPU if there is one")
-    add("--top", type=int, default=20, help="how many tokens the table shows")
-    add("--min-count", type=int, help="leave tokens out of the table that stand in fewer places; 1 in 500 by default")
+    add("--order", type=float, help="order of amari and renyi")
+    add("--jsd-weight", type=float, help="A's share of the mixture of jsd; 0.5 by default")
+    add("--temperature", type=float, default=1.0, help="divides the logits of both models, also when A samples")
+    add("--sample", action="store_true", help="sample from A at the prompts, even if the data has completions")
+    add("--max-new-tokens", type=int, help="largest number of tokens of a sample; 64 by default")
+    add("--samples-per-prompt", type=int, help="number of samples per prompt; 1 by default")
+    add("--seed", type=int, help="seed of the samples; 0 by default")
+    add("--max-length", type=int, help="largest number of tokens of a sequence; by default the limit of the models")
+    add("--batch-size", type=int, default=8, help="sequences per forward pass")
+    add("--dtype", default="float32", help="dtype of the weights: float32, bfloat16, float16 or float64")
+    add("--device", help="such as cuda:1; by default a GPU if there is one")
+    add("--top", type=int, default=20, help="number of tokens in the table")
+    add("--min-count", type=int, help="smallest count of a token in the table; 1 in 500 scored tokens by default")
     add("--output", type=Path, help="the folder to write; compare-A-B by default")
     return parser
 
@@ -119,7 +119,7 @@ def _settle(options: argparse.Namespace, column: str | None) -> None:
     """
     options.kind = [kind for kind in options.kind.split(",") if kind]
     if options.jsd_weight is not None and "jsd" not in options.kind:
-        raise ValueError("--jsd-weight is for --kind jsd, which is not asked for. Leave it out.")
+        raise ValueError("--jsd-weight is for --kind jsd, which is not set. Leave it out.")
     options.jsd_weight = 0.5 if options.jsd_weight is None else options.jsd_weight
     divergences(options.kind, order=options.order, jsd_weight=options.jsd_weight)
     for name, default in _SAMPLING.items():
@@ -140,9 +140,9 @@ def _device(given: str | None) -> str:
     try:
         device = torch.device(given)
     except RuntimeError as error:
-        raise ValueError(f"--device {given!r} is no device: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {given!r} is not a device: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {given!r}, and torch finds no GPU here.")
+        raise ValueError(f"--device is {given!r}, and torch finds no GPU here. Use --device cpu.")
     return given
 
 
@@ -150,7 +150,7 @@ def _limit(*given: int | None) -> int | None:
     """Return the largest allowed number of tokens of a sequence; None for no limit."""
     limit = min((number for number in given if number is not None), default=None)
     if limit is not None and limit < 2:
-        raise ValueError(f"--max-length must be at least 2, got {limit}: a token is scored after another.")
+        raise ValueError(f"--max-length must be at least 2, got {limit}: a scored token needs a token before it.")
     return limit
 
 

@@ -26,13 +26,13 @@ from refkl.messages import RunError
 from refkl.versions import library_versions
 
 _RARE = 500
-"""By default a token is in the table if at least one in this many scored tokens is that token."""
+"""Default limit of the table: a token is listed if at least one in this many scored tokens is that token."""
 
 
 def check_free(output: Path) -> None:
-    """Raise ValueError if the output exists already."""
+    """Raise ValueError if the output already exists."""
     if output.exists():
-        raise ValueError(f"{output} exists already. Remove it or choose another --output.")
+        raise ValueError(f"{output} already exists. Remove it or choose another --output.")
 
 
 def record_of(

@@ -24,12 +24,12 @@ def export_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="refkl export", description=export.__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base")
-    parser.add_argument("--output", type=Path, help="where to; RUN/export by default")
+    parser.add_argument("--output", type=Path, help="the folder to write; RUN/export by default")
     options = parser.parse_args(arguments)
     output = options.output or options.run / "export"
     difference = export(options.run, output, merge=options.merge)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    exact = "" if difference is None else f"; its logits are the trained policy's to {difference:.1e} of the largest"
+    exact = "" if difference is None else f"; its logits differ from the policy's by {difference:.1e} of the largest"
     console.print(f"exported to {output}{exact}")
     return 0
 
@@ -43,8 +43,8 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
         merge: merge the adapter into its base, in fp32. Without it, an adapter is exported as an adapter.
 
     Returns:
-        The largest difference between logits of the trained policy and of the exported folder as loaded again,
-        relative to the largest logit; None for an adapter that is copied as it is.
+        The largest difference between the logits of the trained policy and of the exported model when loaded again,
+        relative to the largest logit; None for an adapter that is copied unchanged.
 
     Raises:
         ValueError: no trained policy there, or not all of its weights; an output that exists; logits that differ by
@@ -54,7 +54,7 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
     if not (trained / "config.json").is_file() and not (trained / "adapter_config.json").is_file():
         raise ValueError(f"{run} holds no trained policy ({trained}): has the run ended?")
     if output.exists():
-        raise ValueError(f"{output} exists already. Remove it or choose another --output.")
+        raise ValueError(f"{output} already exists. Remove it or choose another --output.")
     adapter = (trained / "adapter_config.json").is_file()
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +85,7 @@ def _load(run: Path, trained: Path) -> PreTrainedModel | PeftModel:
     if not (trained / "adapter_config.json").is_file():
         return load_causal_lm(str(trained), f"The trained policy {trained} cannot be loaded", dtype=dtype).eval()
     base_folder = PeftConfig.from_pretrained(str(trained)).base_model_name_or_path
-    # A sum of base and adapter rounded to 16 bits would be another model.
+    # In 16 bits, the sum of base and adapter would be rounded, which gives another model.
     what = f"The adapter's base model {base_folder!r} cannot be loaded"
     base = load_causal_lm(str(base_folder), what, dtype=torch.float32, **config["init_kwargs"])
     return PeftModel.from_pretrained(base, str(trained)).eval()
@@ -93,7 +93,7 @@ def _load(run: Path, trained: Path) -> PreTrainedModel | PeftModel:
 
 @torch.no_grad()
 def _probe(model: torch.nn.Module) -> torch.Tensor:
-    """Logits on tokens spread over the vocabulary."""
+    """Return logits on tokens spread over the vocabulary."""
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = torch.linspace(0, vocabulary - 1, 32).long()[None]
     return model.eval()(input_ids=ids).logits.double()

@@ -43,7 +43,7 @@ def print_failure(message: str) -> None:
 
 
 def print_uncaught_failures() -> None:
-    """Report uncaught errors only once, too, in a process that a launcher started."""
+    """Report uncaught errors only once as well, in a process that a launcher started."""
     if _launched():
         sys.excepthook = _hook
 

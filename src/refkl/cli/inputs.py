@@ -1,4 +1,4 @@
-"""The model, data and rewards that a configuration names, with an error that says what to do where one is not there."""
+"""Loading of the model, data and rewards that a configuration names. Errors say what to do if one is missing."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _COLUMNS = {
     "sft": ("prompt", "completion"),
 }
 _INSTEAD = {"sft": ("text", "messages")}
-"""Columns of which any one does too."""
+"""Columns of which any one is enough instead, by method."""
 PROMPTS = ("prompt", *_INSTEAD["sft"])
-"""The fields that hold a row's prompt or begin with it; the first that the row has is used."""
+"""Fields that hold the prompt of a row, or begin with it. The first one that the row has is used."""
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names; modules in the working directory are found too.
+    """Return the function that "package.module:function" names; modules in the working directory are found too.
 
     Raises:
         ValueError: no such module or function.
@@ -54,10 +54,10 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The policy with its frozen parts frozen.
+    """Return the policy, with the configured parts frozen.
 
     Raises:
-        ValueError: no whole causal language model there, or a freeze pattern that matches nothing.
+        ValueError: no complete causal language model there, or a freeze pattern that matches nothing.
     """
     folder = model_path(config)
     what = f"model.path {folder!r} cannot be loaded"
@@ -68,7 +68,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def load_tokenizer(config: ModelConfig, padding_side: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; where it has no padding token, the end-of-text token pads."""
+    """Return the tokenizer of the model. If it has no padding token, the end-of-text token pads."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path(config), padding_side=padding_side)
     except OSError as error:
@@ -79,7 +79,7 @@ def load_tokenizer(config: ModelConfig, padding_side: str) -> PreTrainedTokenize
 
 
 def model_path(config: ModelConfig) -> str:
-    """The folder or hub name of the policy."""
+    """Return the folder or hub name of the policy."""
     return _folder(config.path, "model.path")
 
 
@@ -88,7 +88,7 @@ def _folder(path: str, key: str) -> str:
 
 
 def load_data(config: DataConfig, method: str) -> datasets.Dataset:
-    """The training data.
+    """Return the training data.
 
     Raises:
         ValueError: no such source, a missing column, no rows.
@@ -106,7 +106,9 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
 
 
 def load_rows(config: DataConfig, key: str = "data.source") -> datasets.Dataset:
-    """The rows of a file, a folder or a function, whatever their columns; `key` is what named them.
+    """Return the rows of a file, a folder or a function, with any columns.
+
+    `key` is the option that names the source; error messages show it.
 
     Raises:
         ValueError: no such source, no rows.
@@ -123,7 +125,7 @@ def load_rows(config: DataConfig, key: str = "data.source") -> datasets.Dataset:
     else:
         data = _read(Path(config.source), key)
     if not isinstance(data, datasets.Dataset):
-        raise ValueError(f"{key} {config.source!r} gave a {type(data).__name__}; a datasets.Dataset is needed.")
+        raise ValueError(f"{key} {config.source!r} gave a {type(data).__name__}; it must give a datasets.Dataset.")
     if config.limit is not None:
         data = data.select(range(min(config.limit, len(data))))
     if not len(data):
@@ -150,7 +152,7 @@ def _read(path: Path, key: str) -> datasets.Dataset:
 
 
 def load_reward(config: RewardConfig, data: datasets.Dataset | None = None) -> Callable[..., list[float | None]]:
-    """The reward as TRL calls one, each answer of which is checked: one finite number (or None) per completion.
+    """Return the reward as TRL calls it. Each result is checked: one finite number (or None) per completion.
 
     Raises:
         ValueError: no such function, model or task; `data` that it could not score.
@@ -188,7 +190,7 @@ def _checked(function: Callable[..., Any], name: str, called: str) -> Callable[.
         for at, value in enumerate(values):
             if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
                 text = str(inputs["completions"][at])[:80]
-                raise ValueError(f"{called} returned {value!r} for completion {at} ({text!r}).")
+                raise ValueError(f"{called} returned {value!r} for completion {at} ({text!r}): not a finite number.")
         return values
 
     checked.__name__ = name

@@ -146,7 +146,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line before the last is damaged.
     """
-    # str.splitlines also splits at characters that a sample may hold. Bytes are used, since a character may be cut.
+    # str.splitlines also splits at characters that a sample may hold. Reads bytes, since the last character may be cut.
     texts = path.read_bytes().removesuffix(b"\n").split(b"\n")
     lines = []
     for number, text in enumerate(texts, 1):
@@ -201,7 +201,7 @@ class RunRecorder(TrainerCallback):
         sync = self.trainer.sync
         if sync is not None and len(sync.updates) > len(self.updates):
             record = sync.updates[-1]  # the same dict as in the checkpoints
-            if sync.config.every != 1:  # it reads all weights: too slow for each step
+            if sync.config.every != 1:  # a fingerprint reads all weights: too slow for each step
                 record["fingerprint"] = self.trainer.reference.fingerprint()
             self.updates.append(record)
             self.folder.append("metrics.jsonl", {"reference_update": record})
@@ -301,8 +301,8 @@ class Stopper(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        # A second signal of the same kind ends it at once. The other kind still asks: on Ctrl-C the terminal sends
-        # SIGINT, and the deepspeed launcher then SIGTERM.
+        # Only a second signal of the same kind ends the run at once: on Ctrl-C the terminal sends SIGINT, and then the
+        # deepspeed launcher sends SIGTERM.
         signal.signal(number, self._before[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

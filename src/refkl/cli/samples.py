@@ -95,7 +95,7 @@ def _generate(trainer: Any, settings: SamplesConfig, inputs: Any) -> tuple[Tenso
 
 def _score(trainer: Any, batch: TokenBatch) -> dict[str, Tensor]:
     """Return [N, T] "log_ratio", and "kl_per_token" if it can be computed; nats."""
-    # Under a head that is not redirected both models' logits are in memory at once: use half a micro-batch's rows.
+    # If a head is not redirected, the logits of both models are in memory at once: use half a micro-batch's rows.
     rows = max(1, trainer.args.per_device_train_batch_size // 2)
     parts: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluating(unwrap(trainer.model)):
@@ -146,7 +146,7 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -
 
     position = before = start = 0
     for end in range(1, len(row) + 1):
-        # Decoded with the piece before it: by itself, a first token can lose its leading space.
+        # Decode each token together with the piece before it: by itself, it can lose its leading space.
         piece = decoded(row[before:end])[len(decoded(row[before:start])) :]
         if text.startswith(piece, position):  # an incomplete character decodes to another one
             position += len(piece)

@@ -1,4 +1,4 @@
-"""Parsing of a YAML file and the command line to a RunConfig."""
+"""Parsing of a YAML file and the command line into a RunConfig."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRAINER_CONFIGS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class ParsedRun:
-    """A parsed run that has not started: making TRL's configuration would occupy devices and processes."""
+    """A parsed run that has not started: making TRL's configuration would already occupy devices and processes."""
 
     config: RunConfig
     """The checked configuration; its `trainer` is still None."""
@@ -116,7 +116,7 @@ def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
     accepted = {f.name for f in dataclasses.fields(known[name])}
     for field in fields:
         if field not in accepted:
-            raise ValueError(f"peft.{field} is no field of {known[name].__name__}.{nearest(field, accepted)}")
+            raise ValueError(f"peft.{field} is not a field of {known[name].__name__}.{nearest(field, accepted)}")
     return known[name](**{"task_type": "CAUSAL_LM", **fields})
 
 
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values (model:, data:, …), and holds a {type(values).__name__}.")
+        raise ValueError(f"{path} must hold keys and values (model:, data:, …); it holds a {type(values).__name__}.")
     return values
 
 

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 WIDTH = 112
-"""Width of a table in columns. In a narrower terminal its lines wrap, which loses nothing."""
+"""Width of a table in columns. In a narrower terminal its lines wrap and nothing is lost."""
 
 
 def new_table(*columns: str) -> Table:

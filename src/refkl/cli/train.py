@@ -1,4 +1,4 @@
-"""`refkl train`: trains from a parsed configuration and writes a run folder."""
+"""`refkl train`: train from a parsed configuration and write a run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train(run: ParsedRun) -> int:
     """Train, and write a run folder. Return 0, or 130 if a signal stopped the run (the folder is usable then too).
 
     Raises:
-        ValueError: an input that cannot be used, a launch that differs from the configuration, or no complete
+        ValueError: an input cannot be used, the launch differs from the configuration, or there is no complete
             checkpoint to resume from.
         RunError: a checkpoint could not be written and checkpoint.on_error is "stop", or another process of the run
             ended.
@@ -45,7 +45,7 @@ def train(run: ParsedRun) -> int:
     main = accelerator.is_main_process
     if main:
         console.print(f"reference: {trainer.reference.strategy}: {trainer.reference.reason}.")
-        console.print(f"policy: {model_path(config.model)} on {found}, {accelerator.device}")
+        console.print(f"policy: {model_path(config.model)} ({found}, {accelerator.device})")
     checkpoint = trainer.checkpoint_to_resume(wanted)
     if main and checkpoint is not None:
         console.print(f"resumes from {checkpoint}")
@@ -55,7 +55,7 @@ def train(run: ParsedRun) -> int:
     folder.start(run.resolved, resumed=here)
     if here and main:
         for path in set_later_aside(Path(str(checkpoint))):
-            console.print(f"set aside, as it is of a later step than this run begins at: {path}")
+            console.print(f"renamed, since it is of a later step than the one that this run begins at: {path}")
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     recorder = RunRecorder(trainer, folder, config, _prompts(data, config.samples.prompts), console)
@@ -83,10 +83,10 @@ def train(run: ParsedRun) -> int:
     if (changed := recorder.changed_weight()) is not None:
         folder.fail()
         raise ValueError(
-            f"The reference changed during training though nothing was to update it: {changed} is another. The KL of "
-            "this run is not to one reference; look for code that writes to the policy's frozen weights."
+            f"The reference changed during training, although no sync is configured: {changed} has new values. The KL "
+            "of this run is not to one reference. Look for code that writes to the policy's frozen weights."
         )
-    accelerator.end_training()  # a process group left to the interpreter's exit can abort there
+    accelerator.end_training()  # a process group that is still open when the interpreter exits can abort
     return 130 if stopper.stopped else 0
 
 
@@ -98,22 +98,22 @@ def _resumed_from(resume: ResumeConfig, of_trainer: str | None) -> str | bool | 
     """
     if resume.checkpoint is not None and of_trainer is not None:
         raise ValueError(
-            f"Both resume.checkpoint {resume.checkpoint!r} and trainer.resume_from_checkpoint {of_trainer!r} say where "
-            "to go on. Leave one out."
+            f"Both resume.checkpoint {resume.checkpoint!r} and trainer.resume_from_checkpoint {of_trainer!r} name "
+            "a checkpoint. Leave one out."
         )
     if resume.checkpoint is None and of_trainer is None and resume.reference == "initial":
-        raise ValueError("resume.reference 'initial' is for a run that is resumed: add --resume, or leave it out.")
+        raise ValueError("resume.reference 'initial' is only for a resumed run: add --resume, or leave it out.")
     return True if resume.checkpoint == "newest" else resume.checkpoint or of_trainer
 
 
 def _lost(error: RuntimeError, folder: Path, config: Path) -> str:
-    """Return the error message for a rank that is gone, including what to do."""
+    """Return the error message for a rank that has ended, including what to do."""
     whole = newest_whole(folder, contents=False).path
     last = "There is no whole checkpoint yet." if whole is None else f"The newest whole checkpoint is {whole}."
     how = "start again" if whole is None else f"go on, launched as before, with: refkl train {config} --resume"
     return (
-        f"Another process of this run is gone, or no longer answers ({str(error).splitlines()[0]}). What it printed "
-        f"itself says why. {last} Once that is mended, {how}."
+        f"Another process of this run is gone, or does not respond ({str(error).splitlines()[0]}). Its own output "
+        f"says why. {last} When the cause is fixed, {how}."
     )
 
 
@@ -134,14 +134,14 @@ def _save_trained(trainer: Any, folder: Path) -> None:
 
 
 def _keep_what_there_is(trainer: Any, folder: RunFolder) -> None:
-    """Save the present model after an error. Only with one process: of several, others may be in another collective."""
+    """Save the present model after an error, if there is one process: others may be in another collective."""
     try:
         folder.fail()
         if trainer.accelerator.num_processes == 1:
             trainer.save_model(str(folder.path / "model"))
     except Exception as error:
         if disk_failure(error) is None:
-            raise  # a disk failure is dropped: the error that ended the run says more
+            raise  # a disk failure is not reported here: the error that ended the run says more
 
 
 def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> Any:

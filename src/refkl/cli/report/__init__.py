@@ -18,11 +18,11 @@ def report_command(arguments: list[str]) -> int:
         ValueError: no run folder, a damaged one, or an output that cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog="refkl report", allow_abbrev=False, description="One HTML page of runs, which loads nothing."
+        prog="refkl report", allow_abbrev=False, description="One HTML page of runs, which loads no other file."
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders; the first one's report.html is written")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; report.html is written to the first one")
     parser.add_argument("--output", type=Path, help="write this file instead, .html or .png")
-    parser.add_argument("--png", action="store_true", help="a picture of reward and KL over the steps: report.png")
+    parser.add_argument("--png", action="store_true", help="write a picture of reward and KL by step: report.png")
     options = parser.parse_args(arguments)
     output: Path | None = options.output
     if output is not None:

@@ -26,7 +26,7 @@ class Row:
 
 
 def overview(runs: Sequence[Run]) -> list[Row]:
-    """Return the most important facts. Numbers go from the mean of the first steps to that of the last."""
+    """Return the most important facts. A course is shown from the mean of the first steps to that of the last."""
     rows = [
         _row("status", runs, lambda run: str(run.reference.get("status", _UNKNOWN))),
         _row("steps", runs, lambda run: str(run.steps[-1]["step"]) if run.steps else "none yet"),
@@ -43,13 +43,13 @@ def overview(runs: Sequence[Run]) -> list[Row]:
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Return what a reader should know before comparing the numbers."""
+    """Return notes that a reader should know before comparing the numbers."""
     found = []
     prints = {run.reference["before"]["fingerprint"] for run in runs if run.reference.get("before")}
     if len(prints) > 1:
         found.append(
-            "These runs began from different references (see their fingerprints below): the KL of one is to another "
-            "model than that of the next."
+            "These runs began from different references (see their fingerprints below), so their KLs are to different "
+            "models."
         )
     for run in runs:
         if not run.steps:
@@ -58,9 +58,9 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             found.append(f"{run.name} is not finished: {status} at step {run.steps[-1]['step']}.")
         if run.updates:
             times = "once" if len(run.updates) == 1 else f"{len(run.updates)} times"
-            first = "kl/first is to the first one" if run.has("kl/first") else "nothing here is to the first one"
+            first = "kl/first is to the first one" if run.has("kl/first") else "no KL here is to the first one"
             found.append(
-                f"The reference of {run.name} moved {times}: its KL is to the reference of the moment, {first}."
+                f"The reference of {run.name} moved {times}: its KL is to the reference at that step; {first}."
             )
         if floor := _record(run).get("kl_floor"):
             found.append(

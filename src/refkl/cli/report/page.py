@@ -1,4 +1,4 @@
-"""`report.html`: the whole report in one file, which loads nothing else."""
+"""`report.html`: the whole report in one file, which loads no other file."""
 
 from __future__ import annotations
 
@@ -65,23 +65,23 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _caption(runs: Sequence[Run]) -> str:
-    """Return the caption: how to read the plots, and what they leave out."""
+    """Return the caption. It explains how to read the plots, and what they leave out."""
     said = ["Against KL, a run goes from its ring to its large dot."]
     if any(len(run.steps) > 5 for run in runs):
-        said.insert(0, "Pale: what was logged. Strong: the mean of a logged step and the four before it.")
+        said.insert(0, "Pale: the logged values. Strong: the mean of a logged step and the four before it.")
     if any(run.updates for run in runs):
-        said.append("Dotted upright lines, and ticks where there are many: the reference moved.")
+        said.append("Dotted vertical lines, or ticks if there are many: the reference moved.")
     if any("kl" in update for run in runs for update in run.updates):
-        said.append("A line among ticks: it was reset to the policy.")
+        said.append("A line among ticks: the reference was reset to the policy.")
     if zero := at_zero(runs):
-        said.append(f"Not drawn, as it was 0 throughout: {', '.join(zero)}.")
+        said.append(f"Not drawn, because it was always 0: {', '.join(zero)}.")
     if any(len(run.steps) > POINTS for run in runs):
         said.append(
-            f"Thinned: of a longer run at most {POINTS} points of a line are drawn, the first, the last and the "
-            "extremes between; the means are of all."
+            f"Long lines are thinned to at most {POINTS} points: the first, the last and the extremes between them. "
+            "The means are over all points."
         )
     if any(len(run.updates) > MARKS for run in runs):
-        said.append(f"Of a reference's moves about {MARKS} are marked.")
+        said.append(f"About {MARKS} of a reference's moves are marked.")
     return " ".join(said)
 
 

@@ -152,7 +152,7 @@ def _over_steps(runs: Sequence[Run], panel: _Panel, keys: list[str], steps: Data
                 plot.line("step", "mean", line_width=2.5, **options)
             drawn.append((key, line))
     if isinstance(plot.y_range, DataRange1d):
-        plot.y_range.renderers = [line for _, line in drawn]  # not the marks, which have their own scale
+        plot.y_range.renderers = [line for _, line in drawn]  # without the marks, which have their own scale
     for key in keys:
         tips = [("run", "$name"), ("step", "@step"), (key, "@value{0.[0000]}")]
         lines = [line for one, line in drawn if one == key]

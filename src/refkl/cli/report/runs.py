@@ -25,7 +25,7 @@ class Run:
     steps: list[dict[str, Any]]
     """The logged training steps, in order."""
     columns: dict[str, tuple[list[int], list[float]]]
-    """For each name, the steps with a finite number, and the numbers."""
+    """Steps with a finite number and the numbers, by name."""
     updates: list[dict[str, Any]]
     """The updates of the reference."""
     samples: list[dict[str, Any]]
@@ -65,7 +65,7 @@ def read_run(path: Path, name: str) -> Run:
         ValueError: not a run folder, or a damaged file.
     """
     if not (path / "metrics.jsonl").is_file():
-        raise ValueError(f"{path} is no run folder: it has no metrics.jsonl.")
+        raise ValueError(f"{path} is not a run folder: it has no metrics.jsonl.")
     lines = _records(path / "metrics.jsonl")
     for line in lines:
         found = line.get("reference_update", line)
@@ -77,7 +77,7 @@ def read_run(path: Path, name: str) -> Run:
             raise ValueError(f"{path / 'samples.jsonl'} is damaged: a line lacks step, prompt or completion.")
         lengths = {len(sample[name]) for name in ("tokens", "log_ratio", "kl_per_token") if name in sample}
         if len(lengths) > 1:
-            raise ValueError(f"{path / 'samples.jsonl'} is damaged: a line has not one number a token.")
+            raise ValueError(f"{path / 'samples.jsonl'} is damaged: a line must have one number per token.")
     config = _text(path / "config.yaml")
     steps = [line for line in lines if "loss" in line]
     return Run(

@@ -91,7 +91,7 @@ def texts(runs: Sequence[Run]) -> Texts:
         ]
         found.append(Prompt(_visible(prompt), rows))
     if any(len(sample.get("tokens", ())) > LENGTH for sample in shown):
-        notes.append(f"Of each completion the first {LENGTH} pieces are shown.")
+        notes.append(f"Only the first {LENGTH} pieces of each completion are shown.")
     return Texts(found, exact, ratio, notes)
 
 
