@@ -237,8 +237,8 @@ def test_given_text_is_split_where_the_completion_begins() -> None:
     assert [parts(t) for t in found.texts] == [("xy", "cd")]
     assert (found.truncated, found.left_out) == (2, 2) and [t.row for t in found.texts] == [0]
     assert found.notes() == [
-        "2 rows were cut to 4 tokens, which is the room that there is",
-        "2 rows were left out: no token of them can be scored",
+        "2 rows were cut to 4 tokens, the largest length",
+        "2 rows were left out: there is no token to score",
     ]
 
 

@@ -189,7 +189,7 @@ def test_wrong_input_is_named(case: str, tmp_path: Path, capsys: pytest.CaptureF
     ("rows", "message"),
     [
         ([{"completion": "a"}], r"The data needs 'prompt' .*; it has the columns \['completion'\]"),
-        ([{"prompt": "a", "completion": ""}], "Nothing can be scored in the data: none of its 1 rows"),
+        ([{"prompt": "a", "completion": ""}], "No token of the data can be scored: 1 rows"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "Row 1 of the data has no 'completion'"),
         ([], "is empty"),
     ],

@@ -1,4 +1,4 @@
-"""Comparison of two checkpoints: an exact divergence per token, on given text or on samples of the first.
+"""Comparison of two checkpoints: an exact divergence per token, on given text or on samples of the first checkpoint.
 
 a, b = load_checkpoint("runs/mine"), load_checkpoint("models/start")
 texts = sample_texts(a.model, a.tokenizer, prompts, max_new_tokens=64)      # or read_texts(a.tokenizer, rows)

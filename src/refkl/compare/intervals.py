@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 _MANY = 200
-"""Degrees of freedom from which the expansion for large degrees is accurate to ten digits."""
+"""Number of degrees of freedom from which the expansion for large degrees is accurate to ten digits."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A checkpoint from disk: a model folder, a PEFT adapter's folder on its base, or a run's folder."""
+"""Loading of a checkpoint from disk: a model folder, a PEFT adapter's folder with its base, or a run's folder."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model to compare, in eval mode and without gradients to its base."""
+    """A model to compare, in eval mode; its base has no gradients."""
 
     path: str
     """The path or name that was asked for."""
     folder: str
     """The source of its weights: the path, the model in a run's folder, or a hub name."""
     base: str | None
-    """For an adapter, what it was loaded onto."""
+    """Base model that an adapter was loaded onto; None for other models."""
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
-    """Its own, or of an adapter its base's; None where neither has one."""
+    """Tokenizer of the checkpoint, or of its base for an adapter without one; None if neither has one."""
 
     def fingerprint(self) -> str:
         """Return the fingerprint of its weights, as `Reference.fingerprint` does: equal for equal weights."""
@@ -53,8 +53,8 @@ def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.de
 
     Args:
         path: a model folder, a folder with a PEFT adapter, the folder of a run that has ended, or a hub name.
-        dtype: kind of number of the weights: "float32", "bfloat16", "float16", "float64".
-        device: where to.
+        dtype: dtype of the weights: "float32", "bfloat16", "float16", "float64".
+        device: device of the model.
 
     Raises:
         ValueError: nothing there that can be loaded; weights that are missing, left over or of another shape.
@@ -82,31 +82,31 @@ def load_checkpoint(path: str, *, dtype: str = "float32", device: str | torch.de
 
 
 def hold(model: nn.Module) -> Reference:
-    """A model of any class as a reference: a copy that shares with it all that does not train.
+    """Return a reference made of a model of any class: a copy that shares all frozen weights with it.
 
     Raises:
         ValueError: a model with a learned prompt.
     """
     if (prompt := learned_prompt(model)) is not None:
         raise ValueError(
-            f"The second model learns a prompt ({prompt.kind}), and refkl holds no reference with one. Exchange the "
-            "two: forward_kl is then what reverse_kl is now, on given text."
+            f"The second model learns a prompt ({prompt.kind}), and refkl holds no reference with one. Swap the two "
+            "models: on given text, forward_kl then gives what reverse_kl gives now."
         )
     return build_reference(model, ReferenceConfig(strategy="clone"))
 
 
 def check_vocabularies(first: Checkpoint, second: Checkpoint) -> None:
-    """Raise ValueError unless the two have the same logits in the same places."""
+    """Raise ValueError unless both models have the same logits in the same order."""
     widths = vocabulary(first.model), vocabulary(second.model)
     if widths[0] != widths[1]:
         raise ValueError(
-            f"{first.path} has {widths[0]} logits and {second.path} {widths[1]}: a divergence is between two "
-            "distributions over the same tokens. Compare models of one vocabulary."
+            f"{first.path} has {widths[0]} logits and {second.path} {widths[1]}: a divergence needs two distributions "
+            "over the same tokens. Compare models with the same vocabulary."
         )
     if first.tokenizer is None or second.tokenizer is None:
         return
     if (found := token_maps_differ(first.tokenizer, second.tokenizer)) is not None:
-        raise ValueError(f"The tokenizers of {first.path} and {second.path} {found} Compare models of one vocabulary.")
+        raise ValueError(f"The tokenizers of {first.path} and {second.path} {found} Use the same vocabulary.")
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def positions(*models: nn.Module) -> int | None:
 
 
 def _resolve(path: str) -> tuple[str, dict[str, Any]]:
-    """The folder that holds the weights, and the arguments that a run loaded its model with."""
+    """Return the folder that holds the weights, and the arguments that a run loaded its model with."""
     folder = Path(path)
     if folder.is_file():
         raise ValueError(f"{path} is a file; a model folder, an adapter's folder or a run's folder is needed.")
@@ -139,7 +139,7 @@ def _resolve(path: str) -> tuple[str, dict[str, Any]]:
     if not _holds_model(folder / "model"):
         raise ValueError(
             f"{path} holds no model (config.json), no adapter (adapter_config.json), and no trained policy of a run "
-            f"({folder / 'model'}): is the folder right, and has the run ended?"
+            f"({folder / 'model'}). Check the path, and that the run has ended."
         )
     config = folder / "config.yaml"
     options = yaml.safe_load(config.read_text())["model"]["init_kwargs"] if config.is_file() else {}
@@ -151,7 +151,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _adapted(base: PreTrainedModel, folder: str, path: str) -> PeftModel:
-    # Trainable, so that a reference takes a copy of the adapter: of one that does not train it would share it.
+    # Trainable, so that a reference copies the adapter. It would share a frozen one.
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")

@@ -1,4 +1,4 @@
-"""Divergence of two models, token by token over the whole vocabulary, and its means."""
+"""Divergence of two models at each token, over the whole vocabulary, and its means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORDERED = ("amari", "alpha", "renyi")
 """Kinds that take an order."""
 ESTIMATES = ("k1", "k3")
 Values = list[NDArray[np.float64]]
-"""For each text, one number per scored token."""
+"""One number per scored token, for each text."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Comparison:
 
     @property
     def tokens(self) -> int:
-        """The number of scored tokens."""
+        """Number of scored tokens."""
         return int(self._counts.sum())
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
-        """[S] the unit of each sequence: all sequences of one prompt are one unit.
+        """Unit of each sequence, [S]: all sequences of one prompt are one unit.
 
         If all sequences have the same prompt, each is its own unit, and an interval is about that prompt.
         """
@@ -87,7 +87,7 @@ class Comparison:
 
     @property
     def unit(self) -> str:
-        """The independent unit: "prompt" if some prompt has several sequences, "sequence" otherwise."""
+        """Kind of the independent unit: "prompt" if any prompt has several sequences, "sequence" otherwise."""
         return "sequence" if len(np.unique(self.units)) == len(self.texts) else "prompt"
 
     def per_token(self, name: str) -> Mean:
@@ -100,7 +100,7 @@ class Comparison:
         return ratio_mean(self._sums(name), ones, self.units, floor=self._floor(name))
 
     def by_token(self, name: str, *, top: int | None = None, least: int = 1) -> list[TokenMean]:
-        """Return the tokens with the largest means first, of those that occur at least `least` times."""
+        """Return the tokens that occur at least `least` times, those with the largest means first."""
         ids, member, counts = np.unique(self._ids, return_inverse=True, return_counts=True)
         with np.errstate(invalid="ignore"):
             means = np.bincount(member, np.concatenate(self.values[name])) / counts
@@ -165,11 +165,11 @@ def compare_models(
         texts: from `read_texts` or `sample_texts`.
         kinds: exact divergences, from kl.DIVERGENCES, of the distributions that predict each scored token. Each takes a
             forward pass of both models.
-        sampled: True if the texts are the policy's own samples at this temperature: also computes the estimates k1 and
-            k3.
+        sampled: True if the texts are samples of the policy at this temperature. The estimates k1 and k3 are then
+            computed too.
         temperature: divides the logits of both.
         order, jsd_weight: as in kl.divergence, for the kinds that take them.
-        batch_size: number of sequences per forward pass; those of similar length are together.
+        batch_size: number of sequences per forward pass; sequences of similar length share a batch.
         watch: shows the progress.
 
     Raises:
@@ -177,7 +177,7 @@ def compare_models(
     """
     ways = divergences(kinds, order=order, jsd_weight=jsd_weight)
     if not texts:
-        raise ValueError("There is nothing to compare on: no texts.")
+        raise ValueError("texts is empty: there is no text to compare the models on.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     _check_tokens(policy, texts)
@@ -205,9 +205,9 @@ def divergences(kinds: Sequence[str], *, order: float | None = None, jsd_weight:
         ValueError: no kind, an unknown one, an order that is missing or unused, a weight outside (0, 1).
     """
     if not kinds:
-        raise ValueError(f"No kind of divergence is asked for. Known: {', '.join(DIVERGENCES)}.")
+        raise ValueError(f"No kind of divergence is given. Known: {', '.join(DIVERGENCES)}.")
     if order is not None and not set(kinds) & set(ORDERED):
-        raise ValueError(f"order is for {', '.join(ORDERED)}, and none of them is asked for. Leave it out.")
+        raise ValueError(f"order is for {', '.join(ORDERED)}, and none of them is among the kinds. Leave it out.")
     return [Divergence(kind, jsd_weight, order if kind in ORDERED else None) for kind in dict.fromkeys(kinds)]
 
 
@@ -258,7 +258,7 @@ def _check_tokens(policy: nn.Module, texts: Sequence[Text]) -> None:
         if (largest := max(*text.prompt_ids, *text.completion_ids)) >= known:
             raise ValueError(
                 f"Row {text.row} of the data has the token {largest}, and the models have {known} logits: the "
-                "tokenizer is another model's, or has tokens that were added and that the models were not resized for."
+                "tokenizer is of another model, or tokens were added to it and the models were not resized."
             )
 
 
@@ -266,6 +266,6 @@ def _check_numbers(name: str, found: Tensor, rows: Sequence[int]) -> None:
     wrong = found.isnan().any(1).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(
-            f"{name} is NaN in row {rows[wrong[0]]} of the data: one of the models gives no numbers there. In 16 bits "
-            "it may overflow: compare in float32."
+            f"{name} is NaN in row {rows[wrong[0]]} of the data: the logits of one model are not finite there. It may "
+            "overflow in 16 bits: compare in float32."
         )

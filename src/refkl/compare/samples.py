@@ -49,7 +49,7 @@ def sample_texts(
         temperature: divides the logits.
         seed: seed of the draws; torch's own random state is not changed. Another batch size gives other samples.
         batch_size: sequences per forward pass.
-        limit: largest number of tokens of a sequence; of a prompt that is too long the last ones are used.
+        limit: largest number of tokens of a sequence; a prompt that is too long loses its first tokens.
         watch: shows the progress.
 
     Raises:

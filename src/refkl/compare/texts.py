@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Text:
-    """One sequence: a prompt, which is not scored, and a completion, of which each token is."""
+    """One sequence: a prompt, which is not scored, and a completion, whose tokens are all scored."""
 
     row: int
     """Index of its row in the data, from 0."""
@@ -39,13 +39,14 @@ class Texts:
     left_out: int = 0
     """Number of rows without a token to score: an empty completion, or a prompt that leaves no room for one."""
     moved: int = 0
-    """Number of rows whose prompt's last tokens change when the completion follows; those tokens are scored too."""
+    """Number of rows in which the last tokens of the prompt change when the completion follows; these are scored
+    too."""
 
     def notes(self) -> list[str]:
         """Return a sentence for each change."""
         said = [
-            (self.truncated, f"cut to {self.limit} tokens, which is the room that there is"),
-            (self.left_out, "left out: no token of them can be scored"),
+            (self.truncated, f"cut to {self.limit} tokens, the largest length"),
+            (self.left_out, "left out: there is no token to score"),
             (self.moved, "scored from before the end of the prompt: its last tokens merge with the completion"),
         ]
         return [f"{count} {'row was' if count == 1 else 'rows were'} {what}" for count, what in said if count]
@@ -73,10 +74,10 @@ def read_texts(
 
     Args:
         tokenizer: the models'.
-        rows: rows with "prompt" and "completion" or "chosen", each a string or messages; or with "text", of which all
-            tokens are scored except the first, which nothing precedes.
+        rows: rows with "prompt" and "completion" or "chosen", each a string or messages; or with "text". All tokens of
+            a text are scored except the first, which has no token before it.
         column: the column that is scored; None finds it.
-        limit: largest number of tokens of a sequence; of a longer one the first are used.
+        limit: largest number of tokens of a sequence; a longer one is cut after its first tokens.
 
     Raises:
         ValueError: a row without its text; messages, but no chat template; nothing to score.
@@ -86,7 +87,7 @@ def read_texts(
     for number, row in enumerate(rows):
         wanted = column or column_of(row)
         if wanted is None:
-            raise ValueError(f"Row {number} of the data has a prompt alone, and nothing to score: sample from it.")
+            raise ValueError(f"Row {number} of the data has only a prompt and nothing to score: sample from it.")
         prompt = None if wanted == "text" else _value(row, "prompt", number)
         ids, start, whole = _tokens(tokenizer, prompt, _value(row, wanted, number), number)
         moved += not whole
@@ -97,12 +98,12 @@ def read_texts(
             continue
         texts.append(Text(number, prompt, ids[:start], ids[start:]))
     if not texts:
-        raise ValueError(f"Nothing can be scored in the data: none of its {left_out} rows has a completion with room.")
+        raise ValueError(f"No token of the data can be scored: {left_out} rows have no completion, or no room for it.")
     return Texts(texts, limit, truncated, left_out, moved)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, number: int) -> list[int]:
-    """Return the tokens of a prompt: of a string as it is, of messages by the chat template.
+    """Return the tokens of a prompt: a string as it is, messages through the chat template.
 
     Raises:
         ValueError: neither string nor messages; no chat template.
@@ -115,7 +116,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, number: int) -> 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, scored: Any, number: int) -> tuple[list[int], int, bool]:
     """Tokenize prompt and completion together.
 
-    Return the tokens, where the completion begins, and True if that is at the end of the prompt's own tokens.
+    Return the tokens, the index at which the completion begins, and True if that is the end of the prompt's own tokens.
     """
     if prompt is None:
         if not isinstance(scored, str):
@@ -123,7 +124,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, scored: Any, number
         return list(tokenizer(scored)["input_ids"]), 0, True
     if isinstance(prompt, str):
         if not isinstance(scored, str):
-            raise ValueError(f"Row {number} of the data: the prompt is a string, and what follows it is messages.")
+            raise ValueError(f"Row {number} of the data: the prompt is a string, and its completion is messages.")
         together = list(tokenizer(prompt + scored)["input_ids"])
     else:
         answer = [{"role": "assistant", "content": scored}] if isinstance(scored, str) else _messages(scored, number)
@@ -141,7 +142,7 @@ def _messages(value: Any, number: int) -> list[dict[str, Any]]:
             f"Row {number} of the data: a prompt or completion must be a string, or messages with role and content; "
             f"got {str(value)[:80]!r}."
         )
-    # In a column of messages each has the keys of all, with None for missing ones.
+    # In a column of messages, each message has the keys of all of them, with None for missing ones.
     return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
