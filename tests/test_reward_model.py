@@ -152,7 +152,7 @@ def test_a_folder_is_loaded_as_asked(tmp_path: Path) -> None:
 def test_no_made_up_head(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "causal")
     tokenizer().save_pretrained(tmp_path / "causal")
-    with pytest.raises(ValueError, match=r"has no score\.weight: transformers would make them up"):
+    with pytest.raises(ValueError, match=r"has no score\.weight: transformers would initialise them at random"):
         RewardModel.load(str(tmp_path / "causal"))
     with pytest.raises(ValueError, match=r"reward\.model 'nowhere' cannot be loaded"):
         RewardModel.load("nowhere")

@@ -198,7 +198,7 @@ def test_settings_that_do_not_fit(task: str, kwargs: dict[str, Any], message: st
 
 def test_rows_that_cannot_be_scored() -> None:
     config = RewardConfig(task="leg_counting")
-    with pytest.raises(ValueError, match=r"column 'entry' of its own rows, and the data has the columns \['prompt'\]"):
+    with pytest.raises(ValueError, match=r"with the column 'entry', and the data has the columns \['prompt'\]"):
         load_reward(config, Dataset.from_dict({"prompt": ["a"]}))
     with pytest.raises(ValueError, match=r"rows are of chain_sum\. Use data\.source 'reasoning_gym:leg_counting'"):
         load_reward(config, task_data("chain_sum", size=2))

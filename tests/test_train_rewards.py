@@ -141,7 +141,7 @@ def test_names(tmp_path: Path) -> None:
 
 def test_wrong_inputs_of_a_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sections, message in (
-        ({"reward": [{"task": "letter_counting"}]}, "scores by the column 'entry'"),
+        ({"reward": [{"task": "letter_counting"}]}, "with the column 'entry'"),
         ({"reward": [{"task": "letter_countin"}]}, "Did you mean 'letter_counting'"),
         ({"reward": [{"model": str(tmp_path / "model"), "name": "causal"}]}, "has no score.weight"),
         ({"data": {"source": "reasoning_gym:letter_counts", "kwargs": {}}}, "Did you mean 'letter_counting'"),

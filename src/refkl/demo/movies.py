@@ -121,7 +121,7 @@ def preferences(
     for film in sorted({film for film, _ in of_film}):
         liked, disliked = (of_film.get((film, fresh), []) for fresh in (True, False))
         pairs = zip(rng.sample(liked, len(liked)), rng.sample(disliked, len(disliked)), strict=False)
-        for good, bad in pairs:  # as many as the rarer verdict has: each review is used once
+        for good, bad in pairs:  # as many pairs as the rarer verdict has reviews: each review is used once
             if good != bad:
                 rows.append({"prompt": f'Review of "{title(film)}":', "chosen": f" {good}", "rejected": f" {bad}"})
     rng.shuffle(rows)

@@ -2,7 +2,7 @@
 
 The model is the lower half of SmolLM2-135M-Instruct (15 of 30 layers, frozen) with a linear head on the last token. The
 head is a logistic regression, fitted to 240 reviews of the training films (`refkl.demo.movies.verdicts`). It is fitted
-at each token of their second half, because GRPO also scores texts that are cut off. The first call makes the folder,
+at each token of their second half, since GRPO also scores texts that are cut off. The first call makes the folder,
 which takes about 33 seconds of CPU time; later calls return it.
 
 The sign of the score is right for 0.80 of the reviews of the test films (n = 1,405; a model that answers `fresh` each
@@ -29,9 +29,10 @@ LAYERS = 15
 """Number of layers that are kept. A head fitted to the last tokens of 500 reviews of training films is right for 0.68
 of 8,186 others with 8 layers, for 0.73 with 12, for 0.81 with 15 and for 0.81 with 16."""
 PAD = "<|endoftext|>"
-"""The padding token. It differs from the end-of-text token, so that a text that ends in that one is read to its end."""
+"""The padding token. It differs from the end-of-text token, so that a text that ends in that token is read to its
+end."""
 L2 = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Strengths to choose from, by the loss on a quarter of the reviews."""
+"""Strengths of the regularisation to choose from, by the loss on a quarter of the reviews."""
 
 
 def model_folder(reviews: int = 240) -> str:
@@ -107,8 +108,8 @@ def _cross_entropy(logits: Tensor, fresh: Tensor, shares: Tensor) -> Tensor:
 
 
 def _make(base: Path, target: Path, reviews: int) -> None:
-    """Make the folder in a process of its own, where no ZeRO-3 or FSDP set-up of this one partitions the weights."""
-    movies.reviews()  # a missing corpus is an error of this process, with its own message
+    """Make the folder in a separate process, where no ZeRO-3 or FSDP set-up of this one partitions the weights."""
+    movies.reviews()  # a missing corpus raises its own error here, before the process starts
     command = [sys.executable, "-m", "refkl.demo.reward_model", str(base), str(target), str(reviews)]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
     if done.returncode != 0:
@@ -116,7 +117,7 @@ def _make(base: Path, target: Path, reviews: int) -> None:
 
 
 def _make_here(base: Path, target: Path, reviews: int) -> None:
-    logging.set_verbosity_error()  # it would report the layers that are cut off and the head that is not there yet
+    logging.set_verbosity_error()  # no warnings about the layers that are cut off and the head that is still missing
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right", pad_token=PAD)
     model = LlamaForSequenceClassification.from_pretrained(
@@ -127,7 +128,7 @@ def _make_here(base: Path, target: Path, reviews: int) -> None:
     features, shares = torch.cat(states), torch.cat([_shares(len(state)) for state in states])
     fresh = torch.cat([torch.full((len(state),), float(y)) for state, y in zip(states, rows["label"], strict=True)])
     fresh = fresh.double()
-    held_out = sum(map(len, states[: reviews // 4]))  # these choose the strength; the final head is fitted to all
+    held_out = sum(map(len, states[: reviews // 4]))  # used to choose the strength; the final head is fitted to all
     losses = {}
     for l2 in L2:
         weight = fit_head(features[held_out:], fresh[held_out:], shares[held_out:], l2)

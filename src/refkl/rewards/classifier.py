@@ -1,11 +1,11 @@
 """A frozen sequence-classification model as a reward. The score of a text does not depend on other texts.
 
-TRL accepts the model itself, but it is given a function instead. TRL runs all completions of a step through the model
-in one forward, does not truncate texts to the model's length, adds no special tokens (which a BERT was trained with)
-and reads only the first label. It also pads with the tokenizer's token, which it makes the model's: if that is the
-end-of-text token and the model had no padding token, a text that ends in it is read one token short, since the model
-looks for its last token that is not padding. With a function, this file also places the model under ZeRO-3: it is whole
-on each rank, since a partitioned one would need every rank to make the same number of forwards.
+TRL accepts the model itself, but refkl gives it a function instead. TRL runs all completions of a step through the
+model in one forward, does not truncate texts to the model's length, adds no special tokens (which a BERT was trained
+with) and reads only the first label. It also pads with the tokenizer's padding token and sets it as the model's. If
+that is the end-of-text token and the model had no padding token, a text that ends in it is read one token short, since
+the model looks for its last token that is not padding. The function also places the model under ZeRO-3: it is whole on
+each rank, since a partitioned one would need every rank to make the same number of forwards.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class RewardModel:
         tokenizer: the model's own. Conversations are written with its chat template.
         label: the label whose logit is the reward, by name or number; None for a model with one label.
         probability: use the label's probability instead, between 0 and 1.
-        batch_size: texts in one forward.
-        max_length: in tokens; a longer text loses its beginning, which is the prompt's. None: the model's limit.
+        batch_size: number of texts per forward pass.
+        max_length: largest number of tokens of a text; a longer one loses its beginning, which is part of the prompt.
+            None means the model's limit.
         name: name in logs.
 
     Raises:
@@ -75,7 +76,7 @@ class RewardModel:
         if self._pad is not None and self._pad < 0:
             self._pad = None  # old configurations say -1
         if probability and model.config.num_labels == 1:
-            raise ValueError("reward.probability is that of one label among several; the model has one logit.")
+            raise ValueError("reward.probability needs several labels, and the model has one logit. Leave it out.")
         self.__name__ = name
 
     @classmethod
@@ -95,8 +96,8 @@ class RewardModel:
             raise ValueError(f"reward.model {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
-                f"reward.model {folder!r} has no {', '.join(missing)}: transformers would make them up. A reward comes "
-                "from a model that was trained for sequence classification."
+                f"reward.model {folder!r} has no {', '.join(missing)}: transformers would initialise them at random. "
+                "Use a model that was trained for sequence classification."
             )
         return cls(model, tokenizer, **{"name": Path(folder).name, **options})
 
@@ -105,13 +106,13 @@ class RewardModel:
         if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The prompts are conversations, and the tokenizer of the reward model {self.__name__} has no chat "
-                "template to write them out with. Add one to its folder, or use prompts that are text."
+                "template to convert them to text. Add one to its folder, or use prompts that are text."
             )
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Return the scores of `B` prompts with their completions: strings, or lists of messages."""
         rows = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        # The longest first: texts of similar length share a forward, and if memory runs out, it does so at once.
+        # The longest first: texts of similar length share a forward, and if memory is too small, the first one fails.
         order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
         scores = [0.0] * len(rows)
         device = PartialState().device
@@ -145,7 +146,7 @@ class RewardModel:
         if pad is None:  # the model has no padding token: use one that is in none of these rows
             pad = next(token for token in count() if all(token not in row for row in rows))
         self._text_config.pad_token_id = pad
-        # Pad on the right: a model that counts positions from the first column needs no other position ids there.
+        # Pad on the right: a model that counts positions from the first column then needs no position ids.
         width = max(map(len, rows))
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

@@ -49,7 +49,7 @@ def task_data(
         seed: chooses the questions.
         instructions: text before each question: the name of one of reasoning-gym's system prompts, which ask for the
             answer in <answer> tags, or a text of your own; None for nothing.
-        chat: prompts are conversations (instructions as the system's turn, question as the user's), not text.
+        chat: True for prompts that are conversations (instructions as the system's turn, question as the user's).
         config: the task's own settings.
 
     Returns:
@@ -67,7 +67,7 @@ def task_data(
         try:
             item = dataset[at]
         except (AssertionError, LookupError, TypeError, ValueError) as error:  # settings that allow no question
-            raise ValueError(f"The task {task} makes no question {at} with the settings {config}: {error}") from None
+            raise ValueError(f"The task {task} cannot make question {at} with the settings {config}: {error}") from None
         entry = {"task": task, "config": config, "answer": item["answer"], "metadata": item["metadata"]}
         rows.append({"prompt": _prompt(item["question"], said, chat), COLUMN: _to_json(entry)})
     return datasets.Dataset.from_list(rows)
@@ -157,8 +157,8 @@ class TaskReward:
 
     def _no_entry(self, found: str) -> str:
         return (
-            f"reward.task {self.task!r} scores by the column {COLUMN!r} of its own rows, and {found}. Use data.source "
-            f"{TASK_SOURCE + self.task!r}."
+            f"reward.task {self.task!r} needs rows of this task with the column {COLUMN!r}, and {found}. Use "
+            f"data.source {TASK_SOURCE + self.task!r}."
         )
 
 
@@ -317,7 +317,7 @@ _ANSWERS: dict[str, Callable[[str, Entry], bool]] = {
     "countdown": _arithmetic,
     "puzzle24": _arithmetic,
 }
-"""The answers that may be evaluated, by task. Any other is scored as no answer."""
+"""The answers that may be evaluated, by task. Any other answer is scored as no answer."""
 _ENTRIES: dict[str, Callable[[Entry], bool]] = {"number_sorting": _numbers, "bitwise_arithmetic": _hexadecimal}
-"""The entries that may be evaluated, by task: these checks evaluate a part of theirs, and data can come from
+"""The entries that may be evaluated, by task: these checks evaluate a part of the entry, and data can come from
 anywhere."""
