@@ -323,8 +323,8 @@ def test_exact_takes_the_divergence_that_is_passed():
     [
         ({"mask": MASK[:, :1]}, r"mask has shape \[2, 1\] but policy_scores.logp has shape \[2, 3\]"),
         ({"ref_scores": TokenScores(torch.zeros(1, 3))}, r"ref_logp has shape \[1, 3\] but logp"),
-        ({"ref_scores": TokenScores(D, temperature=0.7)}, r"temperature 1.0 and the reference at 0.7.*alike"),
-        ({"old_logp": D, "divergence": D}, r"exact divergence takes none"),
+        ({"ref_scores": TokenScores(D, temperature=0.7)}, r"temperature 1.0 and the reference at 0.7.*at the same one"),
+        ({"old_logp": D, "divergence": D}, r"old_logp has no use with an exact divergence"),
         ({"old_logp": D[:1]}, r"old_logp has shape \[1, 3\]"),
         ({"divergence": D[:, :1]}, r"divergence has shape \[2, 1\] but mask has shape \[2, 3\]"),
         ({"normalizer": 0.0}, r"normalizer must be positive"),

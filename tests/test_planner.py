@@ -342,7 +342,7 @@ def test_what_does_not_fit_beside_the_policy_goes_to_the_host() -> None:
 
 def test_nothing_fits() -> None:
     taken, why = advice(qwen_32b(), memory=memory_bytes("24GiB"))
-    assert taken is None and why.startswith("Nothing fits. Least of all takes LoRA on plain on 1 process")
+    assert taken is None and why.startswith("Nothing fits. The smallest plan is LoRA on plain on 1 process")
 
 
 # The command.
@@ -405,7 +405,7 @@ def test_wrong_input_says_what_to_do(
 def test_a_configuration_that_is_no_causal_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     BltConfig().save_pretrained(tmp_path / "blt")
     ViTConfig().save_pretrained(tmp_path / "vit")
-    for name, message in (("blt", "num_hidden_layers"), ("vit", "makes no causal language model")):
+    for name, message in (("blt", "num_hidden_layers"), ("vit", "is not a causal language model")):
         assert main(["plan", "--model", str(tmp_path / name), "--method", "full"]) == 2
         assert message in capsys.readouterr().err
 

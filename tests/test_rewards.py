@@ -216,7 +216,7 @@ def test_a_coefficient_of_zero_rewards_nothing_even_where_the_kl_is_infinite():
     [
         ({"old_logp": torch.zeros(1, 2)}, "old_logp has no use with placement 'reward'.*the policy that sampled"),
         ({"normalizer": 2.0}, "normalizer has no use with placement 'reward'"),
-        ({"divergence": torch.zeros(1, 2)}, "exact divergence does not go into the reward.*teaches that token nothing"),
+        ({"divergence": torch.zeros(1, 2)}, "exact divergence does not go into the reward.*prefers no token"),
     ],
 )
 def test_what_has_no_use_in_the_reward_is_refused(options, message):

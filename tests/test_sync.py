@@ -214,9 +214,9 @@ def test_steps_are_the_optimizers_in_any_trainer(tmp_path: Path) -> None:
 def test_a_plain_trainer_is_asked_for_what_it_does_not_know(tmp_path: Path) -> None:
     policy = llama()
     reference = build_reference(policy)
-    with pytest.raises(ValueError, match="give SyncReferenceCallback kl="):
+    with pytest.raises(ValueError, match="Give SyncReferenceCallback kl="):
         SyncReferenceCallback(reference, SyncConfig(max_kl=1.0))
-    with pytest.raises(ValueError, match="give SyncReferenceCallback batch="):
+    with pytest.raises(ValueError, match="Give SyncReferenceCallback batch="):
         SyncReferenceCallback(reference, SyncConfig(first_kl_every=1))
     kls = iter([0.0, 0.0, 7.0, 0.0, 0.0, 0.0])
     config = SyncConfig(every=None, max_kl=1.0, first_kl_every=3, reset_optimizer=True)

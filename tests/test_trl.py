@@ -442,7 +442,7 @@ def test_resuming_a_plain_trainer_without_the_moved_reference_is_refused(tmp_pat
     first.train()
     checkpoint = tmp_path / "a" / "checkpoint-2"
     second, reference = trainer(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"Call reference\.load"):
+    with pytest.raises(ValueError, match=r"First call reference\.load"):
         second.train(resume_from_checkpoint=str(checkpoint))
     third, reference = trainer(tmp_path / "a")
     reference.load(checkpoint / "reference")

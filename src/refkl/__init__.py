@@ -1,6 +1,6 @@
 """refkl: keep a policy tied to its reference model.
 
-reference = refkl.build_reference(policy)                  # the policy as it stands now, held the cheapest right way
+reference = refkl.build_reference(policy)                  # the policy as it is now, in the cheapest exact form
 pair = refkl.score_pair(policy, reference, batch)          # log-probabilities of both, in nats
 output = refkl.KLPenalty(refkl.KLConfig(coef=0.1))(pair.policy, pair.reference, batch.completion_mask)
 (loss + output.loss).backward()

@@ -1,4 +1,4 @@
-"""`python -m refkl …`, and what `accelerate launch -m refkl …` and `deepspeed --module refkl …` start."""
+"""Entry point of `python -m refkl …`, `accelerate launch -m refkl …` and `deepspeed --module refkl …`."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""Checkpoints that are marked as complete, or else do not count.
+"""Checkpoints with a mark that says that they are complete.
 
-A trainer writes a checkpoint file by file, on all ranks, and can be killed between any two files. One file therefore
-says that writing began, and another, written last, that it is complete. The latter lists every other file with its
-size, and the content's CRC-32 for files that policy and reference are loaded from. A checkpoint without this mark, or
-that differs from it, is never resumed from and never counts as one to keep.
+A trainer writes a checkpoint file by file, on all ranks, and can be killed between any two files. Therefore one file
+marks the start of writing, and another, which is written last, marks the checkpoint as complete. The latter lists every
+other file with its size, and the content's CRC-32 for files that policy and reference are loaded from. A checkpoint
+without this mark, or one that differs from it, is never resumed from and never counts as one to keep.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _CHUNK = 1 << 24
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written; the message says where, why, and which is the newest complete one."""
+    """Error for a checkpoint that could not be written; the message says where, why, and which is the newest complete
+    one."""
 
 
 def begin(checkpoint: Path) -> None:
@@ -147,7 +148,7 @@ def rotate(folder: Path, limit: int | None, keep: Collection[str | Path | None])
 def set_later_aside(checkpoint: Path) -> list[Path]:
     """Rename checkpoints of later steps than this one, from which a run resumes.
 
-    Otherwise the newest checkpoint, next time, would belong to the abandoned continuation.
+    Otherwise the newest checkpoint would later belong to the abandoned continuation.
     """
     moved = []
     for path in checkpoints(checkpoint.parent):
@@ -162,7 +163,7 @@ def set_later_aside(checkpoint: Path) -> list[Path]:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint. From the first moment on it counts as incomplete."""
+    """Delete a checkpoint. It counts as incomplete from the first moment on."""
     if (checkpoint / MARK).is_file():
         os.replace(checkpoint / MARK, checkpoint / BEGUN)
     for entry in list(checkpoint.iterdir()) if checkpoint.is_dir() else []:
@@ -177,7 +178,7 @@ _FULL = (
     *("no space left", "os error 28", "disk quota", "file too large", "os error 27"),
     *("failed writing file", "unexpected pos", "iostream error"),  # torch.save, which does not say why
 )
-"""Messages of C++ and Rust libraries for a full disk, in errors that are not OSError."""
+"""Parts of messages of C++ and Rust libraries that report a full disk, in errors that are not OSError."""
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -185,7 +186,7 @@ def disk_failure(error: BaseException) -> str | None:
     """Return the disk's message if the error comes from a failed write; else None."""
     found: BaseException | None = error
     while found is not None:
-        # Network errors are OSErrors too; and an OSError that only preceded this error may not be about writing.
+        # Network errors are OSErrors too. An OSError that only preceded this error may not be about writing.
         disk = isinstance(found, OSError) and not isinstance(found, (ConnectionError, TimeoutError))
         if isinstance(found, OSError) and disk and found.errno and (found is error or found.errno in _WRITING):
             return f"{found.strerror}: {found.filename}" if found.filename else str(found.strerror)

@@ -85,7 +85,7 @@ def check_reference(
     Args:
         policy: the policy, wrapped as in training and not yet trained.
         reference: from build_reference.
-        batch: some real sequences; with rows of different lengths the effect of padding shows.
+        batch: some real sequences. Use rows of different lengths, so that the effect of padding shows.
         optimizer: the policy's.
         vocabulary: number of tokens of the tokenizer.
         temperature: divides the logits.
@@ -106,8 +106,8 @@ def check_reference(
         return reference.score(tokens, temperature=temperature).logp
 
     if reference.freed:
-        raise ValueError("The reference's weights were freed: there is nothing left to check.")
-    reference = reference.uncached  # what is looked up would be equal whatever the model does
+        raise ValueError("The reference's weights were freed, so they cannot be checked. Check before freeing them.")
+    reference = reference.uncached  # cached scores would be equal whatever the model does
     with _seeded():
         if reference.config.quantize is not None and reference.config.source == "policy":
             findings.append(_step_zero_quantized(policy, reference, batch))
@@ -128,11 +128,11 @@ def _shared(policy: nn.Module, reference: Reference) -> Finding:
             return Finding(
                 check,
                 "fault",
-                f"{name} of the reference is the memory of {theirs}, which trains",
+                f"{name} of the reference shares memory with {theirs} of the policy, which is trainable",
                 "training would move the reference with the policy: build the reference with build_reference, after "
-                "the last change to what trains",
+                "the last change of requires_grad",
             )
-    return Finding(check, "ok", f"{len(trained)} tensors train, and the reference has none of them")
+    return Finding(check, "ok", f"{len(trained)} trainable tensors, none of them in the reference")
 
 
 def _frozen(reference: Reference) -> Finding:
@@ -143,7 +143,7 @@ def _frozen(reference: Reference) -> Finding:
         return Finding(
             check, "fault", f"{wrong[0]} requires grad or has one", "freeze it: reference.model.requires_grad_(False)"
         )
-    return Finding(check, "ok", "no weight of it requires grad")
+    return Finding(check, "ok", "none of its weights requires grad")
 
 
 def _in_optimizer(optimizer: torch.optim.Optimizer, reference: Reference) -> Finding:
@@ -154,10 +154,10 @@ def _in_optimizer(optimizer: torch.optim.Optimizer, reference: Reference) -> Fin
             return Finding(
                 check,
                 "fault",
-                f"{name} of the reference is among its parameters",
-                "give the optimizer refkl.trainable_parameters(policy) alone",
+                f"{name} of the reference is among the parameters of the optimizer",
+                "give the optimizer only refkl.trainable_parameters(policy)",
             )
-    return Finding(check, "ok", f"{len(held)} tensors in it, none of them the reference's")
+    return Finding(check, "ok", f"{len(held)} tensors in the optimizer, none of them of the reference")
 
 
 def _memory(reference: Reference) -> Finding:
@@ -200,15 +200,15 @@ def _step_zero(
     if torch.equal(now, then):
         return Finding(check, "ok", "exactly 0.0 for each token")
     kl = _kl(now, then, batch)
-    found = f"{kl:.3g} nats per token, {float((now - then).abs().max()):.3g} the largest difference"
+    found = f"{kl:.3g} nats per token; the largest difference is {float((now - then).abs().max()):.3g}"
     if (why := why_not_zero(policy, reference)) is not None:
         return Finding(check, "note", found, why)
     return Finding(check, "fault", found, CHANGED)
 
 
 CHANGED = (
-    "the policy was changed after the reference was built, or does not compute what its weights say: build the "
-    "reference right before training"
+    "the policy was changed after the reference was built, or its output does not depend only on its weights: build "
+    "the reference right before training"
 )
 """The cause of an unexpected KL before the first step."""
 
@@ -217,22 +217,22 @@ def why_not_zero(policy: nn.Module, reference: Reference) -> str | None:
     """Return why the KL of an untrained policy need not be 0; None if it must be (except for the policy's dropout)."""
     config = reference.config
     if config.source != "policy":
-        return f"reference.source is {config.source!r}: it is meant to be another model"
+        return f"reference.source is {config.source!r}: the reference is meant to be another model"
     if (prompt := learned_prompt(policy)) is not None:
         return (
             f"a learned prompt ({prompt.kind}) changes the policy from the start, and the reference is the bare base "
-            "without it: the KL begins here, and not at 0"
+            "without it: the KL begins at this value instead of 0"
         )
     if config.dtype is not None:
-        return f"reference.dtype is {config.dtype!r}: below this floor a KL shows rounding alone"
+        return f"reference.dtype is {config.dtype!r}: a KL below this floor is only rounding"
     if config.quantize is not None:
-        return f"reference.quantize is {config.quantize!r}: below its floor a KL is rounding"
+        return f"reference.quantize is {config.quantize!r}: a KL below its floor is only rounding"
     return None
 
 
 def _step_zero_quantized(policy: nn.Module, reference: Reference, batch: TokenBatch) -> Finding:
-    """Check the exact KL against the floor, which is exact too: k3 on tokens that the policy did not sample is no
-    estimate."""
+    """Check the exact KL against the floor, which is exact too: on tokens that the policy did not sample, k3 does not
+    estimate the KL."""
     check = "the KL is 0 before the first step"
     with torch.no_grad(), evaluating(unwrap(policy)):
         pair = score_pair(policy, reference, batch, divergence="reverse_kl")
@@ -241,10 +241,10 @@ def _step_zero_quantized(policy: nn.Module, reference: Reference, batch: TokenBa
     if floor is None or pair.divergence is None or not mask.any():
         return Finding(check, "note", "no token is scored", "give check_reference a batch with a completion")
     kl = float(pair.divergence[mask].mean())
-    found = f"{kl:.3g} nats per token, and {floor.mean:.3g} (at most {floor.max:.3g}) is what quantising does"
+    found = f"{kl:.3g} nats per token; the floor from quantising is {floor.mean:.3g} (at most {floor.max:.3g})"
     if kl <= _OVER_FLOOR * floor.mean:
         kind = reference.config.quantize
-        return Finding(check, "note", found, f"reference.quantize is {kind!r}: below this floor a KL is rounding")
+        return Finding(check, "note", found, f"reference.quantize is {kind!r}: a KL below this floor is rounding")
     return Finding(
         check,
         "fault",
@@ -262,13 +262,13 @@ def _reference_dropout(policy: nn.Module, batch: TokenBatch, of_reference: _Scor
         torch.manual_seed(2)
         second = of_reference(batch)
     if torch.equal(first, second):
-        return Finding(check, "ok", "two scores are equal, with the policy in training mode too")
+        return Finding(check, "ok", "two scores are equal, even with the policy in training mode")
     return Finding(
         check,
         "fault",
         f"two scores of the same tokens differ by up to {float((first - second).abs().max()):.3g}",
-        "something in it draws random numbers in eval mode: a custom layer, or a forward that calls F.dropout with "
-        "training=True",
+        "a part of the model draws random numbers in eval mode: find a custom layer, or a forward that calls F.dropout "
+        "with training=True",
     )
 
 
@@ -286,8 +286,8 @@ def _policy_dropout(policy: nn.Module, batch: TokenBatch, of_policy: _Score) -> 
     return Finding(
         check,
         "note",
-        f"training mode gives a KL of {kl:.3g} nats per token by itself{where}",
-        "set these to 0 if the KL is to measure what training did; TRL does it with disable_dropout",
+        f"training mode by itself gives a KL of {kl:.3g} nats per token{where}",
+        "set the dropout rates to 0 if the KL should measure only training; TRL does so with disable_dropout",
     )
 
 
@@ -296,7 +296,7 @@ def _padding(
 ) -> Finding:
     check = "padding does not change scores"
     exact = all(p.dtype in (torch.float32, torch.float64) for p in policy.parameters() if p.is_floating_point())
-    # Each model rounds in its own dtype, and differently for batches of another width.
+    # Each model rounds in its own dtype, and rounding differs between batches of different width.
     coarse = reference.config.dtype not in (None, "float32", "float64")
     found = [(0.0, 0.0, "policy")]  # (difference / limit, difference in nats, model)
     for name, score, rounds in (("policy", of_policy, not exact), ("reference", of_reference, coarse or not exact)):
@@ -309,13 +309,13 @@ def _padding(
                 found.append((far / allowed, far, name))
     ratio, worst, side = max(found)
     if ratio <= 1:
-        return Finding(check, "ok", f"left or right, and 3 columns more: {worst:.1g} nats at most")
+        return Finding(check, "ok", f"3 more columns on the left or right change scores by {worst:.1g} nats at most")
     return Finding(
         check,
         "fault",
         f"the {side}'s scores of the same tokens differ by up to {worst:.3g} nats",
-        "the model does not take position_ids or an attention mask as others do: pad on the side that it was trained "
-        "with, and give TokenBatch.position_ids",
+        "the model does not use position_ids or the attention mask as other models do: pad on the side that it was "
+        "trained with, and set TokenBatch.position_ids",
     )
 
 
@@ -364,7 +364,8 @@ def _width(model: nn.Module) -> int | None:
 
 
 def _memory_of(tensor: Tensor) -> tuple[torch.device, int]:
-    """Return the address of a tensor's data. Its storage will not do: DeepSpeed places many parameters in one."""
+    """Return the device and address of a tensor's data. The storage would not do: DeepSpeed puts many parameters in
+    one."""
     return tensor.device, tensor.data_ptr()
 
 

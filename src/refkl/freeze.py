@@ -1,7 +1,7 @@
 """Freezing of parameters by module path, with requires_grad.
 
-Wrapping a frozen layer in no_grad would cut the gradient to everything below it. requires_grad=False does not: the
-layer's own weights get no gradient, but it still flows through.
+Wrapping a frozen layer in no_grad would cut the gradient to everything below it. With requires_grad=False, the layer's
+own weights get no gradient, but the gradient still flows through the layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def freeze(module: nn.Module, patterns: str | Sequence[str] | None = None) -> li
         chosen = [name for name in parameters if name in chosen_set]
     for name in chosen:
         parameters[name].requires_grad_(False)
-        parameters[name].grad = None  # an optimizer that already holds the parameter would update it once more
+        parameters[name].grad = None  # an optimizer that already holds the parameter would update it again
     return chosen
 
 

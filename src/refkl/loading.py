@@ -1,8 +1,8 @@
-"""Models from disk: the class that a folder names, with nothing missing and nothing left over.
+"""Loading of models from disk, of the class that the folder names, with no weight missing and none left over.
 
-One loader serves references, `refkl compare`, `refkl train` and `refkl export`. The configuration is read first. The
-names and shapes of the weights are then compared with the model's on the meta device, and memory is taken only for a
-folder that passes. No code from a folder is run unless the caller's options ask for it.
+One loader serves references, `refkl compare`, `refkl train` and `refkl export`. It reads the configuration first. It
+then compares the names and shapes of the weights with the model's on the meta device, and takes memory only for a
+folder that passes. It runs no code from a folder unless the caller's options ask for it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _KINDS = {
     "an image-text model": (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
 }
 _PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers", "tp_plan", "tp_size", "distributed_config")
-"""Options of from_pretrained that say where weights go."""
+"""Options of from_pretrained that place the weights."""
 
 
 def load_causal_lm(folder: str, what: str, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -49,8 +49,8 @@ def load_causal_lm(folder: str, what: str, *, dtype: torch.dtype, **options: Any
 
     Args:
         folder: a model folder or a hub name.
-        what: how error messages begin, such as "model.path 'x' cannot be loaded".
-        dtype: kind of number of the weights.
+        what: beginning of error messages, such as "model.path 'x' cannot be loaded".
+        dtype: dtype of the weights.
         options: further arguments of from_pretrained.
 
     Raises:
@@ -61,18 +61,18 @@ def load_causal_lm(folder: str, what: str, *, dtype: torch.dtype, **options: Any
     described = _described(folder, what, options)
     _class_named(folder, what, described, "a causal language model", options)
     model = _loaded(AutoModelForCausalLM, folder, what, _is_quantized(described, options), dtype=dtype, **options)
-    # "pretrained" asks for the same revision again. transformers up to 5.22 keeps the commit, later versions nothing.
+    # "pretrained" loads the same revision again. transformers up to 5.22 keeps the commit; later versions do not.
     if (revision := options.get("revision")) is not None and _revision(model.config) is None:
         model.config._commit_hash = revision
     return model
 
 
 def load_beside(policy: PreTrainedModel, folder: str, what: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model in a folder, of the class that the folder names, to be scored on the policy's tokens.
+    """Return the model in a folder, of the class that the folder names, to score the policy's tokens.
 
     Args:
-        policy: the model that it is compared with, without wrappers. Its attention implementation is taken where the
-            folder's class has it.
+        policy: the model that it is compared with, without wrappers. The loaded model uses the policy's attention
+            implementation if its class supports it.
         folder, what, dtype: as for `load_causal_lm`.
 
     Raises:
@@ -80,9 +80,9 @@ def load_beside(policy: PreTrainedModel, folder: str, what: str, *, dtype: torch
     """
     described = _described(folder, what, {})
     loader: Any
-    kind: Any = own_class(policy)  # a class of transformers' or of a model's own code
+    kind: Any = own_class(policy)  # a class of transformers or of a model's own code
     if _names(described, kind):
-        # The policy's code is loaded already, be it transformers' or not.
+        # The policy's code is already loaded, whether it is from transformers or not.
         loader, config = kind, kind.config_class.from_pretrained(folder)
     else:
         images = kind in _of(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, policy.config)
@@ -92,8 +92,8 @@ def load_beside(policy: PreTrainedModel, folder: str, what: str, *, dtype: torch
     own, theirs = (found.get_text_config().vocab_size for found in (config, policy.config))
     if own != theirs:
         raise ValueError(
-            f"{what}: its vocabulary has {own} tokens and the policy's {theirs}. A divergence is between two "
-            "distributions over the same tokens, so both models need the same vocabulary."
+            f"{what}: its vocabulary has {own} tokens and the policy's {theirs}. A divergence needs two distributions "
+            "over the same tokens. Use a model with the policy's vocabulary."
         )
     _check_token_maps(folder, str(policy.config._name_or_path), what)
     options: dict[str, Any] = {"trust_remote_code": False}
@@ -105,8 +105,8 @@ def load_beside(policy: PreTrainedModel, folder: str, what: str, *, dtype: torch
 def load_again(policy: PreTrainedModel, what: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model that the policy was loaded from: same class, same configuration, same revision.
 
-    Rotary scaling, attention windows and the like are part of the function, and may be other ones on disk; so the
-    policy's own configuration is taken.
+    Rotary scaling, attention windows and similar settings are part of the function and may differ on disk, so the
+    policy's own configuration is used.
 
     Raises:
         ValueError: nothing there that can be loaded; weights that are missing, left over or of another shape.
@@ -116,10 +116,10 @@ def load_again(policy: PreTrainedModel, what: str, *, dtype: torch.dtype) -> Pre
     options["trust_remote_code"] = False
     if not Path(folder).is_dir() and (revision := _revision(policy.config)) is not None:
         options["revision"] = revision
-    quantization = vars(config).pop("quantization_config", None)  # quantised models have it, no others
+    quantization = vars(config).pop("quantization_config", None)  # only quantised models have it
     if quantization is not None:
         on_disk = _described(folder, what, {k: v for k, v in options.items() if k == "revision"})
-        if on_disk.get("quantization_config") is None:  # it was quantised as it was loaded
+        if on_disk.get("quantization_config") is None:  # it was quantised while it was loaded
             options["quantization_config"] = quantization
         else:
             config.quantization_config = on_disk["quantization_config"]
@@ -141,9 +141,9 @@ def find_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
 
 
 def token_maps_differ(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
-    """Return how the numbers of two tokenizers' tokens differ, as the end of a sentence; None if none does.
+    """Return how the token numbers of two tokenizers differ, as the end of a sentence; None if they do not differ.
 
-    A token that only one of them has, at a number that the other leaves unused, is no difference: tokenizer classes add
+    A token that only one of them has, at a number that the other does not use, does not count: tokenizer classes add
     special tokens of their own.
     """
     own, other = first.get_vocab(), second.get_vocab()
@@ -160,11 +160,11 @@ def token_maps_differ(first: PreTrainedTokenizerBase, second: PreTrainedTokenize
 
 
 def _described(folder: str, what: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The folder's config.json."""
+    """Return the folder's config.json."""
     path = Path(folder, options.get("subfolder", ""))
     if path.is_dir() and "gguf_file" not in options and not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
-        found = ", only an adapter (adapter_config.json): merge that into its base first." if adapter else "."
+        found = ", only an adapter (adapter_config.json): merge it into its base first." if adapter else "."
         raise ValueError(f"{what}: it holds no config.json{found}")
     try:
         described: dict[str, Any] = PreTrainedConfig.get_config_dict(folder, **options)[0]
@@ -176,16 +176,16 @@ def _described(folder: str, what: str, options: dict[str, Any]) -> dict[str, Any
 def _class_named(
     folder: str, what: str, described: dict[str, Any], wanted: str, options: dict[str, Any]
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
-    """The configuration and class of the model that a config.json describes; no class where its code is the folder's.
+    """Return the configuration and class of the model that a config.json describes; no class if its code is there.
 
     Raises:
-        ValueError: no model of the kind that is wanted.
+        ValueError: no model of the wanted kind.
     """
     model_type, named = described.get("model_type"), described.get("architectures") or []
     auto, mapping = _KINDS[wanted]
     own_code = auto.__name__ in described.get("auto_map", {})
     if model_type not in CONFIG_MAPPING and not (own_code and options["trust_remote_code"]):
-        why = "needs code from that folder, and refkl runs none that was not asked for"
+        why = "needs code from that folder, and refkl runs none without trust_remote_code"
         if not own_code:
             why = f"transformers {transformers.__version__} does not know"
         raise ValueError(f"{what}: its config.json names the model type {model_type!r}, which {why}.")
@@ -194,7 +194,7 @@ def _class_named(
     if own_code and options["trust_remote_code"]:
         return config, None
     kinds = _of(mapping, config)
-    # A model with the head of another task would load where its weights fit, and compute something else.
+    # A model with the head of another task would load if its weights fit, and would then compute something else.
     mappings = [MODEL_MAPPING, *(known for _, known in _KINDS.values())]
     known = {kind.__name__ for each in mappings for kind in _of(each, config)}
     other_task = named and not known & set(named) and all(hasattr(transformers, name) for name in named)
@@ -204,13 +204,13 @@ def _class_named(
 
 
 def _of(mapping: Any, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
-    """The classes that one of transformers' mappings has for a configuration."""
+    """Return the classes that one of transformers' mappings has for a configuration."""
     found = mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
 
 
 def _names(described: dict[str, Any], kind: type[PreTrainedModel]) -> bool:
-    """True if a config.json describes a model of this class."""
+    """Return True if a config.json describes a model of this class."""
     own, named = kind.config_class, described.get("architectures") or []
     return own is not None and described.get("model_type") == own.model_type and kind.__name__ in named
 
@@ -238,17 +238,17 @@ def _is_quantized(described: dict[str, Any], options: dict[str, Any]) -> bool:
 
 
 def _revision(config: PreTrainedConfig) -> str | None:
-    # No field of the configuration: set by versions of transformers that keep the commit, and by load_causal_lm.
+    # Not a field of the configuration: set by versions of transformers that keep the commit, and by load_causal_lm.
     found: str | None = getattr(config, "_commit_hash", None)
     return found
 
 
 def _loaded(loader: Any, folder: str, what: str, quantized: bool, **options: Any) -> PreTrainedModel:
-    """The model, after its weights were compared with the folder's."""
+    """Return the model, after comparing its weights with those of the folder."""
     checked = {**options, "ignore_mismatched_sizes": True, "output_loading_info": True}
     shapes = not options.get("ignore_mismatched_sizes", False)
     try:
-        if quantized:  # its layers are made as their weights are read, so there is nothing to compare before
+        if quantized:  # its layers are made while their weights are read, so they cannot be compared before
             model, found = loader.from_pretrained(folder, **checked)
             _check_weights(model, found, what, shapes)
             return model
@@ -267,24 +267,24 @@ def _check_weights(model: PreTrainedModel, found: dict[str, Any], what: str, sha
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{what}: it lacks {len(missing)} weights that {kind} has, such as {missing[0]}: they would be drawn at "
-            "random. Is it a causal language model, saved whole?"
+            "random. Use a complete causal language model."
         )
     if extra := sorted(found["unexpected_keys"]):
         raise ValueError(
             f"{what}: it holds {len(extra)} weights that {kind} does not have, such as {extra[0]}: they would be left "
-            "out. Is its config.json the one that it was saved with?"
+            "out. Check that config.json belongs to these weights."
         )
     if shapes and (other := sorted(found["mismatched_keys"])):
         name, on_disk, wanted = other[0]
         raise ValueError(
             f"{what}: {len(other)} of its weights have another shape than {kind} needs, such as {name}: "
-            f"{list(on_disk)} instead of {list(wanted)}. Is its config.json the one that it was saved with?"
+            f"{list(on_disk)} instead of {list(wanted)}. Check that config.json belongs to these weights."
         )
 
 
 @contextmanager
 def _without_bars(folder: str) -> Iterator[None]:
-    """No progress bar for reading names from a local folder; a download keeps its bar."""
+    """Show no progress bar while names are read from a local folder; a download keeps its bar."""
     if not logging.is_progress_bar_enabled() or not Path(folder).is_dir():
         yield
         return

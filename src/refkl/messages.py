@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class RunError(RuntimeError):
-    """A run cannot continue although its configuration is correct; the message says what to do."""
+    """Error for a run that cannot continue although its configuration is correct; the message says what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

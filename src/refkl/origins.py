@@ -1,7 +1,8 @@
-"""Which model each side of a penalty was scored by: refuses swapped, mixed and stale scores.
+"""Check of the model that scored each side of a penalty: swapped, mixed and stale scores are refused.
 
-`Reference.score` stamps scores with the reference's fingerprint; after an update, until that is taken again, with the
-last one and the number of updates since. Scores of a policy have none, and scores made by hand are taken as they are.
+`Reference.score` adds the reference's fingerprint to its scores. After an update, until the fingerprint is computed
+again, it adds the last fingerprint and the number of updates since. Scores of a policy have no fingerprint, and scores
+that a caller made are accepted as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from refkl.reference import Reference
 
 _SHOWN = 12
-"""Characters of a fingerprint that a message shows."""
+"""Number of characters of a fingerprint that a message shows."""
 
 
 class ScoreOrigins:
@@ -31,19 +32,19 @@ class ScoreOrigins:
     def __init__(self, references: Sequence[Reference] = ()) -> None:
         self.references = tuple(references)
         self._in_step: dict[int, str] = {}
-        """By position: the fingerprint in the open optimizer step."""
+        """Fingerprint in the open optimizer step, by position."""
         self._latest: dict[int, str] = {}
-        """By position: the fingerprint that was seen last, in any step."""
+        """Fingerprint that was seen last, in any step, by position."""
         self._replaced: dict[int, set[str]] = {}
-        """By position: the fingerprints that another one has followed."""
+        """Fingerprints that a later one has replaced, by position."""
 
     def check(self, references: Sequence[TokenScores], *, counted: bool) -> None:
         """Raise ValueError for scores of mixed references, or of a reference as it was before an update.
 
         Args:
             references: one for each position.
-            counted: whether the optimizer step counts them. Otherwise they may be of any reference, as in an
-                evaluation, but for a position whose reference is known.
+            counted: True if the optimizer step counts them. Scores that are not counted may be of any reference, as in
+                an evaluation, except at a position whose reference is known.
         """
         if self.references and len(references) != len(self.references):
             raise ValueError(
@@ -78,7 +79,7 @@ class ScoreOrigins:
         self._in_step.clear()
 
     def forget(self) -> None:
-        """Start anew, as a run that is resumed does."""
+        """Forget all scores, as a resumed run does."""
         self._in_step, self._latest, self._replaced = {}, {}, {}
 
     def _check_order(self, place: int, references: Sequence[TokenScores]) -> None:
@@ -87,8 +88,8 @@ class ScoreOrigins:
             if found != expected and found == self._latest.get(other) and scores.fingerprint == expected is not None:
                 raise ValueError(
                     f"ref_scores {place} and {other} have changed places since the last call (fingerprints "
-                    f"{_short(found)} and {_short(expected)}), so each would get the other's weight. Pass references "
-                    "in the same order in each call."
+                    f"{_short(found)} and {_short(expected)}), so each would get the weight of the other. Pass the "
+                    "references in the same order in each call."
                 )
 
     def _check_step(self, place: int, found: str) -> None:
@@ -96,16 +97,17 @@ class ScoreOrigins:
             raise ValueError(
                 f"One optimizer step mixes two references: ref_scores{self._at(place)} have fingerprint "
                 f"{_short(found)}, and {_short(expected)} in an earlier call of this step. Score all micro-batches of "
-                "a step by one reference, update it only after the step, and call penalty.step() once per step. Scores "
-                "that are only measured take count=False; a second reference takes a list, or a KLPenalty of its own."
+                "a step with one reference, update it only after the step, and call penalty.step() once per step. For "
+                "scores that are only measured, pass count=False; for a second reference, pass a list of scores or use "
+                "a second KLPenalty."
             )
 
     def _check_stale(self, place: int, found: str) -> None:
         if found in self._replaced.get(place, ()):
             raise ValueError(
                 f"ref_scores{self._at(place)} are stale: they have fingerprint {_short(found)}, and the reference has "
-                f"had {_short(self._latest[place])} in a later step, after an update. Score the batch again, or give "
-                "each reference a KLPenalty of its own."
+                f"had {_short(self._latest[place])} in a later step, after an update. Score the batch again, or use "
+                "one KLPenalty per reference."
             )
 
     def _at(self, place: int) -> str:
@@ -118,10 +120,10 @@ def check_sides(
     """Raise ValueError unless one side can be the policy's and the other its references'.
 
     Args:
-        policy: given as the policy's scores.
-        references: given as the references'.
-        in_loss: the penalty goes into the loss, so that the policy's scores should carry grad.
-        measured_only: the call penalises nothing.
+        policy: the scores that were passed as the policy's.
+        references: the scores that were passed as the references'.
+        in_loss: True if the penalty goes into the loss, so that the policy's scores should carry grad.
+        measured_only: True if the call penalises nothing.
     """
     stamp = policy.fingerprint
     for scores in references:
@@ -135,7 +137,7 @@ def check_sides(
                 f"policy_scores and ref_scores are of one reference, {_short(stamp)}, so this is not a KL of the "
                 "policy. Pass score_tokens(policy, batch), or score_pair(...).policy, first."
             )
-        # Without grad, scores of a policy that sampled are well known in the reward: only the pair tells.
+        # In the reward, scores of the policy may have no grad, so only the two sides together show a swap.
         turned = scores.logp.requires_grad and not policy.logp.requires_grad
         if turned or (stamp is not None and scores.fingerprint is None):
             what = "ref_scores carry grad" if turned else f"policy_scores carry the fingerprint {_short(stamp)}"
@@ -145,7 +147,7 @@ def check_sides(
             )
     if stamp is not None and in_loss and not measured_only and torch.is_grad_enabled():
         raise ValueError(
-            f"policy_scores are a reference's (fingerprint {_short(stamp)}) and carry no grad, so this penalty would "
+            f"policy_scores are of a reference (fingerprint {_short(stamp)}) and carry no grad, so this penalty would "
             "train nothing. Pass score_tokens(policy, batch), or score_pair(...).policy; to measure the KL between two "
             "references, pass count=False."
         )
@@ -160,7 +162,7 @@ def _check_present(reference: Reference, found: str) -> None:
     if not updates:
         raise ValueError(
             f"ref_scores are of another reference: they have fingerprint {_short(found)}, and this penalty's reference "
-            f"{is_now}. Score the batch by the reference that KLPenalty was made with."
+            f"{is_now}. Score the batch with the reference that KLPenalty was made with."
         )
     last = reference.last_update
     how = "" if last is None else f" with alpha {last.alpha:g}"
@@ -171,7 +173,7 @@ def _check_present(reference: Reference, found: str) -> None:
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """True for two tensors that read the same numbers of the same memory."""
+    """Return True for two tensors that read the same numbers from the same memory."""
     if one is other:
         return True
     alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

@@ -63,9 +63,9 @@ class PlanConfig:
     method: Tuning | None = None
     """"full" or "lora"; None compares both."""
     dtype: DtypeName = "bfloat16"
-    """Dtype of the weights that train in full, and of those under an adapter."""
+    """Dtype of the weights, both if all of them train and under an adapter."""
     batch_size: int = 1
-    """Sequences that a rank scores and trains on at once."""
+    """Number of sequences that a rank scores and trains on at once."""
     seq_len: int = 1024
     """Tokens per sequence."""
     memory: int = 80 * 2**30
@@ -73,11 +73,11 @@ class PlanConfig:
     gradient_checkpointing: bool = True
     """True if activations are recomputed in the backward pass."""
     lora_rank: int = 16
-    """For "lora": the rank of the adapter."""
+    """Rank of the adapter, for "lora"."""
     lora_target: list[str] = field(default_factory=lambda: ["all-linear"])
-    """For "lora": the modules that get an adapter."""
+    """Modules that get an adapter, for "lora"."""
     freeze: list[str] = field(default_factory=list)
-    """For "full": module paths to freeze, as in refkl.freeze."""
+    """Module paths to freeze, as in refkl.freeze, for "full"."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "batch_size", "seq_len", "memory", "lora_rank"):
@@ -87,7 +87,7 @@ class PlanConfig:
             if getattr(self, name) not in (None, *get_args(known)):
                 raise unknown(_option(name), getattr(self, name), get_args(known))
         if self.freeze and self.method == "lora":
-            raise ValueError("--freeze is for full fine-tuning: LoRA trains its adapter alone. Leave one of them out.")
+            raise ValueError("--freeze is for full fine-tuning: LoRA trains only its adapter. Leave one of them out.")
         if self.backend == "plain" and self.world_size > 1:
             raise ValueError(f"--backend plain is one process, and --world-size is {self.world_size}. Use ddp.")
 
@@ -102,7 +102,7 @@ class PlanConfig:
 
     @property
     def available(self) -> float:
-        """Bytes of a device that a plan may fill."""
+        """Number of bytes of a device that a plan may fill."""
         return COUNTED_ON * self.memory
 
 
@@ -155,9 +155,9 @@ class Plan:
 
     @property
     def best(self) -> Row | None:
-        """The row that "auto" selects, or if it does not fit, the fastest that does; None if none does.
+        """The row that "auto" selects; if it does not fit, the fastest row that does; None if no row fits.
 
-        A row that rounds the policy's numbers ranks after those on the device that do not.
+        A row that rounds the policy's numbers ranks after rows that do not and that compute on the device.
         """
         able = [row for row in self.rows if row.fits]
 
@@ -191,7 +191,7 @@ def recommend(config: PlanConfig, plans: Sequence[Plan]) -> tuple[Plan | None, s
             return plan, " ".join(filter(None, (_lead(config, plan, plans), _sum(config, plan, row))))
     row = min(least.rows, key=lambda r: r.device)
     return None, (
-        f"Nothing fits. Least of all takes {_words(least, row)}: {_added(least, row)}, and "
+        f"Nothing fits. The smallest plan is {_words(least, row)}: {_added(least, row)}, and "
         f"{size(config.available)} can be filled. Use more ranks, shorter sequences or a smaller model."
     )
 
@@ -228,7 +228,7 @@ def _plan(config: PlanConfig, method: Tuning, name: str) -> Plan:
     try:
         step = Step(config.batch_size, config.seq_len, text.num_hidden_layers, text.hidden_size)
     except AttributeError as error:
-        raise ValueError(f"--model: activations are counted from layers and their width, and {error}.") from None
+        raise ValueError(f"--model: the plan needs the number and width of the layers, and {error}.") from None
 
     def request(reference: ReferenceConfig) -> BuildRequest:
         return BuildRequest(policy, reference, backend, None, step, planned=True, memory=config.memory)
@@ -281,15 +281,15 @@ def _policy(config: PlanConfig, method: Tuning, backend: str) -> nn.Module:
     """Make the policy without memory, with the dtypes that it trains in."""
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about a model that nobody will run
+        warnings.simplefilter("ignore")  # warnings about a model that is never run
         try:
             policy: nn.Module = AutoModelForCausalLM.from_config(config.model, dtype=dtype)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"--model makes no causal language model: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"--model is not a causal language model: {str(error).splitlines()[0]}") from None
         if method == "full" and config.freeze:
             freeze(policy, config.freeze)
             if not trainable_parameters(policy):
-                raise ValueError("--freeze leaves no parameter to train.")
+                raise ValueError("--freeze leaves no parameter to train. Name fewer module paths.")
         if method == "lora":
             target = config.lora_target[0] if config.lora_target == ["all-linear"] else config.lora_target
             lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, target_modules=target)

@@ -24,19 +24,19 @@ from refkl.types import TokenBatch
 
 
 class ReferenceSync:
-    """Updates a reference as a SyncConfig says. In your own loop, call `step` once after each optimizer step.
+    """Update of a reference as a SyncConfig says. In your own loop, call `step` once after each optimizer step.
 
     Args:
         reference: the reference to update.
-        config: when to update, and by how much.
-        optimizer: the policy's; used only for `config.reset_optimizer`.
+        config: the times and the size of the updates.
+        optimizer: the optimizer of the policy; used only for `config.reset_optimizer`.
     """
 
     def __init__(self, reference: Reference, config: SyncConfig | None = None, optimizer: Any = None) -> None:
         self.reference = reference
         self.config = config or SyncConfig()
         self.settled = self.config.settled()
-        """The average's numbers, also where the config leaves them open."""
+        """The numbers of the average, also if the config leaves them open."""
         self.optimizer = optimizer
         """The policy's optimizer; a trainer's callback sets it when training begins."""
         self.steps = 0
@@ -49,8 +49,8 @@ class ReferenceSync:
         """One entry per measurement of the KL to the first reference: {"step", "kl"}, nats per token."""
 
     def begin(self, policy: nn.Module) -> None:
-        """Check before training that `step` can work, and keep what it needs. The first `step` calls it if you have
-        not.
+        """Check before training that `step` can work, and keep what it needs. The first `step` calls it if it was not
+        called.
 
         Raises:
             ValueError: the reference cannot be updated, or `first_kl_every` is set and the first reference was not
@@ -71,8 +71,8 @@ class ReferenceSync:
             reference.check_movable(policy, alpha, lora=config.lora, rank=config.lora_rank)
         except ValueError as error:
             raise ValueError(
-                f"sync asks for a reference that moves, and this one (strategy {reference.strategy!r}, from "
-                f"{reference.source}) cannot: {error}"
+                f"sync is set to update the reference, but this one (strategy {reference.strategy!r}, from "
+                f"{reference.source}) cannot be updated: {error}"
             ) from None
 
     def step(
@@ -122,8 +122,8 @@ class ReferenceSync:
         if len(state["updates"]) != self.reference.updates:
             raise ValueError(
                 f"The state was saved after {len(state['updates'])} syncs and this reference has seen "
-                f"{self.reference.updates}: the run would go on with another reference. Call reference.load with what "
-                "was saved beside it first."
+                f"{self.reference.updates}: the run would go on with another reference. First call reference.load with "
+                "the reference that was saved beside this state."
             )
         self.steps = int(state["steps"])
         self.updates, self.first_kl = list(state["updates"]), list(state["first_kl"])
@@ -190,15 +190,15 @@ def reset_optimizer(optimizer: Any) -> None:
         ValueError: under DeepSpeed, a kind of state that is not known.
     """
     partitioned = False
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # accelerate's wrapper, and DeepSpeed's in it
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # wrappers of accelerate and DeepSpeed
         partitioned |= type(optimizer).__module__.startswith("deepspeed.")
         optimizer = inner
     if not partitioned:
-        optimizer.state.clear()  # the next step makes it anew
+        optimizer.state.clear()  # the next step creates it again
     for state in optimizer.state.values():
         _zero_moments(state)
     for group in optimizer.param_groups:
-        if "step" in group:  # apex' and DeepSpeed's fused optimizers count there
+        if "step" in group:  # fused optimizers of apex and DeepSpeed count there
             group["step"] = 0
 
 
@@ -209,8 +209,8 @@ def _zero_moments(state: dict[str, Any]) -> None:
     """Set the state to zero in place: DeepSpeed keeps references to these tensors."""
     if unknown := sorted(state.keys() - _MOMENTS):
         raise ValueError(
-            f"sync.reset_optimizer does not know what {unknown[0]!r} in the state of this optimizer is at the start, "
-            "and under DeepSpeed the state cannot be made anew. Leave it out, or use AdamW."
+            f"sync.reset_optimizer does not know the initial value of {unknown[0]!r} in the state of this optimizer, "
+            "and under DeepSpeed the state cannot be created again. Leave it out, or use AdamW."
         )
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -249,8 +249,8 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
         for setting, given, name in (("max_kl", kl, "kl"), ("first_kl_every", batch, "batch")):
             if getattr(self.sync.config, setting) is not None and given is None:
                 raise ValueError(
-                    f"sync.{setting} needs what only a trainer of refkl has by itself: give SyncReferenceCallback "
-                    f"{name}=, a function without arguments."
+                    f"sync.{setting} needs data that only a refkl trainer provides by itself. Give "
+                    f"SyncReferenceCallback {name}=, a function without arguments."
                 )
         self._kl, self._batch, self._temperature = kl, batch, temperature
         self.metrics: dict[str, float] = {}
@@ -266,7 +266,7 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
 
     @property
     def config(self) -> SyncConfig:
-        """The settings: when to update, and by how much."""
+        """The settings of the updates."""
         return self.sync.config
 
     @property
@@ -277,15 +277,15 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prepare the sync; on resume, check that the reference has had as many updates as the checkpoint's.
+        """Prepare the sync. On resume, check that the reference has had as many updates as that of the checkpoint.
 
         Raises:
             ValueError: it has not; or old checkpoints are deleted so early that a kill could leave no complete one.
         """
         if self.saves and args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
             raise ValueError(
-                "save_total_limit 1 has transformers delete the only whole checkpoint before the reference is in the "
-                "next one. Set it to 2, or use a refkl trainer, which deletes afterwards."
+                "With save_total_limit 1, transformers deletes the only whole checkpoint before the reference is in "
+                "the next one. Set it to 2, or use a refkl trainer, which deletes afterwards."
             )
         self.sync.optimizer = kwargs.get("optimizer")
         if state.global_step:
@@ -298,7 +298,7 @@ class SyncReferenceCallback(TrainerCallback, ExportableState):
             except ValueError as error:
                 folder = f"{args.output_dir}/checkpoint-{state.global_step}/reference"
                 raise ValueError(
-                    f"{error} That is, here: reference.load('{folder}') before train(resume_from_checkpoint=…)."
+                    f"{error} Here: reference.load('{folder}') before train(resume_from_checkpoint=…)."
                 ) from None
         self.sync.begin(kwargs["model"])
 

@@ -156,10 +156,10 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class KLFloor:
-    """The shift of a reference by quantisation: exact KL(full precision ‖ quantised) over the scored tokens, in nats.
+    """Shift of a reference by quantisation: exact KL(full precision ‖ quantised) over the scored tokens, in nats.
 
-    It is measured at temperature 1, over the tokens of all ranks. A KL to the reference below the mean says nothing
-    about the policy.
+    It is measured at temperature 1, over the tokens of all ranks. A KL to the reference that is below the mean says
+    nothing about the policy.
     """
 
     mean: float
