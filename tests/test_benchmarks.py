@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run
+from support.launching import ROOT, run
 
 SCRIPT = ROOT / "benchmarks" / "kernels.py"
 SHAPE = "64x32x500"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run
+from support.launching import ROOT, run
 
 SOURCE = ROOT / "src" / "refkl"
 LAYERS = {

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import batch, llama, shared_batch
+from support.models import batch, llama, shared_batch
 from transformers.utils import is_flash_attn_2_available
 
 from refkl import ReferenceConfig, build_reference, kl, score_pair, score_tokens

@@ -21,13 +21,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import ROOT
 from peers.archives import NoIndexError, fetch
 from peers.selection import PEERS
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from support import llama
+from support.launching import ROOT
+from support.models import llama
+from support.tables import DOCS, rows, text
+from support.train_inputs import model_folder
 from torch import nn
-from train_inputs import model_folder
 from transformers import LlamaConfig
 from trl import BEMACallback, DPOConfig, DPOTrainer, GRPOConfig, RLOOConfig
 
@@ -39,28 +40,13 @@ from refkl.messages import size
 from refkl.planner import Plan, PlanConfig, make_plans
 from refkl.reference import STRATEGIES, BuildRequest, choose
 
-DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN = ["getting-started", "strategies", "moving"]
 """Pages whose Python is run, from top to bottom."""
 
 
-def text(page: str) -> str:
-    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
-
-
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
-
-
-def rows(page: str, section: str) -> list[list[str]]:
-    """Cells of the first table under a heading, its head left out."""
-    _, _, after = text(page).partition(f"\n{section}\n")
-    assert after, f"{page}.md has no section {section!r}"
-    table = re.search(r"^\|.*?(?=\n\n)", after, re.MULTILINE | re.DOTALL)
-    assert table is not None
-    lines = [line.strip()[1:-1].split("|") for line in table[0].splitlines()]
-    return [[cell.strip() for cell in line] for line in lines[2:]]
 
 
 # code
@@ -423,7 +409,7 @@ def test_the_overview_is_the_readme_with_links_of_the_site(hooks: ModuleType) ->
     assert "[docs/moving.md](moving.md)" in page
     assert "[quickstart.yaml](files.md#configsquickstartyaml)" in page
     assert "[examples/own_loop.py](files.md#examplesown_looppy)" in page
-    assert " `tests/test_wrong_references.py`" in page.replace("\n", " ")  # no page: its name alone
+    assert " `tests/reference/test_wrong_references.py`" in page.replace("\n", " ")  # no page: its name alone
 
 
 def test_shipped_files_are_all_there_as_they_are(hooks: ModuleType) -> None:

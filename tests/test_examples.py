@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, accelerate_launch, run
-from train_inputs import model_folder
+from support.launching import ROOT, accelerate_launch, run
+from support.train_inputs import model_folder
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 

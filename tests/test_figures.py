@@ -16,8 +16,8 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from launching import ROOT
 from PIL import Image
+from support.launching import ROOT
 from torch import Tensor
 
 PAGE = (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8")

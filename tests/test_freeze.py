@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import batch, llama
+from support.models import batch, llama
 from torch import nn
 
 from refkl import freeze, frozen_parameters, score_tokens, trainable_parameters

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from launching import accelerate_launch, deepspeed_launch, run
 from safetensors.torch import load_file
-from train_inputs import write_config
+from support.launching import accelerate_launch, deepspeed_launch, run
+from support.train_inputs import write_config
 
 TOLERANCE = 1e-5
 STEPS = 5

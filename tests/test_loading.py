@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support
 import torch
-from families import tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import VOCABULARY, batch, byte_tokenizer, gpt2, gpt_neox, llama
+from support import models as support
+from support.families import tiny
+from support.models import VOCABULARY, batch, byte_tokenizer, gpt2, gpt_neox, llama
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (

@@ -12,7 +12,19 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
-from matrix import ALLOWED, BACKENDS, CASES, Case, Result, covering, faults, make_inputs, needed, run_cases, runs
+from support.matrix import (
+    ALLOWED,
+    BACKENDS,
+    CASES,
+    Case,
+    Result,
+    covering,
+    faults,
+    make_inputs,
+    needed,
+    run_cases,
+    runs,
+)
 
 from refkl import STRATEGIES
 
@@ -113,7 +125,7 @@ def test_a_case_that_ends_its_launch_is_a_failure(tmp_path: Path, monkeypatch: p
             matrix.append_result(folder, case, Result("trained"))
         return ""
 
-    import matrix
+    from support import matrix
 
     monkeypatch.setattr(matrix, "_launch", launch)
     results = run_cases(cases, tmp_path)

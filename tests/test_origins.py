@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import batch, gpt2, llama
+from support.models import batch, gpt2, llama
 
 import refkl
 from refkl import KLConfig, KLPenalty, ReferenceConfig, TokenScores, build_reference, score_pair, score_tokens

@@ -11,10 +11,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from launching import accelerate_launch
 from peft import LoraConfig, get_peft_model
-from storages import SIZES, counting
-from support import MODELS, batch, llama
+from support.launching import accelerate_launch
+from support.models import MODELS, batch, llama
+from support.storages import SIZES, counting
 from torch import nn
 from transformers import BltConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, ViTConfig
 

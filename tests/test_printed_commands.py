@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from launching import ROOT, run
-from printed_commands import (
+from support.launching import ROOT, run
+from support.printed_commands import (
     MADE_BY,
     SAVES,
     TASK,

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from launching import accelerate_launch
 from peft import LoraConfig, get_peft_model
-from support import batch, llama
-from test_contract import OWN_LOOP
-from test_moving import scored
-from test_swap import lora, moved
-from test_trl import dpo, grpo, logged
+from support.adapters import lora, moved, scored
+from support.launching import accelerate_launch
+from support.models import batch, llama
+from support.own_loop import OWN_LOOP
+from support.trl_runs import dpo, grpo, logged
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from trl import BEMACallback

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import batch
+from support.models import batch
 
 from refkl import MemoryReport, TokenBatch
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from launching import run
+from support.launching import run
 
 from peers.selection import CHECKOUTS, PEERS, Checkout, Peer
 

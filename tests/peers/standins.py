@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support import gpt2, llama
+from support.models import gpt2, llama
 
 HUB = "trl-internal-testing"
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run
+from support.launching import ROOT, run
 
 import refkl
 from peers.archives import NoIndexError, lay_out

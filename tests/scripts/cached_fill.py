@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from support import batch
+from support.models import batch
 from transformers import LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract_run import Run
-from support import batch
+from support.models import batch
 
 from refkl import ReferenceConfig, build_reference
 from refkl.reference import score as base

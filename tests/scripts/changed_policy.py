@@ -8,7 +8,7 @@ import sys
 
 import torch
 from accelerate import Accelerator, PartialState
-from support import batch
+from support.models import batch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from refkl import ReferenceConfig, build_reference, score_tokens

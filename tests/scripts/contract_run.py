@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
-from contract import CHECKS, STEPPING, Case, plain_copy
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from support.contract import CHECKS, STEPPING, Case, plain_copy
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM

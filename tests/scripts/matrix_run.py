@@ -1,4 +1,4 @@
-"""Cases of the matrix (tests/matrix.py), one after the other in one launch.
+"""Cases of the matrix (tests/support/matrix.py), one after the other in one launch.
 
 accelerate launch --config_file launch/accelerate/CONFIG.yaml tests/scripts/matrix_run.py BACKEND FOLDER
 
@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from matrix import EXACT, OPTIONS, TRAINERS, Case, Result, append_result
 from peft import LoraConfig, get_peft_model
 from scripts.train_fsdp2 import called_gpus
+from support.matrix import EXACT, OPTIONS, TRAINERS, Case, Result, append_result
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from storages import SIZES, counting
-from support import MODELS, batch, llama
+from support.models import MODELS, batch, llama
+from support.storages import SIZES, counting
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 

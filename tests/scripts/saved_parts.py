@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from contract_run import Run
-from support import batch
+from support.models import batch
 
 from refkl.scoring import score_tokens
 

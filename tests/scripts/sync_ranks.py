@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import is_deepspeed_available
-from contract import Case
 from contract_run import Run
-from support import batch
+from support.contract import Case
+from support.models import batch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator, PartialState
-from support import batch
+from support.models import batch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
