@@ -1,7 +1,8 @@
 """Each trainer, with each strategy and option, on each backend, for each kind of policy (matrix.py says which).
 
-By default a part of the matrix in which each pair of values occurs; with --slow all of it. The whole takes more
-than an hour on two cores, and goes on where it was stopped: REFKL_MATRIX names the folder that keeps its results.
+By default a part of the matrix in which each backend occurs with each value of everything else; with --slow a part in
+which each pair of values occurs, and the whole. The whole takes more than an hour on two cores, and goes on where it
+was stopped: REFKL_MATRIX names the folder that keeps its results.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from support.matrix import (
 
 from refkl import STRATEGIES
 
-PAIRWISE = [*covering(case for case in CASES if runs(case)), *covering(case for case in CASES if not runs(case))]
+ABLE, UNABLE = [case for case in CASES if runs(case)], [case for case in CASES if not runs(case)]
 
 
 def _check(cases: list[Case], folder: Path, timeout: int) -> None:
@@ -41,8 +42,15 @@ def _check(cases: list[Case], folder: Path, timeout: int) -> None:
 
 
 @pytest.mark.timeout(1500)
+def test_each_backend_with_each_value(tmp_path: Path) -> None:
+    """Of what is refused, every third: a refusal does not depend on all other values."""
+    _check([*covering(ABLE, of=["backend"]), *covering(UNABLE, of=["backend"])[::3]], tmp_path, timeout=700)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_each_pair_of_values(tmp_path: Path) -> None:
-    _check(PAIRWISE, tmp_path, timeout=700)
+    _check([*covering(ABLE), *covering(UNABLE)], tmp_path, timeout=700)
 
 
 @pytest.mark.slow
@@ -63,11 +71,13 @@ def test_the_matrix_has_every_strategy() -> None:
 
 
 def test_covering_has_every_pair_that_occurs() -> None:
-    def pairs(cases: list[Case]) -> set[object]:
-        return {pair for case in cases for pair in itertools.combinations(enumerate(astuple(case)), 2)}
+    def pairs(cases: list[Case], first: int) -> set[object]:
+        return {(values[first], at, x) for case in cases for values in [astuple(case)] for at, x in enumerate(values)}
 
-    able = [case for case in CASES if runs(case)]
-    assert pairs(covering(able)) == pairs(able) and len(covering(able)) < 80
+    for first in range(6):
+        assert pairs(covering(ABLE), first) == pairs(ABLE, first)
+    assert pairs(covering(ABLE, of=["backend"]), 0) == pairs(ABLE, 0)
+    assert len(covering(ABLE, of=["backend"])) < len(covering(ABLE)) < 80
 
 
 RIGHT = Result(

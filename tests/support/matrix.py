@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,17 @@ def _named(case: Case, message: str) -> bool:
     return any(name in message for name in (*map(repr, strategies), *OPTIONS[case.option]))
 
 
-def covering(cases: Iterable[Case]) -> list[Case]:
-    """Return some of the cases, in which each pair of values that occurs in all of them occurs (pairwise testing)."""
+def covering(cases: Iterable[Case], *, of: Collection[str] = ()) -> list[Case]:
+    """Return some of the cases, in which each pair of values that occurs in all of them occurs (pairwise testing).
+
+    With `of`, only pairs that include the value of one of these fields count.
+    """
+    names = [field.name for field in fields(Case)]
+    counted = {at for at, name in enumerate(names) if not of or name in of}
 
     def pairs(case: Case) -> set[Any]:
-        return set(itertools.combinations(enumerate(astuple(case)), 2))
+        found = itertools.combinations(enumerate(astuple(case)), 2)
+        return {pair for pair in found if counted & {at for at, _ in pair}}
 
     left = {case: pairs(case) for case in cases}
     missing = set().union(*left.values())
