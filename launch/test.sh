@@ -4,7 +4,7 @@
 #   bash launch/test.sh                      # installs into .venv (once), then runs the tests
 #   bash launch/test.sh -k estimators -x     # anything after it goes to pytest
 #   bash launch/test.sh --slow               # the long ones too
-#   bash launch/test.sh --faults -k faults   # runs that are killed: 20 of them, not 2
+#   bash launch/test.sh --faults -k faults   # runs that are killed: 20 of them, not 1
 #   bash launch/test.sh -n 0                 # in one process, with output as it comes; two workers otherwise
 #
 # Needs a C++ compiler: the DeepSpeed tests compile one small op, once. PYTHON, REFKL_VENV and pip's own variables are

@@ -148,6 +148,7 @@ def steps(tmp_path_factory):
     return {row["case"]: row for row in json.loads(out.read_text())["cases"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, strategy", [("grpo-full", "clone"), ("dpo-lora", "adapter")])
 def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strategy):
     row = steps[case]
@@ -168,6 +169,7 @@ def test_steps_of_trl_and_refkl_are_measured_on_the_same_work(steps, case, strat
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
+@pytest.mark.slow
 def test_both_ways_of_scoring_are_measured_on_the_same_scores(tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     size = ("--hidden", "64", "--layers", "2", "--vocabulary", "300", "--prompts", "64", "--completions", "8", "16")

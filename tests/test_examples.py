@@ -32,6 +32,7 @@ def test_own_loop(tmp_path: Path) -> None:
     assert len(kl) == 3 and kl[0] == 0.0
 
 
+@pytest.mark.slow
 def test_own_loop_on_two_processes(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     output = accelerate_launch("multi", "examples/own_loop.py", "--model", str(folder), "--steps", "2", "--batch", "4")

@@ -44,6 +44,7 @@ LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
     ),
 }
 MARKS: dict[str, list[Any]] = {
+    "two processes": [pytest.mark.slow],  # by default those of the matrix
     "zero2": [pytest.mark.slow],
     "deepspeed zero3": [pytest.mark.slow],  # a configuration is launched so in test_configs.py
     "deepspeed zero3, offloaded": [pytest.mark.slow, pytest.mark.timeout(1300)],
@@ -105,7 +106,8 @@ def test_every_launch_trains_the_same(name: str, alone: tuple[Path, dict[str, An
     assert prints == {expected["reference"]["before"]["fingerprint"]}
 
 
-@pytest.mark.parametrize("sharded", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["zero3", "fsdp2"])
 def test_a_sharded_reference_is_scored_in_parts(sharded: str, alone: tuple[Path, dict[str, Any]]) -> None:
     """Ranks have unequally many parts, and each part moves the weights of all."""
     folder, expected = alone
@@ -142,9 +144,7 @@ def test_bf16_starts_at_zero_kl(name: str, tmp_path: Path) -> None:
     assert found["reference"]["before"]["fingerprint"] == found["reference"]["after"]["fingerprint"]
 
 
-@pytest.mark.parametrize(
-    "name", ["two processes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zero3", "fsdp2"))]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in ("two processes", "zero3", "fsdp2")])
 def test_grpo_on_two_processes(name: str, tmp_path: Path) -> None:
     _inputs(tmp_path, "grpo", max_steps=2)
     found = _train(name, tmp_path)
@@ -254,10 +254,7 @@ WRONG_LAUNCHES: dict[str, tuple[str, dict[str, str], list[str], str]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=() if n in ("DDP that would train apart", "ZeRO that became DDP") else pytest.mark.slow)
-        for n in WRONG_LAUNCHES
-    ],
+    [pytest.param(n, marks=() if n == "ZeRO that became DDP" else pytest.mark.slow) for n in WRONG_LAUNCHES],
 )
 def test_a_launch_that_gives_something_else_is_refused(name: str, tmp_path: Path) -> None:
     import re

@@ -321,6 +321,7 @@ def test_too_little_memory_is_lora() -> None:
     assert "does not fit" in why and "96.4 GB optimizer" in why and "0 bytes reference" in why
 
 
+@pytest.mark.slow
 def test_over_20_billion_parameters_are_partitioned_however_much_memory_there_is() -> None:
     for memory in ("80GiB", "2TiB"):
         taken, why = advice(qwen_32b(), world_size=8, memory=memory_bytes(memory))

@@ -55,9 +55,6 @@ PRINTED = printed_commands()
 RUN = [command for command in PRINTED if not any(re.fullmatch(pattern, command) for pattern in EXCEPTIONS)]
 LAUNCHED_BY_DEFAULT = [
     "accelerate launch --config_file launch/accelerate/zero3.yaml -m refkl train configs/zero3.yaml",
-    "accelerate launch --config_file launch/accelerate/multi.yaml -m refkl train configs/swap.yaml",
-    "accelerate launch --config_file launch/accelerate/fsdp2.yaml -m refkl train configs/fsdp2.yaml",
-    "deepspeed --num_accelerators 2 --module refkl train configs/zero3.yaml",
 ]
 QUICK = [c for c in RUN if re.match(r"refkl |python (examples|docs)/|source ", c) or c in LAUNCHED_BY_DEFAULT]
 """Commands that run by default."""

@@ -298,6 +298,7 @@ def test_nonsense_cannot_be_written_down(options: dict[str, Any], match: str) ->
 
 
 @pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+@pytest.mark.slow
 def test_an_update_of_shards_sends_nothing(backend: str, tmp_path: Path) -> None:
     llama(attention_dropout=0.5).save_pretrained(tmp_path / "model")
     launch, flags = (backend, OWN_LOOP) if backend == "zero3" else ("multi", ())

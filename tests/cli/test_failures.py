@@ -75,6 +75,7 @@ def _last(output: str) -> str:
     return last
 
 
+@pytest.mark.slow
 def test_an_input_error_of_all_ranks(tmp_path: Path) -> None:
     output = accelerate_launch("multi", "refkl", *_train(tmp_path, "--launch.processes", "3"), module=True, fails=True)
     words = "refkl: error: The configuration asks for 3 processes (launch.processes) but the launch gave 2."

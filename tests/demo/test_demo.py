@@ -270,6 +270,7 @@ def test_a_reward_model_of_hardly_any_reviews_is_refused():
 
 @needs_corpus
 @needs_model
+@pytest.mark.slow
 def test_the_reward_model_is_made_once_and_prefers_fresh_reviews(monkeypatch, tmp_path, capfd):
     base = Path(smollm2.model_folder())
     (tmp_path / base.name).symlink_to(base)

@@ -89,7 +89,7 @@ def test_a_run_that_had_ended_is_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make, cls", [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer)])
-@pytest.mark.parametrize("settings", ["alpha 1", "bf16, averaged"])
+@pytest.mark.parametrize("settings", [pytest.param("alpha 1", marks=pytest.mark.slow), "bf16, averaged"])
 def test_sampling_comes_back_to_the_bit_where_it_generates(settings: str, make: Any, cls: type, tmp_path: Path) -> None:
     placed = {"placement": "reward", "reward": "sequence"} if make is rloo else {}
 

@@ -381,6 +381,7 @@ def _fill(cache: Path, model: Path, first: int, last: int, *how: str, fails: boo
     return (int(found[1]), int(found[2])) if found else (-1, -1)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     policy = llama()
     policy.save_pretrained(tmp_path / "model")

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from refkl.backend import base_model
-from refkl.backend.learned_prompt import active_prompt
+from refkl.backend import base_model, learned_prompt
+from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt
 from refkl.scoring.packing.attention_kernels import give_masks
 from refkl.scoring.packing.exact_models import why_not
 from refkl.scoring.packing.packed_batch import PackedBatch, pack_tokens
@@ -39,7 +39,7 @@ def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
     prompt or is not known to be exact under packing, or packing would cost more.
     """
     base = base_model(model)
-    if batch.prefix == "off" or batch.model_inputs or not may_gain(base, batch) or active_prompt(model) is not None:
+    if not _is_text(model, batch) or active_prompt(model) is not None or not may_gain(base, batch):
         return None
     work = _ONCE.get(batch) or _Work()
     if (packed := work.packed(batch)) is None:
@@ -57,7 +57,14 @@ def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
 
 def can_pack(model: nn.Module, batch: TokenBatch) -> bool:
     """Return True if rows of this batch may share their prompts in this model, whatever it costs."""
-    return batch.prefix == "auto" and not batch.model_inputs and why_not(model, base_model(model)) is None
+    return _is_text(model, batch) and why_not(model, base_model(model)) is None
+
+
+def _is_text(model: nn.Module, batch: TokenBatch) -> bool:
+    """Return True if the batch may be packed: the model gets only its tokens. A learned prompt's own input is not its
+    base's."""
+    own = set() if learned_prompt(model) is None else {OF_PROMPTS}
+    return batch.prefix == "auto" and not batch.model_inputs.keys() - own
 
 
 @contextmanager
