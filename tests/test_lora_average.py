@@ -435,7 +435,7 @@ def test_a_saved_rank_without_its_scaling_is_refused(tmp_path: Path) -> None:
     (tmp_path / "reference.json").write_text(record.replace('"scalings"', '"nothing"'))
     build_reference(policy, "swap").load(tmp_path)  # an older folder, of the same rank
     torch.manual_seed(3)
-    with pytest.raises(ValueError, match="what was not recorded"):
+    with pytest.raises(ValueError, match="a scaling that was not recorded"):
         build_reference(lora(r=8), "swap").load(tmp_path)
 
 
