@@ -198,7 +198,7 @@ def test_asked_for_by_name_it_is_the_same() -> None:
 @pytest.mark.parametrize("strategy", ["clone", "swap"])
 def test_a_copy_with_the_prompt_in_it_is_refused(strategy: str) -> None:
     policy = prompted("P_TUNING", llama())
-    with pytest.raises(ValueError, match=r"learned prompt \(P_TUNING\) is no part of the reference.*Use 'adapter'"):
+    with pytest.raises(ValueError, match=r"learned prompt \(P_TUNING\) is not part of the reference.*Use 'adapter'"):
         build_reference(policy, strategy)
 
 

@@ -368,7 +368,7 @@ def test_a_policy_that_holds_the_references_numbers_does_not_move_it(tmp_path: P
     reference = build_reference(policy, "swap")
     moved(policy)
     for use in (lambda: reference.update(policy), reference.fingerprint, lambda: reference.save(tmp_path)):
-        with reference.keep_active(), pytest.raises(ValueError, match="leave that first"):
+        with reference.keep_active(), pytest.raises(ValueError, match="Leave that context first"):
             use()
     reference.update(policy)
     assert torch.equal(reference.score(batch()).logp, scored(policy))

@@ -331,7 +331,7 @@ def test_a_buffer_that_training_changes_is_held_too() -> None:
         (
             lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
             {},
-            "a learned prompt .* is no part of the reference",
+            "a learned prompt .* is not part of the reference",
         ),
     ],
     ids=["pretrained", "dtype", "device", "frozen", "prompt"],

@@ -131,8 +131,8 @@ class QuantizationKLMeter:
         now = digests(Weight(name, t.detach(), Whole(t.shape)) for name, t in named_weights(policy))
         if changed := [name for name, digest in now.items() if digest not in self._recorded.get(name, ())]:
             raise ValueError(
-                f"The policy has changed since its quantised reference was built ({changed[0]} is another), so what "
-                f"quantising cost can no longer be measured. {advice}"
+                f"The policy has changed since its quantised reference was built ({changed[0]} has other values), so "
+                f"the KL floor of quantising can no longer be measured. {advice}"
             )
         return policy
 

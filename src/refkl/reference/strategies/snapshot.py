@@ -199,8 +199,8 @@ class Snapshot:
     def check_closed(self) -> None:
         if self.in_policy:
             raise ValueError(
-                "The reference's weights are in the policy (reference.keep_active), and the policy's in their place: "
-                "leave that first."
+                "reference.keep_active is open, so the policy holds the reference's weights and the reference the "
+                "policy's. Leave that context first."
             )
 
     def _place(self, tensor: Tensor, *, like: Tensor | None = None, copy: bool = False) -> Tensor:

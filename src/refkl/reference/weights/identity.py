@@ -97,6 +97,6 @@ class Identity:
         found = digests(w for w in self._weights() if w.name in chosen)
         if changed := [name for name, digest in found.items() if digest != self.digests[name]]:
             raise ValueError(
-                f"The reference changed though nothing was to update it: {changed[0]} is another "
-                f"({len(changed)} of the {len(found)} weights looked at)."
+                f"The reference changed without an update or load: {changed[0]} has other values "
+                f"({len(changed)} of the {len(found)} weights that were checked)."
             )

@@ -120,8 +120,8 @@ class SharedWeights:
         now = digests([Weight(name, tensor.detach(), Whole(tensor.shape))])[name]
         if now != before and now.split()[0] == before.split()[0]:
             raise ValueError(
-                f"The reference changed though nothing was to update it: {name}, which it shares with the policy, is "
-                "another. It does not train, so something wrote into it: a merged adapter that was unmerged (which "
+                f"The reference changed without an update or load: {name}, which it shares with the policy, has other "
+                "values. It does not train, so something else wrote into it: a merged adapter that was unmerged (which "
                 "rounds), a load_state_dict, or a buffer that the model changes in train mode."
             )
 
