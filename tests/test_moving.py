@@ -612,7 +612,7 @@ def test_what_is_kept_is_cut_as_the_policy_is(tmp_path: Path) -> None:
 def test_what_was_not_kept_in_time_is_refused() -> None:
     for policy, strategy in ((llama(), "clone"), (lora(), "adapter")):
         reference = build_reference(policy, strategy)
-        with pytest.raises(ValueError, match=r"call reference\.keep_first\(\)"), reference.first():
+        with pytest.raises(ValueError, match=r"Call reference\.keep_first\(\)"), reference.first():
             pass
         moved(policy)
         reference.update(policy)

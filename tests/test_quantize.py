@@ -331,7 +331,7 @@ def test_calibration_is_measured_at_once_and_over_all_of_it(caplog: pytest.LogCa
     said = [r.getMessage() for r in caplog.records if "is rounding" in r.getMessage()]
     assert said == [
         f"The reference is quantised to int8: a KL below {floor.mean:.2g} nats per token (at most {floor.max:.2g}, "
-        "over 17 tokens) is rounding."
+        "over 17 tokens) is rounding error."
     ]
     reference.score(batch(seed=4))
     assert reference.kl_floor == floor

@@ -240,7 +240,7 @@ class HeldReference(Reference):
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        with self._idle("be shown as it was first"), self._mover.initial():
+        with self._idle("show its first state"), self._mover.initial():
             yield
 
     @contextmanager

@@ -211,7 +211,7 @@ class CachedReference(Reference):
         self._held("keep its first state").keep_first()
 
     def first(self) -> AbstractContextManager[None]:
-        return self._held("be shown as it was first").first()
+        return self._held("show its first state").first()
 
     def save(self, folder: str | Path) -> None:
         self._held("be saved").save(folder)
