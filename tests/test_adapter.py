@@ -66,8 +66,8 @@ def _trained_saved_module() -> PeftModel:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "trained before": (lambda: _trained(_lora()), "trained already"),
-    "PiSSA": (lambda: _lora(init_lora_weights="pissa"), "its making changed the base"),
-    "OLoRA": (lambda: _lora(init_lora_weights="olora"), "its making changed the base"),
+    "PiSSA": (lambda: _lora(init_lora_weights="pissa"), "making it changed the base"),
+    "OLoRA": (lambda: _lora(init_lora_weights="olora"), "making it changed the base"),
     "bias all": (
         lambda: get_peft_model(qwen2(), LoraConfig(r=4, target_modules=["q_proj"], bias="all")),
         "trains and is not part of the adapter",

@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "merged": (merged, "merged"),
     "a kind that is not known": (
         lambda: moved(get_peft_model(llama(), kind_of("FROD"))),
-        "whether FROD leaves the base as it was loaded is not known",
+        "it is not known if FROD leaves the base as it was loaded",
     ),
 }
 

@@ -540,7 +540,7 @@ def test_sharded_policies_are_refused(tmp_path: Path) -> None:
                 call(policy, 0.5, lora="product")
         reference.update(policy, 0.5)
         assert reference.last_update is not None and reference.last_update.distance is None
-        with pytest.raises(ValueError, match="another rank in the reference"):
+        with pytest.raises(ValueError, match="another LoRA rank in the reference"):
             early.score(batch())
     finally:
         torch.distributed.destroy_process_group()

@@ -484,7 +484,7 @@ def _refused() -> Iterator[tuple[str, nn.Module, dict[str, Any], str]]:
     yield "a PEFT policy", get_peft_model(llama(), lora), {}, "shares with it: a quantised copy would only add memory"
     yield "adapter", get_peft_model(llama(), lora), {"strategy": "adapter"}, r"reference\.quantize cannot be set"
     yield "swap", llama(), {"strategy": "swap"}, r"reference\.quantize cannot be set\. Use 'clone' instead"
-    yield "no groups", llama(intermediate_size=40), {"quantize": "int4"}, "40 inputs of .*down_proj are no multiple"
+    yield "no groups", llama(intermediate_size=40), {"quantize": "int4"}, "40 inputs of .*down_proj are not a multiple"
 
 
 REFUSED = {name: rest for name, *rest in _refused()}
