@@ -267,7 +267,7 @@ def test_save_and_load(kind: str, tmp_path: Path) -> None:
     assert second.fingerprint() == first.fingerprint() and second.kl_floor == first.kl_floor
     record = json.loads((tmp_path / "reference.json").read_text())
     assert record["quantize"] == kind and KLFloor(**record["kl_floor"]) == first.kl_floor
-    with pytest.raises(ValueError, match="it is another model"):
+    with pytest.raises(ValueError, match="it is a different model"):
         build_reference(llama(), "clone").load(tmp_path)
     weights = load_file(tmp_path / "reference.safetensors")
     weights["model.layers.0.mlp.up_proj.weight.qdata"].view(-1)[5] ^= 1
