@@ -38,7 +38,7 @@ class Mover:
         if self.half_moved:
             raise ValueError(
                 "An error ended the reference's last update half-way: some of its weights were moved and some were "
-                "not. Load it from a checkpoint (reference.load), copy the policy (alpha 1), or build it anew."
+                "not. Load it from a checkpoint (reference.load), copy the policy (alpha 1), or build it again."
             )
 
     def check_closed(self, what: str) -> None:

@@ -15,7 +15,7 @@ from refkl.backend.adapters import adapter_parameters, adapter_tensors, switched
 from refkl.reference.request import BuildRequest
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of init_lora_weights that subtract the adapter's initial product from the base."""
+"""Values of init_lora_weights that move a part of the base weights into the adapter."""
 
 
 _LEAVES_THE_BASE = {
