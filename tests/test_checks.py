@@ -101,7 +101,7 @@ FAULTS: dict[str, tuple[Callable[..., None], str, str]] = {
     "a reference that was changed": (
         _changed_reference,
         "the reference is as it was built",
-        "model.layers.1.mlp.up_proj.weight is another",
+        "model.layers.1.mlp.up_proj.weight has other values",
     ),
     "dropout of its own": (_noise, "the reference has no dropout", "differ by up to"),
     "positions that padding shifts": (_no_positions, "padding does not change scores", "the policy's scores"),
@@ -182,7 +182,7 @@ def test_a_sampled_look_finds_a_changed_weight_and_names_it(strategy: str) -> No
         reference.verify(3)
     with torch.no_grad():
         policy.get_base_model().model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"to update it: model\.layers\.1\.mlp\.down_proj\.weight.* is another"):
+    with pytest.raises(ValueError, match=r"update or load: model\.layers\.1\.mlp\.down_proj\.weight.* other values"):
         for _ in range(count // 3 + 1):
             reference.verify(3)
 
@@ -275,7 +275,7 @@ def test_a_training_looks_at_its_reference(tmp_path: Path, monkeypatch: pytest.M
         policy.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
         return [float(len(text)) for text in completions]
 
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is another"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight has other values"):
         _trainer(policy, tmp_path, writes).train()
 
 

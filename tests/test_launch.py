@@ -244,9 +244,9 @@ def test_a_partitioned_reference_is_the_policy_in_memory(launch: str, tmp_path: 
 
 
 WRONG_LAUNCHES: dict[str, tuple[str, dict[str, str], list[str], str]] = {
-    "DDP that would train apart": ("multi", {}, ["--trainer.use_cpu", "false"], "train alone|assign use_cpu"),
-    "ZeRO that became DDP": ("zero2", {"ACCELERATE_USE_CPU": "true"}, [], "fell back without a word"),
-    "FSDP that became DDP": ("fsdp2", {}, [], "FSDP.*fell back without a word"),
+    "DDP that would train apart": ("multi", {}, ["--trainer.use_cpu", "false"], "train separately|assign use_cpu"),
+    "ZeRO that became DDP": ("zero2", {"ACCELERATE_USE_CPU": "true"}, [], "fell back without a warning"),
+    "FSDP that became DDP": ("fsdp2", {}, [], "FSDP.*fell back without a warning"),
     "another backend": ("multi", {}, ["--launch.backend", "zero3"], "asks for zero3.*gave ddp on 2 processes"),
     "another size": ("multi", {}, ["--launch.processes", "4"], "asks for 4 processes.*gave 2"),
 }  # fmt: skip

@@ -89,7 +89,7 @@ def test_nothing_moves_or_is_saved_while_it_runs(case: str, tmp_path: Path) -> N
         lambda: reference.first().__enter__(),
     ]
     for use in uses:
-        with reference.logits(batch()), pytest.raises(ValueError, match="leave that first"):
+        with reference.logits(batch()), pytest.raises(ValueError, match="is open and uses the reference's weights"):
             use()
         with reference.first(), pytest.raises(ValueError, match=r"reference\.first\(\) is open"):
             use()

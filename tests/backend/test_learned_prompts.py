@@ -136,7 +136,7 @@ def test_positions_that_the_batch_gives_begin_after_the_prompt() -> None:
 
 def test_what_peft_would_drop_without_a_word_is_refused() -> None:
     tokens = batch(model_inputs={"token_type_ids": torch.zeros(3, 9, dtype=torch.long)})
-    with pytest.raises(ValueError, match=r"token_type_ids'\] has a value for each token, and none for the 3 virtual"):
+    with pytest.raises(ValueError, match=r"token_type_ids'\] has a value for each token, but none for the 3 virtual"):
         score_tokens(prompted("PROMPT_TUNING", llama()), tokens)
 
 
@@ -198,7 +198,7 @@ def test_asked_for_by_name_it_is_the_same() -> None:
 @pytest.mark.parametrize("strategy", ["clone", "swap"])
 def test_a_copy_with_the_prompt_in_it_is_refused(strategy: str) -> None:
     policy = prompted("P_TUNING", llama())
-    with pytest.raises(ValueError, match=r"learned prompt \(P_TUNING\) is no part of the reference.*Use 'adapter'"):
+    with pytest.raises(ValueError, match=r"learned prompt \(P_TUNING\) is not part of the reference.*Use 'adapter'"):
         build_reference(policy, strategy)
 
 

@@ -118,7 +118,7 @@ def test_a_quantised_reference_is_recorded_with_its_floor(
     assert record["quantize"] == "int8" and 0 < record["kl_floor"]["mean"] < 0.01
     assert len([r for r in caplog.records if "quantised to int8: a KL below" in r.getMessage()]) == 1
     assert main(["train", str(config), "--reference.max_kl_floor", "1e-9"]) == 2
-    assert "and reference.max_kl_floor is 1e-09" in capsys.readouterr().err
+    assert "but reference.max_kl_floor is 1e-09" in capsys.readouterr().err
 
 
 def test_supervised_texts_of_three_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

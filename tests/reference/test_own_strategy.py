@@ -135,7 +135,7 @@ def test_another_model_behind_the_same_address_is_found() -> None:
         reference.verify()
         with torch.no_grad():
             model.lm_head.weight.add_(0.1)
-        with pytest.raises(ValueError, match=r"changed though nothing was to update it: .*'served'"):
+        with pytest.raises(ValueError, match=r"changed without an update or load: .*'served'"):
             reference.verify()
         with pytest.raises(ValueError, match="changed"):
             reference.verify()  # it is not approved of by having been found
@@ -171,7 +171,7 @@ def test_what_it_does_not_offer_is_refused_before_the_run() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ulr": "http://x"}, r"reference\.options\.ulr is no option of strategy 'served'. Did you mean 'url'"),
+        ({"ulr": "http://x"}, r"reference\.options\.ulr is not an option of strategy 'served'. Did you mean 'url'"),
         ({}, r"'served' needs reference\.options\.url"),
         ({"url": "x"}, "'served' cannot work here: 'x' is no URL"),
     ],
@@ -182,9 +182,9 @@ def test_options_are_checked(options: dict[str, Any], words: str) -> None:
 
 
 def test_options_are_for_a_strategy_that_has_them() -> None:
-    with pytest.raises(ValueError, match=r"reference\.options\.url is no option of strategy 'clone'\. It has none"):
+    with pytest.raises(ValueError, match=r"reference\.options\.url is not an option of strategy 'clone'\. It has none"):
         build_reference(llama(), ReferenceConfig(strategy="clone", options={"url": "x"}))
-    with pytest.raises(ValueError, match=r"'auto'\. Name the strategy"):
+    with pytest.raises(ValueError, match=r"'auto'\. Set reference\.strategy"):
         build_reference(llama(), ReferenceConfig(options={"url": "x"}))
 
 
@@ -196,7 +196,7 @@ def test_a_class_is_registered_under_its_own_name() -> None:
     class Mine(refkl.reference.CloneReference):
         strategy = "mine"
 
-    with pytest.raises(ValueError, match=r"registered as 'other', and its attribute `strategy` is 'mine'"):
+    with pytest.raises(ValueError, match=r"registered as 'other', but its attribute `strategy` is 'mine'"):
         refkl.register_strategy("other", Mine)
 
 

@@ -204,7 +204,7 @@ def test_a_copy_of_a_patched_policy() -> None:
     policy.forward = forward  # type: ignore[method-assign]
     naive = copy.deepcopy(policy)
     swap = build_reference(policy, "swap")
-    with pytest.raises(ValueError, match=r"holds on to the policy .* Use 'swap' instead"):
+    with pytest.raises(ValueError, match=r"refers to the policy .* Use 'swap' instead"):
         build_reference(policy, "clone")
     moved(policy)
     assert torch.equal(logp(naive), logp(policy)) and far(logp(naive), right)

@@ -20,12 +20,12 @@ from refkl.backend.modules import named_weights, parameters_in, submodules
 from refkl.backend.zero import local_shard
 
 _SAME_FORWARD = {"ALoraLinearVariant", "MiCAEmbeddingVariant", "MiCALinearVariant", "VeloraLinearVariant"}
-"""LoRA variants whose forward outside of training adds the product of the two factors, as plain LoRA's does."""
+"""LoRA variants whose forward in eval mode adds the product of the two factors, like plain LoRA."""
 
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The two factors of one adapter in one layer, by their canonical names."""
+    """Canonical names of the two factors of one adapter in one layer."""
 
     module: str
     """The layer's name in the model, for messages."""
@@ -37,7 +37,7 @@ class LoraFactors:
     scaling: float
     """The adapter adds scaling · B · A to the layer's weight."""
     refused: str | None = None
-    """None if the adapter does nothing else. Otherwise the reason why averages of it are not averages of the layer."""
+    """None if the adapter does nothing else. Otherwise the reason why averaging it does not average the layer."""
 
 
 def lora_factors(model: nn.Module) -> list[LoraFactors]:
@@ -59,13 +59,14 @@ def lora_factors(model: nn.Module) -> list[LoraFactors]:
 
 
 def lora_scalings(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Return the factor of each LoRA layer's adapters, by the layer's name: `set_scale` and `scale_layer` change it."""
+    """Return the scaling of each adapter of a LoRA layer, by the layer's name. `set_scale` and `scale_layer` change
+    it."""
     return {name: dict(m.scaling) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 @contextmanager
 def scaled_as(model: nn.Module, scalings: Mapping[str, Mapping[str, float]]) -> Iterator[None]:
-    """Let LoRA layers have these factors while open; on exit they have what they had."""
+    """Set these scalings in the LoRA layers; restore the previous ones on exit."""
     changed = []
     for name, wanted in scalings.items():
         layer = model.get_submodule(name)
@@ -87,11 +88,11 @@ def rank_dims(layers: Iterable[LoraFactors]) -> dict[str, int]:
 
 
 def check_scalings(layers: Iterable[LoraFactors], saved: Mapping[str, float], other: Collection[str]) -> None:
-    """Raise ValueError if a saved layer's factors would give another product here.
+    """Raise ValueError if a saved layer's factors would give another product with this policy's scaling.
 
     Args:
-        layers: the layers of this policy.
-        saved: by name of B, the scaling with which it was saved; older folders have none.
+        layers: the LoRA layers of this policy.
+        saved: the scaling of each saved layer, by the name of its B; older folders have none.
         other: names of factors that were saved with another rank.
     """
     for layer in layers:
@@ -100,8 +101,9 @@ def check_scalings(layers: Iterable[LoraFactors], saved: Mapping[str, float], ot
             continue
         raise ValueError(
             f"The saved reference multiplies the factors of {layer.module} by "
-            f"{'what was not recorded' if found is None else found}, and this policy by {layer.scaling}: its adapter "
-            "was made with another r or lora_alpha. Load it beside a policy that is configured as the saved one's was."
+            f"{'a scaling that was not recorded' if found is None else found}, this policy by {layer.scaling}: the "
+            "saved adapter had another r or lora_alpha. Load the reference beside a policy with the saved r and "
+            "lora_alpha."
         )
 
 
@@ -136,13 +138,13 @@ def _refused(module: LoraLayer, adapter: str) -> str | None:
 
 
 def adapter_parameters(policy: nn.Module) -> set[int]:
-    """Return ids of the adapters' parameters, trained or not: AdaLoRA changes those that hold its ranks."""
+    """Return ids of the adapters' parameters, trainable or not: AdaLoRA also changes those that hold its ranks."""
     modules = adapter_modules(policy, copies=True)
     return {id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None}
 
 
 def adapter_buffers(policy: nn.Module) -> set[int]:
-    """Return ids of the adapters' buffers, such as the projections that VeRA's layers share: nothing changes them."""
+    """Return ids of the adapters' buffers, such as the projections shared by VeRA's layers. They never change."""
     modules = adapter_modules(policy, copies=False)
     return {id(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None}
 
@@ -155,8 +157,8 @@ def adapter_tensors(policy: nn.Module) -> set[int]:
 def adapter_modules(policy: nn.Module, *, copies: bool) -> Iterator[nn.Module]:
     """Yield an adapted layer's modules other than its base layer, learned prompts, and with `copies` modules_to_save.
 
-    One walk with a stack: it runs at each score of an adapter's base, and `modules()` of every part takes five times as
-    long.
+    Each score of an adapter's base calls this. One walk with a stack takes a fifth of the time of calling `modules()`
+    on every part.
     """
     stack = [(policy, False)]
     while stack:
@@ -203,10 +205,10 @@ def switched_off(policy: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def base_kept(policy: nn.Module) -> Iterator[None]:
-    """Put the parameters of adapted layers' base back on exit, to the bit.
+    """Restore the base parameters of adapted layers on exit, bit for bit.
 
-    A merge that is undone leaves rounding in them, and a quantised layer has other parameters after it. While this is
-    open, host memory holds this rank's part of them.
+    Undoing a merge leaves rounding errors in them, and gives a quantised layer other parameters. While this is open,
+    host memory holds a copy of this rank's part of them.
     """
     kept = [
         (layer, name, parameter, local_shard(parameter).detach().to("cpu", copy=True))
@@ -220,7 +222,7 @@ def base_kept(policy: nn.Module) -> Iterator[None]:
         for layer, name, parameter, numbers in kept:
             if layer._parameters[name] is not parameter:
                 layer._parameters[name] = parameter
-            # Through .data, which does not count as a write: to all that watches it, nothing has changed.
+            # Through .data, which does not raise the tensor's version: code that watches the version sees no change.
             local_shard(parameter).data.copy_(numbers)
 
 

@@ -1,8 +1,7 @@
-"""Locks that a killed compile of a DeepSpeed op left behind. torch waits for such a lock for ever and prints nothing.
+"""Locks that a killed compile of a DeepSpeed op left behind. torch waits for such a lock forever and prints nothing.
 
-While torch compiles an op, torch.utils.file_baton.FileBaton has a file `lock` open in the op's build folder. If the
-process is killed, the file stays, but the kernel closes it. A lock that no process has open is therefore a lock that
-nobody holds.
+While torch compiles an op, torch.utils.file_baton.FileBaton keeps a file `lock` open in the op's build folder. If the
+process is killed, the file stays, but the kernel closes it. A lock that no process has open is therefore abandoned.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from refkl.messages import RunError
 logger = logging.get_logger(__name__)
 
 PATIENCE = 30.0
-"""Seconds until a lock is reported: as one that nobody holds, or with the process that holds it."""
+"""Seconds until a lock is reported, either as abandoned or with the process that holds it."""
 _LOOK = 1.0
 """Seconds between two checks of who holds a lock."""
 _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse.", "9p", "afs", "orangefs")
@@ -30,7 +29,7 @@ _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse.", "9
 
 
 def watch_compile_locks() -> None:
-    """Make torch take over a compile lock that nobody holds, in this process, from now on.
+    """Make torch take over abandoned compile locks, in this process, from now on.
 
     Calling it again has no effect. A process that finds no lock, or one that is released within PATIENCE, behaves as
     before. A lock is taken over only if no process on this machine has it open and it is not on a network file system.
@@ -90,7 +89,8 @@ def _abandoned(lock: Path, *, wait: bool) -> _File | None:
                 said = True
                 logger.warning(
                     f"Waiting for the compile lock {lock}. No process on this machine holds it, but it is on a network "
-                    f"file system ({file_system}), so a process on another machine may. If none does, delete that file."
+                    f"file system ({file_system}), so a process on another machine may hold it. If none does, delete "
+                    "that file."
                 )
         time.sleep(_LOOK)
     return None
@@ -99,8 +99,8 @@ def _abandoned(lock: Path, *, wait: bool) -> _File | None:
 def _take_over(lock: Path, file: _File) -> int | None:
     """Return a file descriptor that holds the abandoned lock, or None if another process was quicker.
 
-    The lock's file stays. If it were deleted and made anew, a process that looks in between would take the lock for
-    released, and a slower one would delete the new file.
+    The lock's file stays. If it were deleted and created again, a process that checks in between would think that the
+    lock is released, and a slower process would delete the new file.
     """
     try:
         descriptor = os.open(lock, os.O_RDONLY)

@@ -15,7 +15,8 @@ from typing import Any
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 _OF_FILE = "ACCELERATE_CONFIG_DS_FIELDS"
-"""The fields under deepspeed_config in accelerate's YAML; those that the JSON has too make accelerate raise."""
+"""Variable with the fields under deepspeed_config in accelerate's YAML. accelerate raises if the JSON also has one of
+them."""
 _CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 _FIELDS: dict[str, tuple[str, str, Any]] = {
     "zero_stage": ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "zero_optimization.stage", 0),
@@ -47,8 +48,8 @@ _FIELDS: dict[str, tuple[str, str, Any]] = {
     "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", 1),
     "gradient_clipping": ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", 0.0),
 }
-"""accelerate's name of a setting: its environment variable, the JSON's key, and the value if the JSON lacks that
-key."""
+"""accelerate's name of a setting, mapped to its environment variable, its key in the JSON, and its value if the JSON
+lacks that key."""
 _AUTO = {"gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_clipping": "max_grad_norm"}
 """The trainer's argument that "auto" stands for in the JSON."""
 
@@ -83,7 +84,7 @@ def given_once(trainer: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _differences(config: HfDeepSpeedConfig, trainer: Mapping[str, Any], env: Mapping[str, str]) -> list[str]:
-    """Return a phrase for each of accelerate's settings that differs in the JSON. "auto" agrees with anything."""
+    """Return a phrase for each setting of accelerate that differs in the JSON. "auto" agrees with any value."""
     file = env.get(_CONFIG_FILE, "none")
     if file != "none" and HfDeepSpeedConfig(file).config != config.config:
         return [f"accelerate's deepspeed_config_file is {file}, with other content"]
@@ -108,7 +109,7 @@ def _precision(config: HfDeepSpeedConfig, trainer: Mapping[str, Any]) -> str:
 
 
 def _value(text: str) -> Any:
-    """Parse a value of the environment as JSON: "3" as 3, "true" as True; other words stay text."""
+    """Parse an environment variable's value as JSON: "3" as 3, "true" as True. Other words stay text."""
     try:
         return json.loads(text.lower())
     except ValueError:

@@ -83,7 +83,7 @@ def check_launch(
     """
     env = os.environ if environment is None else environment
     cpu_hint = (
-        " ACCELERATE_USE_CPU is set, which takes DeepSpeed and FSDP out of accelerate: unset it, and set "
+        " ACCELERATE_USE_CPU is set, which makes accelerate ignore DeepSpeed and FSDP: unset it, and set "
         "trainer.use_cpu instead."
         if env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
         else ""
@@ -92,25 +92,25 @@ def check_launch(
     if launched != found.processes:
         raise ValueError(
             f"The launcher started {launched} processes but {found.processes} work together here: each would train "
-            "alone. On a machine without a GPU set trainer.use_cpu: true." + cpu_hint
+            "separately. On a machine without a GPU set trainer.use_cpu: true." + cpu_hint
         )
     if processes is not None and processes != found.processes:
         raise ValueError(
             f"The configuration asks for {processes} processes (launch.processes) but the launch gave "
-            f"{found.processes}. Pass --num_processes {processes} to accelerate launch, or --num_gpus to deepspeed; on "
-            "CPU, accelerate's --cpu starts a single process: use --multi_gpu there all the same."
+            f"{found.processes}. Pass --num_processes {processes} to accelerate launch, or --num_gpus to deepspeed. On "
+            "a CPU, use accelerate's --multi_gpu too: its --cpu starts a single process."
         )
     for variable, kind in (("ACCELERATE_USE_DEEPSPEED", "zero"), ("ACCELERATE_USE_FSDP", "fsdp")):
         if env.get(variable, "").lower() in ("1", "true") and not found.name.startswith(kind):
             raise ValueError(
                 f"The launch asked for {'DeepSpeed' if kind == 'zero' else 'FSDP'} ({variable} is set) but got "
-                f"{found}: accelerate fell back without a word.{cpu_hint}"
+                f"{found}: accelerate fell back without a warning.{cpu_hint}"
                 + (" accelerate does not run FSDP without a GPU: use ZeRO or DDP." if kind == "fsdp" else "")
             )
     if expected is not None and expected != found.name:
         raise ValueError(
             f"The configuration asks for {expected} (launch.backend) but the launch gave {found}. Start it with the "
-            f"accelerate configuration launch/accelerate/ that fits, or change launch.backend.{cpu_hint}"
+            f"accelerate configuration for that backend from launch/accelerate/, or change launch.backend.{cpu_hint}"
         )
 
 

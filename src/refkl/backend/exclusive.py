@@ -1,7 +1,7 @@
-"""Who may run a module now: one thread at a time, and never the policy while a reference's weights are in it.
+"""Locks on modules: one thread runs a module at a time, and the policy never runs while it holds a reference's weights.
 
-Strategies that score inside the policy's own module (`swap`, `adapter`) borrow it for the time of a score. Another
-thread waits for them. The thread that borrowed it cannot wait for itself, so a run of the policy there is refused.
+Strategies that score inside the policy's own module (`swap`, `adapter`) borrow it while they score. Another thread
+waits for them. The thread that borrowed it cannot wait for itself, so running the policy there raises an error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from refkl.backend.modules import unwrap
 
 
 class Use:
-    """The lock of one module, and who has borrowed it."""
+    """Lock of one module, and its present borrower."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._borrower: Any = None
         self.what = ""
-        """The open context that has borrowed it, as in "reference.logits"; empty if there is none."""
+        """Name of the open context that has borrowed it, such as "reference.logits"; empty if there is none."""
         self._depth = 0
         self._scoring = 0
 
@@ -33,7 +33,7 @@ class Use:
         """Hold the module for `borrower` while open; other threads wait.
 
         Args:
-            borrower: the reference. What it has borrowed it may borrow again.
+            borrower: the reference. It may borrow a module again that it has borrowed.
             what: for error messages, such as "reference.logits".
 
         Raises:
@@ -58,7 +58,7 @@ class Use:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """While open, the borrower runs the module itself: `running` lets it pass. The lock must be held."""
+        """Allow the borrower to run the module itself: `running` raises no error meanwhile. The lock must be held."""
         self._scoring += 1
         try:
             yield
@@ -67,7 +67,7 @@ class Use:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Open around a run of the module for what it is; waits while another thread has borrowed it.
+        """Hold the module while it runs with its own weights; wait while another thread has borrowed it.
 
         Raises:
             ValueError: this thread has borrowed it.
@@ -86,7 +86,7 @@ _MAKING = threading.Lock()
 
 
 def use_of(model: nn.Module) -> Use:
-    """Return the one Use of this model, whatever it is wrapped in."""
+    """Return the Use of this model: one object per model, with or without wrappers."""
     inner = unwrap(model)
     with _MAKING:
         if inner not in _USES:

@@ -14,7 +14,7 @@ from refkl.backend.modules import submodules
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters, so that every parameter is its shard again: after a forward FSDP2 keeps the root's."""
+    """Free gathered parameters, so that every parameter is its shard again: FSDP2 keeps the root's after a forward."""
     for module in submodules(model):
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -32,7 +32,7 @@ def mixed_precision(model: nn.Module) -> list[str]:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the module's class before FSDP2 put its own in front of it."""
+    """Return the class that the module had before FSDP2 replaced it."""
     return _own_class(type(module))  # type: ignore[arg-type]  # mypy compares the class with the instances' __hash__
 
 

@@ -35,7 +35,7 @@ class Block(NamedTuple):
     """A rectangular part of a tensor, as described in a file of parts."""
 
     whole: tuple[int, ...]
-    """Shape of the whole: the weight's own, or [elements] if ranks hold parts of the flattened weight."""
+    """Shape of the whole: the weight's shape, or [elements] if ranks hold parts of the flattened weight."""
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -70,7 +70,7 @@ class Layout(ABC):
 
     @abstractmethod
     def cut(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of a whole weight, which every rank has. A view or a copy."""
+        """Return this rank's part of a whole weight, as a view or a copy. Every rank has the whole weight."""
 
     @abstractmethod
     def join(self, local: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ class Sharded(Layout):
         for placement in self.like.placements:
             if not (isinstance(placement, Replicate) or type(placement) is Shard):
                 raise ValueError(
-                    f"A weight of shape {list(self.shape)} is placed as {placement} on its device mesh. Plain shards "
-                    "and replicas are understood: use FSDP2 without tensor parallelism on the same dimension."
+                    f"A weight of shape {list(self.shape)} is placed as {placement} on its device mesh. refkl supports "
+                    "plain shards and replicas only: use FSDP2 without tensor parallelism on the same dimension."
                 )
         shape, start = compute_local_shape_and_global_offset(self.shape, self.like.device_mesh, self.like.placements)
         return Block(tuple(self.shape), tuple(start), tuple(shape))
@@ -188,7 +188,7 @@ def layout_of(tensor: Tensor) -> Layout:
     if is_partitioned(tensor):
         return Partition(full_shape(tensor), tensor.ds_tensor.ds_numel, tensor.ds_process_group)  # type: ignore[attr-defined]
     if isinstance(tensor, DTensor):
-        return Sharded(tensor.shape, tensor.detach())  # type: ignore[arg-type] # detached it is a DTensor still
+        return Sharded(tensor.shape, tensor.detach())  # type: ignore[arg-type] # still a DTensor when detached
     return Whole(tensor.shape)
 
 

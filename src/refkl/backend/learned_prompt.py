@@ -50,7 +50,7 @@ class Prompt:
         for name, value in batch.model_inputs.items():
             if isinstance(value, Tensor) and value.shape[:2] == batch.input_ids.shape:
                 raise ValueError(
-                    f"model_inputs[{name!r}] has a value for each token, and none for the {self.tokens} virtual ones "
+                    f"model_inputs[{name!r}] has a value for each token, but none for the {self.tokens} virtual tokens "
                     f"that {self.kind} puts before them: PEFT drops it, or the model cannot use it. Leave it out."
                 )
         # The layers decide this; transformers' property for it has another name in each version.

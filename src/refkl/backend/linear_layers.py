@@ -35,6 +35,6 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def matrix_shape(layer: nn.Module) -> torch.Size:
-    """Return [out, in] of one of `linear_layers`."""
+    """Return the shape [out, in] of a layer from `linear_layers`."""
     shape = full_shape(layer.weight)  # type: ignore[arg-type]
     return shape[::-1] if isinstance(layer, Conv1D) else shape

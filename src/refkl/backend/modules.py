@@ -99,7 +99,7 @@ def submodules(model: nn.Module) -> list[nn.Module]:
 
 
 def parameters_in(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """Yield the modules' own parameters; one that several modules share is repeated."""
+    """Yield the modules' own parameters. A parameter that several modules share is repeated."""
     return (parameter for m in modules for parameter in m._parameters.values() if parameter is not None)
 
 
@@ -123,8 +123,8 @@ def _evaluates_as(module: nn.Module) -> bool:
     """Return the value of `training` during evaluation: False, except for quantised layers of bitsandbytes.
 
     Its 4-bit layers in eval mode, without gradients, on a processor with AVX-512 BF16, rewrite their weight in place,
-    in a form that passes no gradient, even when they train again. Its 8-bit layers compute another product on a CPU in
-    eval mode than in training, which would be a KL at step 0. Neither has dropout.
+    in a form that passes no gradient, even when they train again. Its 8-bit layers, on a CPU, compute another product
+    in eval mode than in training, which would give a nonzero KL at step 0. Neither has dropout.
     """
     # mypy compares the class with the instances' __hash__.
     kind = _of_bitsandbytes(type(module))  # type: ignore[arg-type]
@@ -147,7 +147,8 @@ def _of_bitsandbytes(cls: type) -> str | None:
 def dropout_rates(module: nn.Module) -> dict[str, float]:
     """Return the module's own dropout rates above 0.
 
-    They are an nn.Dropout's, and floats that a layer reads (attention_dropout), which a search for nn.Dropout misses.
+    These are the rate of an nn.Dropout, and floats that a layer reads (attention_dropout), which a search for
+    nn.Dropout misses.
     """
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return {"p": module.p} if module.p > 0 else {}

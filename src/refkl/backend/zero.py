@@ -22,8 +22,8 @@ others."""
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Return True if a parameter is under ZeRO-3: this rank holds `ds_tensor`, and otherwise a placeholder of size
-    0."""
+    """Return True if a parameter is under ZeRO-3: this rank holds its part in `ds_tensor`, and the parameter is a
+    placeholder of size 0."""
     return hasattr(parameter, "ds_id")
 
 
@@ -118,7 +118,7 @@ def inference_config(training: dict[str, Any], *, offload: bool = False) -> dict
 
 @contextmanager
 def transformers_zero3(config: dict[str, Any]) -> Iterator[None]:
-    """Let from_pretrained partition as it loads, under `config`; the run's own setting is restored on exit."""
+    """Let from_pretrained partition weights as it loads them, under `config`; restore the run's setting on exit."""
     import transformers.integrations.deepspeed as integration
 
     before = integration._hf_deepspeed_config_weak_ref
@@ -185,5 +185,5 @@ def check_can_save(accelerator: Accelerator) -> None:
     if config is not None and not config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
             "Under ZeRO-3 the trained model is written only if its parts are gathered. Set zero3_save_16bit_model: "
-            "true in the accelerate configuration, or stage3_gather_16bit_weights_on_model_save in the DeepSpeed JSON."
+            "true in accelerate's configuration, or stage3_gather_16bit_weights_on_model_save in the DeepSpeed JSON."
         )

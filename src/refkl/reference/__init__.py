@@ -1,4 +1,4 @@
-"""Strategies that hold the reference: each says where the weights are. One file and one line of STRATEGIES each."""
+"""Strategies that hold the reference. Each decides where the weights are; it is one file and one line of STRATEGIES."""
 
 from refkl.reference.contract import Reference
 from refkl.reference.cost import Cost, Shape, Step

@@ -1,8 +1,9 @@
-"""The contract of a reference: what users call, and what the author of a strategy writes.
+"""The contract of a reference: the methods that users call, and those that the author of a strategy writes.
 
-An author writes `supports`, `cost`, `why`, `build`, `score` and `identity`. Everything else is optional, and refuses by
-name until it is written: a reference never answers wrongly, or silently not at all. A reference whose weights are in
-this process starts from `HeldReference` instead, which has all of it and asks for `activate` and `weights`.
+An author writes `supports`, `cost`, `why`, `build`, `score` and `identity`. Everything else is optional. A method that
+is not written raises an error that names the strategy, so a reference never gives a wrong answer or silently none. A
+reference whose weights are in this process derives from `HeldReference` instead, which implements all of this and needs
+only `activate` and `weights`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Reference(Offers, ABC):
     Options: ClassVar[type | None] = None
     """A dataclass of the strategy's own settings, which `reference.options` fills; None if it has none."""
     takes: ClassVar[frozenset[str]] = frozenset()
-    """The fields of ReferenceConfig, beside `strategy`, `cache` and `options`, that the strategy honours. Another one
-    that is set is refused before `supports` is asked."""
+    """The fields of ReferenceConfig, besides `strategy`, `cache` and `options`, that the strategy honours. If any other
+    field is set, the strategy is refused before `supports` is called."""
 
     reason: str
-    """One sentence: why this strategy."""
+    """One sentence that says why this strategy was chosen."""
     source: str
     """The source of the weights."""
     updates: int
@@ -49,32 +50,35 @@ class Reference(Offers, ABC):
         self.last_update = None
         self._recorded: str | None = None
 
-    # What an author writes.
+    # Methods that an author writes.
 
     @classmethod
     @abstractmethod
     def supports(cls, request: BuildRequest) -> str | None:
-        """Return None if the strategy gives the right reference for this policy here, else a sentence: why not."""
+        """Return None if the strategy gives the right reference for this policy here, else a sentence that says why
+        not."""
 
     @classmethod
     @abstractmethod
     def cost(cls, request: BuildRequest) -> Cost:
-        """Return what the strategy would add on a rank, counted from `request.shape`. Auto takes the cheapest."""
+        """Return the cost that the strategy would add on a rank, computed from `request.shape`. "auto" takes the
+        cheapest strategy."""
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
-        """Return True if auto may take the strategy, given that it can. By default it has to be asked for by name."""
+        """Return True if "auto" may take the strategy where `supports` allows it. By default users must ask for it by
+        name."""
         return False
 
     @classmethod
     @abstractmethod
     def why(cls, request: BuildRequest) -> str:
-        """Return the reason that auto gives for this strategy, without a full stop."""
+        """Return the reason that "auto" gives for this strategy, without a full stop."""
 
     @classmethod
     @abstractmethod
     def build(cls, request: BuildRequest, reason: str) -> Reference:
-        """Make the reference. `supports` has returned None."""
+        """Build the reference. `supports` has returned None."""
 
     @abstractmethod
     def score(
@@ -83,41 +87,43 @@ class Reference(Offers, ABC):
         """Return log-probabilities of the scored tokens under the reference, without grad, on the batch's device.
 
         Args:
-            batch: what to score.
+            batch: the sequences to score.
             temperature: divides the logits; give the policy the same.
-            entropy: also the entropy of each predicting distribution.
-            hidden: also the states that enter the output head.
+            entropy: if True, also return the entropy of each predicting distribution.
+            hidden: if True, also return the hidden states that enter the output head.
 
         Raises:
-            ValueError: the reference does not offer what was asked for.
+            ValueError: the reference cannot return the entropies or hidden states that were asked for.
         """
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what tells this model from every other one, as JSON: never empty, equal only for equal models.
+        """Return JSON data that identifies this model: never empty, and equal only for equal models.
 
-        For a model elsewhere, ask there (a checkpoint's hash, a revision, a version), at each call: `verify` compares.
+        If the model is elsewhere, ask there at each call, for example for a checkpoint's hash, a revision or a version:
+        `verify` compares the answers.
         """
 
-    # What follows from those.
+    # Methods that follow from those.
 
     def fingerprint(self) -> str:
-        """Return 64 hex digits that stand for `identity`, and record them.
+        """Return 64 hex digits computed from `identity`, and record them.
 
         Raises:
-            ValueError: `identity` is empty, so that two different models would be the same.
+            ValueError: `identity` is empty, so two different models would have the same fingerprint.
         """
         if not (found := self.identity()):
             raise ValueError(
                 f"The reference of strategy {self.strategy!r} does not say which model it is: its identity() is empty, "
-                "and any other model would pass for it."
+                "so any other model would pass for it. Return data that identifies the model, such as a checkpoint's "
+                "hash."
             )
         self._recorded = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
         return self._recorded
 
     @property
     def recorded_fingerprint(self) -> str | None:
-        """The fingerprint when it was last taken; None from an update until it is taken again."""
+        """The fingerprint when it was last computed; None after an update until it is computed again."""
         return self._recorded
 
     @property
@@ -127,38 +133,38 @@ class Reference(Offers, ABC):
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of each weight when the fingerprint was last taken; empty if no weights are in this process."""
+        """The digest of each weight when the fingerprint was last computed; empty if no weights are in this process."""
         return {}
 
     def verify(self, count: int | None = None) -> None:
-        """Raise ValueError if the reference changed with no `update` or `load` to explain it.
+        """Raise ValueError if the reference changed without an `update` or `load`.
 
         Args:
-            count: how many weights to look at, the next ones at each call; None looks at all.
+            count: number of weights to check, the next ones at each call; None checks all.
         """
         before = self.recorded_fingerprint
         if before is not None and self.fingerprint() != before:
             self._recorded = before
             raise ValueError(
-                f"The reference changed though nothing was to update it: what strategy {self.strategy!r} scores with "
-                f"is now {self.identity()}."
+                f"The reference changed without an update or load: the model that strategy {self.strategy!r} scores "
+                f"with is now {self.identity()}. Score with the recorded model, or build the reference again."
             )
 
     def provenance(self) -> dict[str, Any]:
-        """Return what to record of this reference: strategy, reason, source, updates, fingerprint (collective if the
+        """Return the record of this reference: strategy, reason, source, updates, fingerprint (collective if the
         reference is sharded), and the versions of the libraries."""
         return {
             "strategy": self.strategy,
             "reason": self.reason,
             "source": self.source,
             "updates": self.updates,
-            # What it was when recorded: taking it anew would approve of a change.
+            # The recorded one: computing it again would accept an unexplained change.
             "fingerprint": self.recorded_fingerprint or self.fingerprint(),
             "versions": library_versions(),
         }
 
     def score_conditions(self, batch: TokenBatch) -> dict[str, Any]:
-        """Return what the scores depend on beside the batch, as JSON: the key of a cache. May be collective."""
+        """Return JSON data on which the scores depend besides the batch: the key of a cache. May be collective."""
         return {"fingerprint": self.recorded_fingerprint or self.fingerprint(), "identity": self.identity()}
 
     @property

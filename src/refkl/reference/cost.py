@@ -1,8 +1,8 @@
-"""The cost of a reference, counted from the tensors of a policy and the way a backend spreads them.
+"""The cost of a reference, computed from the tensors of a policy and the way a backend shards them.
 
-A policy in memory, one that is sharded already and one that is only planned (on torch's meta device) have the same
-shape, and so the same costs. Where something is sharded, bytes are those of the rank that holds the most, so that all
-ranks come to the same numbers and to the same choice.
+A policy in memory, a policy that is sharded already and one that is only planned (on torch's meta device) have the same
+shape, and therefore the same costs. For sharded tensors, bytes are those of the rank that holds the most, so that all
+ranks compute the same numbers and make the same choice.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ Spread = Literal["whole", "flat", "rows"]
 rows (FSDP2)."""
 
 SPREADS: dict[str, Spread] = {"zero3": "flat", "fsdp1": "flat", "fsdp2": "rows"}
-"""The way a backend spreads parameters; a backend that is not listed leaves them whole."""
+"""The way a backend shards parameters; a backend that is not listed leaves them whole."""
 
 BATCH_BYTES = 21
-"""Bytes of a token, from device to host and back: int64 ids and mask, a bool that is True if it is scored, fp32
-score."""
+"""Bytes per token, from device to host and back: int64 id and mask, a bool that is True if it is scored, fp32 score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,13 @@ class Cost:
     host: int = 0
     """Bytes held in host memory."""
     scoring: int = 0
-    """Bytes on the device that a score takes beyond `device`, and beyond what the policy's own forward takes."""
+    """Bytes on the device that a score takes in addition to `device` and to the policy's own forward."""
     flops: int = 0
     """Extra floating-point operations of one step, on the device; 0 if the step is not known."""
     host_flops: int = 0
-    """The same, where the reference runs on the host's processors."""
+    """Extra floating-point operations of one step, on the host's processors; 0 if the step is not known."""
     moved: int = 0
-    """Bytes of one step between this rank's device and other ranks or the host; 0 if the step is not known."""
+    """Bytes moved in one step between this rank's device and other ranks or the host; 0 if the step is not known."""
 
     @property
     def total(self) -> int:
@@ -61,10 +60,10 @@ class Step:
 
     sequences: int = 0
     length: int = 0
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     layers: int = 0
     hidden: int = 0
-    """Width."""
+    """Width of the hidden states."""
 
     @property
     def tokens(self) -> int:
@@ -74,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A tensor of the policy. Tied ones are one."""
+    """A tensor of the policy. Tied tensors are one entry."""
 
     shape: torch.Size
     """The shape of the whole tensor, however it is sharded."""
@@ -88,17 +87,17 @@ class Entry:
     constant: bool = False
     """True if it is a buffer of an adapter, which nothing changes."""
     base: bool = True
-    """True if the model inside PEFT has it too."""
+    """True if the model inside PEFT also has it."""
     lookup: bool = False
     """True if a forward only reads rows of it: an embedding that is not also the output head."""
     ways: int | None = None
-    """The number of ranks that it is spread over, if it is already."""
+    """Number of ranks over which it is sharded already; None if it is not."""
     linear: torch.Size | None = None
-    """[out, in] of a linear layer that `quantize` packs; None for all else."""
+    """[out, in] of a linear layer that `quantize` packs; None for all other tensors."""
 
     @property
     def size(self) -> int:
-        """Bytes of the whole."""
+        """Bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
     def elements(self, spread: Spread, processes: int) -> int:
@@ -113,14 +112,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a run that a strategy counts its cost from."""
+    """The numbers of a run from which a strategy computes its cost."""
 
     backend: Backend
     entries: tuple[Entry, ...]
     """Parameters, then buffers."""
     step: Step
     on_host: bool
-    """True if the policy itself runs on the host's processors: host memory is its device."""
+    """True if the policy itself runs on the host's processors, so that host memory is its device."""
     memory: int | None = None
     """Bytes of the device, if they are known."""
 
@@ -131,7 +130,7 @@ class Shape:
 
     @property
     def spread(self) -> Spread:
-        """The way the backend spreads the policy's parameters."""
+        """The way the backend shards the policy's parameters."""
         return SPREADS.get(self.backend.name, "whole")
 
     def elements(self, entries: Iterable[Entry], spread: Spread | None = None) -> int:
@@ -140,21 +139,21 @@ class Shape:
         return sum(e.elements(spread or self.spread, self.backend.processes) for e in entries)
 
     def held(self, entries: Iterable[Entry], spread: Spread | None = None, dtype: torch.dtype | None = None) -> int:
-        """Bytes on the rank that holds the most of each; floating-point ones in `dtype`, if given."""
+        """Return the bytes on the rank that holds the most of each; floating-point ones in `dtype`, if given."""
         return sum(
             self.elements([e], spread) * (dtype if dtype and e.dtype.is_floating_point else e.dtype).itemsize
             for e in entries
         )
 
     def gathered(self, spread: Spread | None = None) -> int:
-        """Bytes that a forward of the model receives from other ranks: what this rank does not hold."""
+        """Return the bytes that a forward of the model receives from other ranks: those that this rank lacks."""
         if not self.step.tokens:
             return 0
         return self.held(self.parameters, "whole") - self.held(self.parameters, spread)
 
     def offloaded(self, entries: Iterable[Entry], spread: Spread) -> Cost:
-        """Return the cost of a sharded model whose shards wait in host memory. A forward gathers as much for the policy
-        too, so a score takes only the largest shard beyond that."""
+        """Return the cost of a sharded model whose shards wait in host memory. The policy's forward gathers as much, so
+        a score takes only the largest shard in addition."""
         entries = list(entries)
         weights = [e for e in entries if not e.buffer]
         sizes = [self.held([e], spread) for e in weights]
@@ -167,10 +166,10 @@ class Shape:
         )
 
     def forward(self, entries: Iterable[Entry] | None = None) -> int:
-        """Floating-point operations of a step's forward pass through these parameters (all, if None).
+        """Return the floating-point operations of a step's forward pass through these parameters (all, if None).
 
-        Two for each weight that multiplies and token, and 2·layers·length·hidden a token for causal attention
-        (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). All experts of a mixture are counted.
+        Each token counts 2 for each weight that multiplies, and 2·layers·length·hidden for causal attention (Kaplan et
+        al. 2020, arXiv:2001.08361, section 2.1). All experts of a mixture are counted.
         """
         step = self.step
         weights = sum(
@@ -182,7 +181,7 @@ class Shape:
 
 
 def shape_of(policy: nn.Module, backend: Backend, step: Step, *, on_host: bool, memory: int | None = None) -> Shape:
-    """The shape of a policy, whole, sharded, or without memory on the meta device."""
+    """Return the shape of a policy that is whole, sharded, or without memory on the meta device."""
     inner = unwrap(policy)
     tuned, constant = adapter_parameters(inner), adapter_buffers(inner)
     inside = base_model(policy)
@@ -225,6 +224,6 @@ def _ways(tensor: Tensor) -> int | None:
 
 
 def _lookups(policy: nn.Module) -> set[int]:
-    """Weights of embeddings that are tied to no head."""
+    """Return ids of the weights of embeddings that are not tied to a head."""
     rows = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
     return rows - {id(m.weight) for m in policy.modules() if isinstance(m, nn.Linear)}

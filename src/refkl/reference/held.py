@@ -32,22 +32,22 @@ from refkl.types import MemoryReport, TokenBatch, TokenScores
 class HeldReference(Reference):
     """A reference whose weights are in this process: scored, fingerprinted, moved and saved by refkl.
 
-    A strategy opens the module that is to be run (`activate`) and lists its weights (`weights`). If it can move, it
-    pairs them with the policy's (`pairs`).
+    A strategy provides the module to run (`activate`) and lists its weights (`weights`). If it can move, it also pairs
+    them with the policy's (`pairs`).
     """
 
     takes = frozenset({"source", "dtype", "device", "offload", "quantize", "max_tokens", "averages", "max_kl_floor"})
     movers: ClassVar[type[Mover]] = Mover
-    """The class that moves it."""
+    """Class that moves the reference."""
 
     def __init__(
         self, request: BuildRequest, reason: str, source: str, *, borrowed_from: nn.Module | None = None
     ) -> None:
-        """`borrowed_from` is the policy, if scores run inside its own module: it is not itself while they do."""
+        """Store the settings; `borrowed_from` is the policy, if scores put the reference's weights into its module."""
         super().__init__(request, reason, source)
         self._accelerator = request.accelerator
         self.device = None if request.config.device is None else torch.device(request.config.device)
-        """The device that a batch is scored on; None leaves the batch on its own."""
+        """Device on which batches are scored; None leaves each batch on its device."""
         self.known = Identity(self.weights)
         """The record of the weights."""
         self._mover = self.movers(self, on_host=request.config.averages == "host")
@@ -55,40 +55,40 @@ class HeldReference(Reference):
         self._active: nn.Module | None = None
         self._conditions = Conditions(self)
         self.weights_freed = False
-        """True once `free_weights` dropped the weights: nothing but the score conditions is known from then on."""
+        """True once `free_weights` dropped the weights: only the score conditions are known from then on."""
 
-    # What a strategy writes.
+    # Methods that a strategy writes.
 
     @abstractmethod
     def activate(self) -> AbstractContextManager[nn.Module]:
-        """Yield the module to run, as the reference while this is open; switched back also when scoring raises."""
+        """Yield the module to run. It is the reference while this is open, and is switched back on exit or error."""
 
     @abstractmethod
     def weights(self) -> Iterator[Weight]:
         """Yield every weight of the reference, as far as this rank holds it, in a fixed order; tied ones once."""
 
     def pairs(self, policy: nn.Module) -> list[Pair]:
-        """Return each weight that moves, with the policy's; nothing is written here.
+        """Return each weight that moves, paired with the policy's. Nothing is written here.
 
         Raises:
-            ValueError: names or shapes that do not pair; a strategy that cannot move.
+            ValueError: names or shapes do not pair; the strategy cannot move.
         """
         self._refuse("cannot move")
 
     def lora_layers(self) -> list[LoraFactors]:
-        """Return the LoRA layers that the reference can hold with another rank than the policy's; a strategy that lists
-        any has `replace_weights`."""
+        """Return the LoRA layers that the reference can hold with another rank than the policy's. A strategy that
+        returns any must implement `replace_weights`."""
         return []
 
     def replace_weights(self, weights: dict[str, Tensor]) -> None:
-        """Let these be the reference's weights in place of ones of other shapes; it owns the tensors from then on."""
+        """Replace weights by tensors of other shapes, which the reference owns from then on."""
         self._refuse("cannot hold weights of other shapes than the policy's")
 
     def before_writing(self) -> None:
-        """Drop what would hide new weights from the next forward."""
+        """Drop gathered copies that would hide new weights from the next forward."""
 
     def drop_weights(self) -> bool:
-        """Drop the weights that are only the reference's; return False if there are none, so that it can still run."""
+        """Drop the weights that belong to the reference only; return False if there are none, so it can still run."""
         self._refuse("cannot free its weights")
 
     def memory_of_weights(self) -> MemoryReport:
@@ -104,15 +104,14 @@ class HeldReference(Reference):
     def score(
         self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, hidden: bool = False
     ) -> TokenScores:
-        """Return log-probabilities of the scored tokens under the reference: no grad, dropout off, nothing left
-        changed. On the batch's device.
+        """Return log-probabilities of the scored tokens under the reference, on the batch's device.
 
-        If its weights are sharded, every rank must call; and so for a quantised one the first time, which measures its
-        floor over all of them.
+        Runs without gradients and with dropout off, and leaves nothing changed. Every rank must call if weights are
+        sharded, and at the first score of a quantised reference, which measures the KL floor over all ranks.
 
         Raises:
-            ValueError: as `score_tokens`; or the reference can no longer be told from the policy; or it is quantised
-                and its floor (`kl_floor`) is too high, or cannot be measured any more.
+            ValueError: see `score_tokens`; the reference can no longer be told from the policy; the KL floor
+                (`kl_floor`) of a quantised reference is too high, or can no longer be measured.
         """
         with self.use.lock:
             scores = score_held(self, batch, temperature=temperature, entropy=entropy, hidden=hidden)
@@ -126,11 +125,11 @@ class HeldReference(Reference):
             yield logits
 
     def check_exact(self) -> None:
-        """Refuse nothing: hidden states and logits are available."""
+        """Raise nothing: hidden states and logits are available."""
 
     @contextmanager
     def scoring(self, batch: TokenBatch, what: str = "reference.score") -> Iterator[tuple[nn.Module, TokenBatch]]:
-        """Yield the module to run and the batch on its device: no grad, dropout off, nothing left changed."""
+        """Yield the module to run and the batch on its device, with no grad and dropout off; restore all on exit."""
         with self.use.borrowed(self, what):
             self._mover.check_whole()
             if self._active is None:
@@ -141,7 +140,7 @@ class HeldReference(Reference):
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
-        """`activate`, or the module that is active already: contexts of one reference can be nested."""
+        """Yield the module of `activate`, or the one already active: contexts of one reference can be nested."""
         if self._active is not None:
             yield self._active
             return
@@ -153,7 +152,7 @@ class HeldReference(Reference):
                 self._active = None
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The accelerator's autocast, if there is one."""
+        """Return the accelerator's autocast; without an accelerator, a context that does nothing."""
         return nullcontext() if self._accelerator is None else self._accelerator.autocast()
 
     @property
@@ -172,8 +171,8 @@ class HeldReference(Reference):
     def fingerprint(self) -> str:
         """Return 64 hex digits that change if and only if the name, shape, dtype or a bit of some weight does.
 
-        The same weights have the same fingerprint whatever strategy, device or number of ranks holds them. If weights
-        are sharded, every rank must call: they exchange one number a weight. See weights/fingerprint.py.
+        The same weights have the same fingerprint with any strategy, device or number of ranks. If weights are sharded,
+        every rank must call: the ranks exchange one number per weight. See weights/fingerprint.py.
         """
         return self.known.take()
 
@@ -190,15 +189,16 @@ class HeldReference(Reference):
         return self.known.scored_as
 
     def verify(self, count: int | None = None) -> None:
-        """Find a weight that changed since the fingerprint was taken, with no `update` or `load` to explain it.
+        """Raise ValueError if a weight changed since the fingerprint was computed, without an `update` or `load`.
+
+        Right after an update there is nothing to compare with, so the fingerprint is computed instead.
 
         Args:
-            count: how many weights to look at, the next ones at each call; None looks at all. If weights are sharded,
+            count: number of weights to check, the next ones at each call; None checks all. If weights are sharded,
                 every rank must call.
 
         Raises:
-            ValueError: one has changed; it is named. Right after an update there is nothing to compare with: the
-                fingerprint is taken instead.
+            ValueError: a weight has changed; the message names it.
         """
         self.follow_policy()
         self.known.verify(count)
@@ -240,18 +240,18 @@ class HeldReference(Reference):
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        with self._idle("be shown as it was first"), self._mover.initial():
+        with self._idle("show its first state"), self._mover.initial():
             yield
 
     @contextmanager
     def _idle(self, what: str) -> Iterator[None]:
-        """Hold the lock. Raise ValueError while one of the reference's contexts is open in this thread."""
+        """Hold the lock. Raise ValueError if one of the reference's contexts is open in this thread."""
         with self.use.lock:
             self._mover.check_closed(what)
             if self._active is not None:
                 raise ValueError(
-                    f"{self.use.what} is open, and its weights are being run, so the reference cannot {what}: leave "
-                    "that first."
+                    f"{self.use.what} is open and uses the reference's weights, so the reference cannot {what}. Leave "
+                    "that context first."
                 )
             yield
 
@@ -264,7 +264,7 @@ class HeldReference(Reference):
         return self.weights_freed
 
     def home(self) -> torch.device:
-        """Return where the accelerator has models run; without one, a CPU."""
+        """Return the device on which the accelerator runs models; without an accelerator, the CPU."""
         return torch.device("cpu") if self._accelerator is None else self._accelerator.device
 
     def memory(self) -> MemoryReport:

@@ -1,4 +1,4 @@
-"""The optional methods of a reference. Each refuses by name until the author of a strategy writes it."""
+"""The optional methods of a reference. Each has a default until the author of a strategy writes it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Offers:
-    """The optional part of the contract. Each method answers for a reference that has no such thing: with nothing, if
-    that is the truth, else with a ValueError that names the strategy."""
+    """The optional part of the contract. Each default is for a reference without the feature: it returns an empty
+    result where that is correct, and otherwise raises a ValueError that names the strategy."""
 
     strategy: str
 
@@ -28,7 +28,7 @@ class Offers:
         return MemoryReport(device=0, host=0)
 
     def follow_policy(self) -> None:
-        """Follow the policy to the device and dtype that it has been given since. Each score does this first."""
+        """Follow the policy to its present device and dtype. Each score does this first."""
 
     def before_scoring(self, batch: TokenBatch) -> None:
         """Raise ValueError if the reference must not score yet. `follow_policy` has already run."""
@@ -38,39 +38,39 @@ class Offers:
         return iter(())
 
     def owns(self, name: str) -> bool:
-        """Return True if the weight is only the reference's, and not the policy's too."""
+        """Return True if the weight belongs to the reference only, and is not shared with the policy."""
         return True
 
     @property
     def collective(self) -> bool:
-        """True if a score needs all ranks, because none holds all of the weights."""
+        """True if a score needs all ranks, because no rank holds all weights."""
         return False
 
     @property
     def one_sweep(self) -> bool:
-        """True if a score moves all weights to the device and takes any number of sequences: give it whole rollout
+        """True if each score moves all weights to the device once, for any number of sequences. Give it whole rollout
         batches, not micro-batches."""
         return False
 
     def keep_active(self) -> AbstractContextManager[None]:
-        """Open around scores that follow each other, with nothing between them: what each moves is moved once."""
+        """Keep the reference active over consecutive scores with nothing between them: its weights move only once."""
         return nullcontext()
 
     def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
-        """Open around a score of the policy and one of the reference on the same batch, for what they can share."""
+        """Share work between a score of the policy and one of the reference on the same batch, while this is open."""
         return nullcontext()
 
     def logits(self, batch: TokenBatch) -> AbstractContextManager[ScoredLogits]:
         """Yield the reference's logits for the scored tokens, in full, with the reference active while this is open.
 
         Raises:
-            ValueError: the reference gives log-probabilities only.
+            ValueError: the reference returns log-probabilities only.
         """
         self.check_exact()
         self._refuse("gives no logits")
 
     def check_exact(self) -> None:
-        """Raise ValueError if the reference cannot give what an exact divergence needs: hidden states, or logits."""
+        """Raise ValueError if the reference has neither hidden states nor logits, which an exact divergence needs."""
         self._refuse(
             "gives log-probabilities only, and an exact divergence needs hidden states or logits. Use an estimator "
             "(k1, k2, k3)"
@@ -82,7 +82,7 @@ class Offers:
         An exact divergence is then computed inside the policy's forward, from the reference's hidden states.
 
         Raises:
-            HeadError: as `find_head`.
+            HeadError: see `find_head`.
         """
         return None
 
@@ -95,7 +95,7 @@ class Offers:
         lora: Literal["factors", "product"] = "factors",
         rank: int | None = None,
     ) -> None:
-        """Raise ValueError for what `update` would: a sync that can never be made is to fail before the run."""
+        """Raise ValueError wherever `update` would, so that an impossible sync fails before the run."""
         self._refuse("cannot move")
 
     def update(
@@ -109,27 +109,28 @@ class Offers:
     ) -> None:
         """Move the reference: theta_ref <- (1 - alpha) theta_ref + alpha theta_policy.
 
-        Each rank moves its own part: nothing is gathered or sent. Weights of 16 bits are averaged in fp32, in tensors
-        that are kept beside them from the first move with alpha < 1 on (`reference.averages` says where).
+        Each rank moves its own part: nothing is gathered or sent. Weights of 16 bits are averaged in fp32. The fp32
+        tensors are kept beside the weights from the first move with alpha < 1 (`reference.averages` says where).
 
         Args:
             policy: the policy, wrapped or not; weights are paired by name.
-            alpha: in (0, 1]; 1 copies the policy, to the bit.
-            bias: with it the average above is kept apart, and the reference is that average + bias (theta_policy -
-                theta_start), where theta_start is what it was when a bias was first given since it was built, or since
-                an update without one (BEMA, arXiv:2508.00180).
-            lora: for LoRA layers with alpha < 1, what is averaged. "factors": A and B, each by itself. "product": the
-                change of weight B · A that they make, exactly, which adds the policy's rank to the reference's with
-                each update, up to the smaller side of the layer's weight; with alpha 1 the rank is the policy's again.
-                `last_update.distance` says how far apart the two are. Other trainable weights are averaged as they are.
+            alpha: in (0, 1]; 1 copies the policy, bit for bit.
+            bias: if given, the average above is kept separately, and the reference is that average + bias
+                (theta_policy - theta_start). theta_start is the reference at the first update with a bias since it was
+                built, or since an update without one (BEMA, arXiv:2508.00180).
+            lora: the quantity to average in LoRA layers with alpha < 1. "factors": A and B separately. "product": the
+                change of weight B · A, exactly. Each update then adds the policy's rank to the reference's, up to the
+                smaller side of the layer's weight; an update with alpha 1 returns to the policy's rank.
+                `last_update.distance` is the distance between the two averages. Other trainable weights are averaged
+                directly.
             rank: for "product", the rank to keep: the best approximation of the average in the Frobenius norm.
 
         Raises:
-            ValueError: alpha, bias, lora or rank out of range; a strategy that cannot move; names or shapes that do not
+            ValueError: alpha, bias, lora or rank is out of range; the strategy cannot move; names or shapes do not
                 pair; "product" without LoRA layers, for adapters whose change of weight is not only B · A (DoRA), for
                 weights of which ranks hold parts, or with a bias; "factors" for a reference that has another rank
-                than the policy. The reference is then as it was.
-            RuntimeError: what was written cannot be read back: something else holds the weights that are run.
+                than the policy. The reference is then unchanged.
+            RuntimeError: the written weights cannot be read back, because the forward uses other tensors.
         """
         self._refuse("cannot move")
 
@@ -142,19 +143,20 @@ class Offers:
         self._refuse("cannot move, so it has no first state to keep")
 
     def first(self) -> AbstractContextManager[None]:
-        """Let the reference be what it was before it first moved, while this is open.
+        """Restore the reference's state before its first move, while this is open.
 
         Raises:
-            ValueError: `keep_first` was not called in time.
+            ValueError: `keep_first` was not called before the first move.
         """
         self._refuse("cannot move, so it has no first state to show")
 
     def save(self, folder: str | Path) -> None:
         """Write the reference's own weights (safetensors) and provenance (JSON) into `folder`.
 
-        For weights that it shares with the policy, such as an adapter's base, the provenance has digests, which `load`
-        compares. The folder takes its name once it is whole, also in the place of one that was saved before. If weights
-        are sharded, every rank must call and writes its own parts; else rank 0 writes, and the others may call.
+        Weights that it shares with the policy, such as an adapter's base, are recorded as digests in the provenance,
+        which `load` compares. The folder gets its name only when it is complete, and replaces one that was saved
+        before. If weights are sharded, every rank must call and writes its own parts; otherwise rank 0 writes, and the
+        other ranks may call.
 
         Raises:
             ValueError: there are no weights to save, or they were freed; the folder holds other files.
@@ -162,38 +164,38 @@ class Offers:
         self._refuse("has no weights in this process to save")
 
     def load(self, folder: str | Path) -> None:
-        """Take over what `save` wrote, whatever strategy and number of ranks wrote it; every rank calls.
+        """Load what `save` wrote, with any strategy and any number of ranks. Every rank must call.
 
-        The rank of its LoRA layers may be another than the policy's.
+        Its LoRA layers may have another rank than the policy's.
 
         Raises:
-            ValueError: no saved reference there; a weight that is not as it was saved; names, shapes or dtypes that
-                differ from this reference's; a weight that the policy shares and that is another there; a LoRA layer
-                of another rank that was not saved with this one's scaling. Nothing is changed then.
+            ValueError: the folder holds no saved reference; a weight was altered since it was saved; names, shapes or
+                dtypes differ from this reference's; a weight shared with the policy differs from the saved one; a LoRA
+                layer of another rank was saved with another scaling than this one's. Nothing is changed then.
         """
         self._refuse("has no weights in this process to load into")
 
     @property
     def kl_floor(self) -> KLFloor | None:
-        """For a quantised reference, what quantising did to it in nats; None until it is measured, and for all others.
+        """The KL in nats that quantising causes; None until it is measured, and for a reference that is not quantised.
 
-        Measured on build_reference's `calibration`, else on the first batch that is scored.
+        It is measured on build_reference's `calibration`, or else on the first batch that is scored.
         """
         return None
 
     def recall_floor(self, found: dict[str, Any]) -> None:
-        """Take over a floor that was measured in an earlier run: the "kl_floor" of its provenance.
+        """Use a floor that was measured in an earlier run: the "kl_floor" of that run's provenance.
 
         Raises:
             ValueError: it is above `reference.max_kl_floor`; the reference is not quantised.
         """
-        raise ValueError("The reference is not quantised, and so has no floor of its own.")
+        raise ValueError("The reference is not quantised, so it has no KL floor. Set reference.quantize as it was.")
 
-    # What `reference.cache` adds; see CachedReference.
+    # Methods that `reference.cache` adds; see CachedReference.
 
     @property
     def cache(self) -> ScoreCache | None:
-        """The store of scores if `reference.cache` names a folder, else None; `cache.stats` counts."""
+        """The store of scores if `reference.cache` names a folder, else None. `cache.stats` has its counts."""
         return None
 
     @property
@@ -204,31 +206,31 @@ class Offers:
     def fill(
         self, batches: Iterable[TokenBatch], *, temperature: float = 1.0, entropy: bool = False, free: bool = False
     ) -> CacheStats:
-        """Score batches for the cache; rows that are there are not scored again, so a stopped fill goes on.
+        """Score batches into the cache. Rows that are in it already are not scored again, so a stopped fill resumes.
 
-        Every rank calls, each with batches of its own; a progress bar shows in a terminal.
+        Every rank must call, each with its own batches. In a terminal, a progress bar is shown.
 
         Args:
-            batches: what will be scored. Neither padding nor the way rows are put together matters.
-            temperature: as it will be asked for.
-            entropy: True if entropies will be asked for.
-            free: then free the weights, as `free` does.
+            batches: the sequences that will be scored later. Padding and the grouping into batches do not matter.
+            temperature: the temperature of the later scores.
+            entropy: True if the later scores ask for entropies.
+            free: if True, free the weights afterwards, as `free` does.
 
         Raises:
-            ValueError: no cache; as `score` and `free`.
+            ValueError: there is no cache; see also `score` and `free`.
         """
         raise ValueError("reference.fill is for a reference with a cache: set reference.cache to a folder.")
 
     def free(self) -> None:
-        """Drop the reference's own weights; from then on the cache answers. "adapter" has none to drop.
+        """Drop the reference's own weights; scores come from the cache from then on. "adapter" has none to drop.
 
         Raises:
-            ValueError: no cache; a reference that has been moved, which checkpoints must hold.
+            ValueError: there is no cache; the reference has been moved, so checkpoints must hold its weights.
         """
         raise ValueError("reference.free is for a reference with a cache: set reference.cache to a folder.")
 
     def free_weights(self) -> bool:
-        """Drop the weights that are only the reference's; return False if there are none to drop."""
+        """Drop the weights that belong to the reference only; return False if there are none to drop."""
         self._refuse("cannot free its weights")
 
     def _refuse(self, what: str) -> NoReturn:

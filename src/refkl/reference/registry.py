@@ -1,4 +1,4 @@
-"""Which strategy holds the reference: the registry, and the choice."""
+"""The registry of strategies, and the choice of the one that holds the reference."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ STRATEGIES: dict[str, type[Reference]] = {
     "clone": CloneReference,
     "shared_trunk": SharedTrunkReference,
 }
-"""Every strategy by its name. Auto takes the first of those that cost the same."""
+"""Every strategy by its name. "auto" takes the first of those that cost the same."""
 _OURS = frozenset(STRATEGIES.values())
 
 
 def register_strategy(name: str, cls: type[Reference]) -> None:
-    """Add a strategy of your own (see Reference for the contract).
+    """Register your own strategy (see Reference for the contract).
 
     Raises:
-        ValueError: the name is taken, or reserved, or is not the class's `strategy`; `cls` is no Reference.
+        ValueError: the name is taken, or reserved, or is not the class's `strategy`; `cls` is not a Reference.
     """
     if name in STRATEGIES or name == "auto":
         raise ValueError(f"A strategy called {name!r} exists already; register yours under another name.")
@@ -50,7 +50,7 @@ def register_strategy(name: str, cls: type[Reference]) -> None:
         raise ValueError(f"A strategy must be a subclass of refkl.Reference, got {cls!r}.")
     if (own := getattr(cls, "strategy", None)) != name:
         raise ValueError(
-            f"{cls.__name__} is to be registered as {name!r}, and its attribute `strategy` is {own!r}: runs would "
+            f"{cls.__name__} was to be registered as {name!r}, but its attribute `strategy` is {own!r}: runs would "
             f"record another strategy than they were asked for. Set {cls.__name__}.strategy = {name!r}."
         )
     if cls.Options is not None and not is_dataclass(cls.Options):
@@ -65,41 +65,41 @@ def build_reference(
     *,
     calibration: TokenBatch | Iterable[TokenBatch] | None = None,
 ) -> Reference:
-    """Hold a reference for `policy`: by default, the policy as it stands now; the bare base under a learned prompt.
+    """Build a reference for `policy`: by default the policy as it is now, or the bare base under a learned prompt.
 
     Args:
         policy: a causal language model, before or after `accelerator.prepare`.
         config: "auto", the name of a strategy, or a ReferenceConfig.
-        accelerator: the one that prepares the policy; scores run under its autocast, and its DeepSpeed or FSDP
-            settings are taken into account before it has prepared anything.
-        calibration: for reference.quantize: tokens to measure the floor under the KL on (`Reference.kl_floor`), now. Of
-            several processes each gives its own. Without it the first batch that is scored is taken, by all processes
-            together, with the policy as the full-precision side; it must not have trained by then. (For another
-            reference.source the model that was loaded stays in host memory until then.)
+        accelerator: the accelerator that prepares the policy. Scores run under its autocast, and its DeepSpeed or FSDP
+            settings apply even before it has prepared anything.
+        calibration: with reference.quantize, tokens on which the KL floor (`Reference.kl_floor`) is measured now; each
+            process gives its own. Without it, all processes together measure the floor on the first batch that is
+            scored, with the policy as the full-precision side, which must not have trained by then. (With another
+            reference.source, the loaded model stays in host memory until then.)
 
     Returns:
-        A Reference; `.strategy` says which one, `.reason` why, in a sentence.
+        A Reference. `.strategy` is the name of its strategy, and `.reason` says in a sentence why it was chosen.
 
     Raises:
-        ValueError: an unknown name; or a strategy that cannot work here, with the reason and the one to use instead; or
-            quantising puts a floor under the KL that is above `reference.max_kl_floor`.
+        ValueError: the name is unknown; the strategy cannot work here (the message gives the reason and the strategy to
+            use instead); the KL floor of a quantised reference is above `reference.max_kl_floor`.
     """
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
     if not isinstance(config, ReferenceConfig):
         raise ValueError(
-            f"A reference is asked for by the name of a strategy or a ReferenceConfig, and a {type(config).__name__} "
-            "was given. One with other weights than the policy's is ReferenceConfig(source='folder of that model')."
+            f"A reference is asked for by the name of a strategy or a ReferenceConfig, but a {type(config).__name__} "
+            "was given. To use other weights than the policy's, pass ReferenceConfig(source='folder of that model')."
         )
     if calibration is not None and config.quantize is None:
-        raise ValueError("calibration measures what quantising does, and reference.quantize is not set. Leave it out.")
+        raise ValueError("calibration was given, but reference.quantize is not set. Set it, or leave calibration out.")
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
     _check_source(request)
     if config.strategy == "auto":
         if config.options:
             raise ValueError(
-                f"reference.options ({', '.join(config.options)}) are a strategy's own settings, and "
-                "reference.strategy is 'auto'. Name the strategy that they are for."
+                f"reference.options ({', '.join(config.options)}) are a strategy's own settings, but "
+                "reference.strategy is 'auto'. Set reference.strategy to the strategy that they are for."
             )
         name = choose(request)
         reason = STRATEGIES[name].why(request)
@@ -118,14 +118,14 @@ def build_reference(
 def why_not_here(name: str, request: BuildRequest) -> str | None:
     """Return None if the strategy can hold the reference here, else a sentence that says why not.
 
-    A field of ReferenceConfig that the strategy does not take is refused here: none is silently ignored.
+    A field of ReferenceConfig that the strategy does not take is also a reason: no field is silently ignored.
     """
     cls, config = STRATEGIES[name], request.config
     for field in fields(config):
         if field.name in ("strategy", "cache", "options") or field.name in cls.takes:
             continue
         if getattr(config, field.name) != field.default:
-            return f"it takes no reference.{field.name}. Leave that out."
+            return f"it takes no reference.{field.name}. Leave that field out."
     return cls.supports(request)
 
 
@@ -133,7 +133,8 @@ def filled_options(name: str, values: dict[str, Any]) -> Any:
     """Return the strategy's `Options` with these values; None for a strategy that has none.
 
     Raises:
-        ValueError: a name that is no option (the nearest is named), one that is missing, a value that it refuses.
+        ValueError: a name is not an option (the message gives the nearest one), an option is missing, or `Options`
+            refuses a value.
     """
     options = STRATEGIES[name].Options
     known = [] if options is None else [field.name for field in fields(options)]
@@ -141,21 +142,21 @@ def filled_options(name: str, values: dict[str, Any]) -> Any:
         if given not in known:
             listed = f" Known: {', '.join(known)}." if known else " It has none."
             raise ValueError(
-                f"reference.options.{given} is no option of strategy {name!r}.{nearest(given, known)}{listed}"
+                f"reference.options.{given} is not an option of strategy {name!r}.{nearest(given, known)}{listed}"
             )
     if options is None:
         return None
     for field in fields(options):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"Strategy {name!r} needs reference.options.{field.name}, and it is not set.")
+            raise ValueError(f"Strategy {name!r} needs reference.options.{field.name}, which is not set.")
     return options(**values)
 
 
 def choose(request: BuildRequest) -> str:
-    """The strategy that auto takes, for a policy in memory or a planned one: of those that can, the cheapest.
+    """Return the strategy that "auto" takes, for a policy in memory or a planned one: the cheapest that can work.
 
     Raises:
-        ValueError: none can, with the reason of each.
+        ValueError: no strategy can; the message gives the reason of each.
     """
     refused = {name: why_not_here(name, request) for name, cls in STRATEGIES.items() if cls.Options is None}
     able = [name for name, why_not in refused.items() if why_not is None and _auto_may(name, request)]
@@ -171,9 +172,9 @@ def choose(request: BuildRequest) -> str:
 
 
 def _auto_may(name: str, request: BuildRequest) -> bool:
-    """Return True if auto may take the strategy.
+    """Return True if "auto" may take the strategy.
 
-    One from outside says so in its own class: what it inherits from one of refkl's was said of another.
+    A user's strategy must define `auto` in its own class: one inherited from a strategy of refkl does not count.
     """
     cls = STRATEGIES[name]
     return (cls in _OURS or "auto" in vars(cls)) and cls.auto(request)
@@ -189,17 +190,17 @@ def _check_source(request: BuildRequest) -> None:
     inner, source = unwrap(request.policy), request.config.source
     if source == "base" and not isinstance(inner, PeftModel):
         raise ValueError(
-            f"reference.source 'base' is the bare model under a PEFT adapter, and the policy is a "
-            f"{type(inner).__name__} without one. Use 'policy' for the policy as it stands, or 'pretrained' for the "
+            f"reference.source 'base' is the bare model under a PEFT adapter, but the policy is a "
+            f"{type(inner).__name__} without one. Use 'policy' for the policy as it is now, or 'pretrained' for the "
             "weights that it was loaded from."
         )
     if source != "policy" or not isinstance(inner, PeftModel) or learned_prompt(inner) is not None:
         return
     if not any(p.requires_grad for p in inner.parameters()):
         raise ValueError(
-            "The policy is a PEFT model of which nothing trains, so it would stay its own reference: its adapter was "
-            "loaded with is_trainable=False, or frozen. Load it with is_trainable=True, or set reference.source to the "
-            "model to compare with: 'base', or a folder."
+            "The policy is a PEFT model without trainable parameters, so it would always equal its reference: its "
+            "adapter was loaded with is_trainable=False, or frozen. Load it with is_trainable=True, or set "
+            "reference.source to the model to compare with: 'base', or a folder."
         )
 
 

@@ -1,4 +1,4 @@
-"""The request that a strategy answers: which policy, which configuration, on which backend."""
+"""The request that a strategy answers: a policy, a configuration and a backend."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ class BuildRequest:
     """The policy and settings that a strategy is asked to hold a reference for."""
 
     policy: nn.Module
-    """Wrapped or not, sharded or not."""
+    """The policy, wrapped or not, sharded or not."""
     config: ReferenceConfig
     """The configuration that was asked for."""
     backend: Backend
-    """The backend that the policy runs on, or will."""
+    """The backend that the policy runs on, or will run on."""
     accelerator: Accelerator | None
-    """The one that prepares the policy, if there is one."""
+    """The accelerator that prepares the policy, if there is one."""
     step: Step = field(default_factory=Step)
     """The tokens that are scored per step; without it a cost counts only the bytes held."""
     planned: bool = False
     """True if the policy is a plan, without weights: its adapter is fresh."""
     memory: int | None = None
-    """Bytes of a device, for a plan; in a run the device is asked."""
+    """Bytes of the device's memory, for a plan; in a run the device reports them."""
     calibration: TokenBatch | Iterable[TokenBatch] | None = None
-    """For a quantised reference: what its floor is measured on; None takes what is scored first."""
+    """Tokens on which the floor of a quantised reference is measured; None uses the first batch that is scored."""
     options: Any = None
     """The strategy's own settings: an instance of its `Options`, filled from `config.options`; None if it has none."""
 
     @property
     def device(self) -> torch.device:
-        """The device that the policy runs on, or will once the accelerator has prepared it."""
+        """The device that the policy runs on, or will run on once the accelerator has prepared it."""
         return next(self.policy.parameters()).device if self.accelerator is None else self.accelerator.device
 
     @cached_property
     def shape(self) -> Shape:
-        """The shape that a cost is counted from."""
+        """The shape from which a cost is computed."""
         on_cpu = next(self.policy.parameters()).device.type == "cpu"
         stays = self.accelerator is None or self.accelerator.device.type == "cpu"
         memory = self.memory
@@ -59,17 +59,17 @@ class BuildRequest:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None for what is not known."""
+    """Return the bytes of a GPU's memory; None for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def held_in_place(request: BuildRequest) -> str | None:
-    """A sentence for a strategy that makes a copy, where the reference is the policy's bare base, which needs none."""
+    """Return why a copy is not needed if the reference is the policy's bare base, as a sentence; else None."""
     if request.config.source == "base":
-        return "reference.source is 'base': the policy holds that itself, and strategy 'adapter' needs no copy of it."
+        return "reference.source is 'base': the policy holds its base itself, and strategy 'adapter' needs no copy."
     if request.config.source == "policy" and (prompt := learned_prompt(request.policy)) is not None:
         return (
-            f"a learned prompt ({prompt.kind}) is no part of the reference, which is the bare base without it: the "
-            "policy holds that itself, and strategy 'adapter' needs no copy of it."
+            f"a learned prompt ({prompt.kind}) is not part of the reference, which is the bare base: the policy holds "
+            "its base itself, and strategy 'adapter' needs no copy."
         )
     return None

@@ -1,4 +1,4 @@
-"""A held reference in a folder: written with what it keeps for its moves, and taken over by another one."""
+"""Saving and loading of a held reference, including the tensors that it keeps for its moves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def save_held(held: HeldReference, mover: Mover, folder: Path) -> None:
-    """Write what `Reference.save` says."""
+    """Write the files that `Reference.save` describes."""
     mover.check_whole()
     own = [weight for weight in held.weights() if held.owns(weight.name)]
 
@@ -33,7 +33,7 @@ def save_held(held: HeldReference, mover: Mover, folder: Path) -> None:
 
 
 def load_held(held: HeldReference, mover: Mover, saved: Saved) -> None:
-    """Take over what `save_held` wrote. All that can be refused is refused before anything is written."""
+    """Load what `save_held` wrote. All checks run before anything is written into the reference."""
     held.follow_policy()
     held.fingerprint()
     layouts = {weight.name: weight.layout for weight in held.weights()}

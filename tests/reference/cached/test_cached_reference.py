@@ -205,7 +205,7 @@ def test_inputs_for_each_token_are_in_the_key() -> None:
 
 def test_inputs_that_belong_to_no_row_are_refused(tmp_path: Path) -> None:
     tokens = batch(model_inputs={"pixel_values": torch.zeros(3, 4, 4)})
-    with pytest.raises(ValueError, match=r"model_inputs\['pixel_values'\] of shape \[3, 4, 4\] cannot be told"):
+    with pytest.raises(ValueError, match=r"model_inputs\['pixel_values'\] of shape \[3, 4, 4\] cannot be split"):
         cached(llama(), tmp_path).score(tokens)
 
 
@@ -341,7 +341,7 @@ def test_a_file_with_its_checksum_in_its_name_that_is_no_arrow_file(tmp_path: Pa
     foreign.write_bytes(text)
     torch.manual_seed(0)
     reference = cached(llama(), tmp_path)
-    with pytest.warns(UserWarning, match=f"{foreign.name} in the cache of scores is not used: it is no Arrow file"):
+    with pytest.warns(UserWarning, match=f"{foreign.name} in the cache of scores is not used: it is not an Arrow file"):
         reference.score(TOKENS)
 
 
@@ -501,7 +501,7 @@ def test_freed_weights(strategy: str, tmp_path: Path, forwards: list[tuple[int, 
         "be saved": lambda: reference.save(tmp_path / "saved"),
         "be loaded": lambda: reference.load(tmp_path / "saved"),
     }.items():
-        with pytest.raises(ValueError, match=f"weights were freed once its cache was full, so it cannot {what}"):
+        with pytest.raises(ValueError, match=f"weights were freed once its cache was filled, so it cannot {what}"):
             call()
     with pytest.raises(ValueError, match="cannot be moved"):
         SyncReferenceCallback(reference, SyncConfig()).reference.check_movable(policy)

@@ -435,7 +435,7 @@ def test_a_saved_rank_without_its_scaling_is_refused(tmp_path: Path) -> None:
     (tmp_path / "reference.json").write_text(record.replace('"scalings"', '"nothing"'))
     build_reference(policy, "swap").load(tmp_path)  # an older folder, of the same rank
     torch.manual_seed(3)
-    with pytest.raises(ValueError, match="what was not recorded"):
+    with pytest.raises(ValueError, match="a scaling that was not recorded"):
         build_reference(lora(r=8), "swap").load(tmp_path)
 
 
@@ -480,9 +480,9 @@ def test_factors_of_unlike_rank_have_no_average() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "no LoRA": (llama, {"alpha": 0.5}, "has none"),
-    "no LoRA, copied": (llama, {"alpha": 1.0}, "has none"),
-    "IA3": (_ia3, {"alpha": 0.5}, "has none"),
+    "no LoRA": (llama, {"alpha": 0.5}, "has no LoRA layers"),
+    "no LoRA, copied": (llama, {"alpha": 1.0}, "has no LoRA layers"),
+    "IA3": (_ia3, {"alpha": 0.5}, "has no LoRA layers"),
     "DoRA": (lambda: lora(use_dora=True), {"alpha": 0.5}, r"q_proj: its adapter is DoRA.*lora='factors', or alpha 1"),
     "AdaLoRA": (
         lambda: get_peft_model(llama(), AdaLoraConfig(init_r=6, target_r=4, total_step=9, target_modules=["q_proj"])),
@@ -510,7 +510,7 @@ def test_refused_before_the_run_and_at_the_update(case: str, strategy: str) -> N
 
 
 def test_an_adapter_refuses_too_and_stays_one() -> None:
-    for policy, match in ((_ia3(), "has none"), (lora(), "bias")):
+    for policy, match in ((_ia3(), "has no LoRA layers"), (lora(), "bias")):
         reference = build_reference(policy, "adapter")
         options: dict[str, Any] = {"lora": "product", "bias": 0.1 if match == "bias" else None}
         for call in (reference.check_movable, reference.update):
@@ -536,11 +536,11 @@ def test_sharded_policies_are_refused(tmp_path: Path) -> None:
         fully_shard(policy, mesh=init_device_mesh("cpu", (1,)))
         reference = build_reference(policy, "swap")
         for call in (reference.check_movable, reference.update):
-            with pytest.raises(ValueError, match=r"each rank holds a part .*lora='factors'"):
+            with pytest.raises(ValueError, match=r"each rank holds only a part .*lora='factors'"):
                 call(policy, 0.5, lora="product")
         reference.update(policy, 0.5)
         assert reference.last_update is not None and reference.last_update.distance is None
-        with pytest.raises(ValueError, match="another rank in the reference"):
+        with pytest.raises(ValueError, match="another LoRA rank in the reference"):
             early.score(batch())
     finally:
         torch.distributed.destroy_process_group()

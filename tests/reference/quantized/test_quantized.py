@@ -249,7 +249,7 @@ def test_fingerprint_sees_any_changed_number_and_nothing_else(kind: str) -> None
         flat = buffer.view(torch.uint8).view(-1)
         flat[-1] ^= 1
         layer, part = name.rsplit(".", 1)
-        with pytest.raises(ValueError, match=f"{layer}.weight.{part} is another"):
+        with pytest.raises(ValueError, match=f"{layer}.weight.{part} has other values"):
             reference.verify()
         flat[-1] ^= 1
     assert reference.fingerprint() == first
@@ -267,7 +267,7 @@ def test_save_and_load(kind: str, tmp_path: Path) -> None:
     assert second.fingerprint() == first.fingerprint() and second.kl_floor == first.kl_floor
     record = json.loads((tmp_path / "reference.json").read_text())
     assert record["quantize"] == kind and KLFloor(**record["kl_floor"]) == first.kl_floor
-    with pytest.raises(ValueError, match="it is another model"):
+    with pytest.raises(ValueError, match="it is a different model"):
         build_reference(llama(), "clone").load(tmp_path)
     weights = load_file(tmp_path / "reference.safetensors")
     weights["model.layers.0.mlp.up_proj.weight.qdata"].view(-1)[5] ^= 1
@@ -331,7 +331,7 @@ def test_calibration_is_measured_at_once_and_over_all_of_it(caplog: pytest.LogCa
     said = [r.getMessage() for r in caplog.records if "is rounding" in r.getMessage()]
     assert said == [
         f"The reference is quantised to int8: a KL below {floor.mean:.2g} nats per token (at most {floor.max:.2g}, "
-        "over 17 tokens) is rounding."
+        "over 17 tokens) is rounding error."
     ]
     reference.score(batch(seed=4))
     assert reference.kl_floor == floor
@@ -361,7 +361,9 @@ def test_a_policy_that_trained_before_the_first_score_cannot_show_it() -> None:
     late = build_reference(policy, config("int8"))
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"up_proj\.weight is another.* Score once before training, or .*calibration="):
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight has other values.* Score once before training.*calibration="
+    ):
         late.score(batch())
     assert early.score(batch()).logp.isfinite().all()
 
@@ -482,7 +484,7 @@ def _refused() -> Iterator[tuple[str, nn.Module, dict[str, Any], str]]:
     yield "a PEFT policy", get_peft_model(llama(), lora), {}, "shares with it: a quantised copy would only add memory"
     yield "adapter", get_peft_model(llama(), lora), {"strategy": "adapter"}, r"reference\.quantize cannot be set"
     yield "swap", llama(), {"strategy": "swap"}, r"reference\.quantize cannot be set\. Use 'clone' instead"
-    yield "no groups", llama(intermediate_size=40), {"quantize": "int4"}, "40 inputs of .*down_proj are no multiple"
+    yield "no groups", llama(intermediate_size=40), {"quantize": "int4"}, "40 inputs of .*down_proj are not a multiple"
 
 
 REFUSED = {name: rest for name, *rest in _refused()}

@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "merged": (merged, "merged"),
     "a kind that is not known": (
         lambda: moved(get_peft_model(llama(), kind_of("FROD"))),
-        "whether FROD leaves the base as it was loaded is not known",
+        "it is not known if FROD leaves the base as it was loaded",
     ),
 }
 
@@ -193,13 +193,13 @@ def test_a_kind_that_is_not_known_is_taken_while_it_is_fresh() -> None:
 
 def test_a_policy_without_an_adapter_is_refused() -> None:
     for strategy in ("auto", "adapter", "clone"):
-        with pytest.raises(ValueError, match=r"'base' is the bare model under a PEFT adapter, and .* LlamaForCausalLM"):
+        with pytest.raises(ValueError, match=r"'base' is the bare model under a PEFT adapter, but .* LlamaForCausalLM"):
             build_reference(llama(), ReferenceConfig(strategy=strategy, source="base"))
 
 
 @pytest.mark.parametrize("strategy", ["clone", "swap"])
 def test_a_copy_of_the_base_is_refused(strategy: str) -> None:
-    with pytest.raises(ValueError, match=r"the policy holds that itself.*Use 'adapter' instead"):
+    with pytest.raises(ValueError, match=r"the policy holds its base itself.*Use 'adapter' instead"):
         build_reference(get_peft_model(llama(), lora()), ReferenceConfig(strategy=strategy, source="base"))
 
 

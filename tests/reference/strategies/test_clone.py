@@ -135,7 +135,7 @@ def test_refuses_a_forward_that_it_cannot_copy() -> None:
         return nn.functional.linear(x, head.weight)
 
     head.forward = types.MethodType(forward, head)
-    with pytest.raises(ValueError, match=r"lm_head was replaced .* Build the reference before that patch"):
+    with pytest.raises(ValueError, match=r"lm_head was replaced .* Build the reference before that replacement"):
         build_reference(policy, "clone")
 
 
@@ -230,7 +230,7 @@ def test_a_policy_that_is_sharded_later_is_told_when_to_build(tmp_path) -> None:
         reference = build_reference(policy)
         assert reference.strategy == "clone"
         fully_shard(policy, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"sharded by FSDP2 after .* Build it after fully_shard"):
+        with pytest.raises(ValueError, match=r"sharded by FSDP2 after .* Build the reference after fully_shard"):
             reference.score(batch())
         assert build_reference(policy).strategy == "fsdp2"
     finally:

@@ -236,7 +236,7 @@ def test_a_score_that_raises_leaves_both_as_they_were() -> None:
 def test_a_weight_that_trains_under_the_trunk_is_found() -> None:
     policy = _frozen(gpt2(n_layer=LAYERS), "transformer.wte", "transformer.h.0")
     reference = build_reference(policy, "shared_trunk")
-    with pytest.raises(ValueError, match=r"transformer\.wpe\.weight trains, and runs before the frozen layers"):
+    with pytest.raises(ValueError, match=r"transformer\.wpe\.weight trains and runs before the frozen layers"):
         score_pair(policy, reference, batch())
 
 
@@ -253,15 +253,15 @@ def test_layers_that_need_more_than_the_one_below_are_found() -> None:
             return out + kept.pop("out", 0.0)
 
         model.get_submodule("model.layers.3.mlp").register_forward_hook(reach_down)
-    with pytest.raises(ValueError, match="need more of those under them"):
+    with pytest.raises(ValueError, match="need more than the output of the last frozen layer"):
         score_pair(policy, reference, batch())
 
 
 def test_what_has_no_trunk_is_refused() -> None:
     cases: list[tuple[nn.Module, ReferenceConfig | str, str]] = [
-        (llama(), "shared_trunk", "no layer at the bottom is frozen"),
-        (_frozen(llama(), "model.layers.0"), "shared_trunk", "no layer at the bottom is frozen, or the embeddings"),
-        (_frozen(llama(tie_word_embeddings=True), "model.layers.0"), "shared_trunk", "no layer at the bottom"),
+        (llama(), "shared_trunk", "the lowest layer is not frozen"),
+        (_frozen(llama(), "model.layers.0"), "shared_trunk", "the lowest layer is not frozen, or the embeddings"),
+        (_frozen(llama(tie_word_embeddings=True), "model.layers.0"), "shared_trunk", "the lowest layer is not frozen"),
         (_llama(), ReferenceConfig(strategy="shared_trunk", dtype="bfloat16"), "cannot be set"),
         (_llama(), ReferenceConfig(strategy="shared_trunk", source="pretrained"), "cannot be set"),
         (_llama(), ReferenceConfig(strategy="shared_trunk", offload=True), "cannot be set"),

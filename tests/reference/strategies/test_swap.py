@@ -228,11 +228,11 @@ def test_a_buffer_that_training_changes_is_held_too() -> None:
         (llama, {"source": "pretrained"}, "reference.source asks for 'pretrained'"),
         (llama, {"dtype": "bfloat16"}, "reference.dtype cannot be set"),
         (llama, {"device": "cuda:1"}, "None .* or 'cpu'"),
-        (lambda: llama().requires_grad_(False), {}, "nothing of the policy trains"),
+        (lambda: llama().requires_grad_(False), {}, "the policy has no trainable parameters"),
         (
             lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
             {},
-            "a learned prompt .* is no part of the reference",
+            "a learned prompt .* is not part of the reference",
         ),
     ],
     ids=["pretrained", "dtype", "device", "frozen", "prompt"],

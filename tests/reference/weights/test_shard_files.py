@@ -190,6 +190,6 @@ def test_a_save_that_is_killed_leaves_the_old_one_or_the_new_one(
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds 'notes\.txt' .* Name one of its own"):
+    with pytest.raises(ValueError, match=r"holds 'notes\.txt' .* Name a folder for the reference only"):
         build_reference(llama(), "clone").save(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"

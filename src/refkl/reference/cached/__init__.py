@@ -1,1 +1,1 @@
-"""Scores that are kept on disk and looked up instead of computed again."""
+"""Scores that are stored on disk and looked up instead of computed again."""

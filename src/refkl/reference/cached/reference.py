@@ -1,4 +1,4 @@
-"""A cache in front of a reference, whatever the strategy: a row that was scored once is looked up."""
+"""A cache in front of a reference of any strategy: a row that was scored once is looked up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WITHOUT_CACHE = "Build the reference without cache, or score log-probabilities.
 
 
 class CachedReference(Reference):
-    """A reference with a cache in front of it: what `build_reference` returns if `reference.cache` names a folder.
+    """A reference with a cache in front of it. `build_reference` returns it if `reference.cache` names a folder.
 
     Its attributes are those of the reference behind it (`uncached`), such as `strategy`, `reason` and `updates`.
     """
@@ -30,14 +30,14 @@ class CachedReference(Reference):
     def __init__(self, uncached: Reference, folder: str | Path) -> None:
         """
         Raises:
-            ValueError: no folder that can be written to.
+            ValueError: the folder cannot be made or written to.
         """
         self._uncached = uncached
         self._cache = ScoreCache(folder)
         self._freed = False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_uncached":  # asked for by copy and pickle, before there is one
+        if name == "_uncached":  # copy and pickle ask for it before it is set
             raise AttributeError(name)
         return getattr(self._uncached, name)
 
@@ -58,7 +58,7 @@ class CachedReference(Reference):
     def score(
         self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, hidden: bool = False
     ) -> TokenScores:
-        """As `Reference.score`; the reference behind scores the rows that are not in the cache.
+        """Return scores as `Reference.score` does. The uncached reference scores the rows that are not in the cache.
 
         Raises:
             ValueError: hidden states are asked for; the weights were freed and a row is not in the cache.
@@ -70,7 +70,7 @@ class CachedReference(Reference):
             return self._uncached.score(part, temperature=temperature, entropy=entropy)
 
         if not self._freed:
-            self._uncached.before_scoring(batch)  # also for what the cache knows
+            self._uncached.before_scoring(batch)  # also for rows in the cache
         conditions = self._uncached.score_conditions(batch)
         together = self._uncached.collective
         options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "together": together}
@@ -81,12 +81,12 @@ class CachedReference(Reference):
         self, batches: Iterable[TokenBatch], *, temperature: float = 1.0, entropy: bool = False, free: bool = False
     ) -> CacheStats:
         if not self._freed:
-            self._uncached.follow_policy()  # whether it is sharded is known then
+            self._uncached.follow_policy()  # afterwards it is known if the reference is sharded
         for batch in each(batches, together=self._uncached.collective):
             self.score(batch, temperature=temperature, entropy=entropy)
         self._cache.write()
         if dist.is_initialized():
-            dist.barrier()  # what the others scored is on disk, and may be asked for here
+            dist.barrier()  # scores of other ranks are on disk then, and may be asked for here
         if free:
             self.free()
         return self._cache.stats
@@ -95,40 +95,42 @@ class CachedReference(Reference):
         if self._freed:
             return
         if self._uncached.updates:
-            raise ValueError("A reference that has been moved cannot be freed: a resumed run needs its weights.")
+            raise ValueError(
+                "A reference that has been moved cannot be freed: a resumed run needs its weights. Leave free out."
+            )
         self._uncached.follow_policy()
         self._cache.write()
         self._freed = self._uncached.free_weights()
 
     def _held(self, what: str) -> Reference:
-        """Return the reference behind, which is to `what`; raise ValueError if its weights were freed."""
+        """Return the uncached reference; raise ValueError if its weights were freed, so that it cannot `what`."""
         if self._freed:
             raise ValueError(
-                f"The reference's weights were freed once its cache was full, so it cannot {what}. Build it anew, and "
-                "leave the weights."
+                f"The reference's weights were freed once its cache was filled, so it cannot {what}. Build it again "
+                "and do not free the weights."
             )
         return self._uncached
 
-    # What the cache cannot answer.
+    # Methods that the cache cannot answer.
 
     def logits(self, batch: TokenBatch) -> NoReturn:
         self.check_exact()
 
     def check_exact(self) -> NoReturn:
         raise ValueError(
-            "an exact divergence needs the reference's hidden states or logits, and reference.cache keeps "
-            "log-probabilities alone. " + _WITHOUT_CACHE
+            "an exact divergence needs the reference's hidden states or logits, but reference.cache keeps only "
+            "log-probabilities. " + _WITHOUT_CACHE
         )
 
     def keep_active(self) -> AbstractContextManager[None]:
-        """Open around scores that follow each other. The cache may have all of them, so nothing is moved for that."""
+        """Do nothing: the cache may have all scores, so no weights are moved in advance."""
         return nullcontext()
 
-    # What the reference behind answers.
+    # Methods that the uncached reference answers.
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
-        return "it is made around a reference, and holds none itself."
+        return "wraps another reference and holds no weights itself."
 
     @classmethod
     def cost(cls, request: BuildRequest) -> Cost:
@@ -211,7 +213,7 @@ class CachedReference(Reference):
         self._held("keep its first state").keep_first()
 
     def first(self) -> AbstractContextManager[None]:
-        return self._held("be shown as it was first").first()
+        return self._held("show its first state").first()
 
     def save(self, folder: str | Path) -> None:
         self._held("be saved").save(folder)

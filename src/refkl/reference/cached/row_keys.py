@@ -1,4 +1,4 @@
-"""A row's key in the cache: a hash of everything that its scores depend on."""
+"""Keys of rows in the cache: a hash of everything on which a row's scores depend."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NO_PART = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id",
 }  # fmt: skip
-"""Fields of a model's configuration that its scores do not depend on, or (dtype) that the fingerprint covers."""
+"""Fields of a model's configuration that do not affect its scores, or (dtype) that the fingerprint covers."""
 
 
 def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes | None]:
-    """Return a key for each row, made from its real tokens only; None for a row in which nothing is scored.
+    """Return a key for each row, made from its real tokens only; None for a row without scored tokens.
 
     Raises:
-        ValueError: model_inputs other than single values and [B, T] tensors: they belong to no row.
+        ValueError: model_inputs has other values than single values and [B, T] tensors: they belong to no row.
     """
     shared = [struct.pack("<d?", temperature, entropy)]
     per_token = [("", batch.input_ids), ("completion_mask", batch.completion_mask)]
@@ -45,8 +45,8 @@ def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes
         else:
             what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             raise ValueError(
-                f"reference.cache keeps scores row by row, and model_inputs[{name!r}] of {what} cannot be told row "
-                "from row. Build the reference without cache."
+                f"reference.cache keeps scores row by row, but model_inputs[{name!r}] of {what} cannot be split into "
+                "rows. Build the reference without cache."
             )
     start = hashlib.blake2b(_framed(shared), digest_size=KEY_BYTES)
     real, scored = batch.attention_mask.bool().cpu(), batch.completion_mask.any(1).tolist()
@@ -61,17 +61,17 @@ def row_keys(batch: TokenBatch, temperature: float, entropy: bool) -> list[bytes
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Integers of one width: that of the ids does not change what they are."""
+    """Cast integers to one width: the width of ids does not change their meaning."""
     return tensor if tensor.is_floating_point() else tensor.long()
 
 
 def _framed(parts: list[bytes]) -> bytes:
-    """Return one string that no other parts give."""
+    """Return one byte string that is different for different parts."""
     return b"".join(struct.pack("<q", len(part)) + part for part in parts)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return, as JSON, what the scores of a model that is about to run depend on, beside its weights."""
+    """Return JSON data on which the scores of a model that is about to run depend, besides its weights."""
     base, inner = base_model(model), unwrap(model)
     found: dict[str, Any] = {"model": own_class(base).__name__, "transformers": transformers.__version__}
     found["modules"] = structure(base)

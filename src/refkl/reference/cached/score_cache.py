@@ -1,7 +1,8 @@
 """`reference.cache`: a row that was scored once is not scored again, by this process or another, now or in a later run.
 
-A row's key is made of all that its scores depend on: the reference's fingerprint, how the model computes (`describe`),
-the temperature, its tokens, which of them are scored, and what else is given to the model. Padding is no part of it.
+A row's key includes everything on which its scores depend: the reference's fingerprint, how the model computes
+(`describe`), the temperature, the row's tokens, the mask of scored tokens, and the other inputs of the model. Padding
+is not included.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from refkl.reference.cached.score_files import Row, ScoreStore
 from refkl.types import TokenBatch, TokenScores
 
 FORMAT = 1
-"""To be raised when refkl's own scores, or what is in a file, become others."""
+"""Version of the cache. Increase it when refkl's scores or the contents of a file change."""
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts of a cache: its work in this process, and the scores that it holds of the reference as it is now."""
+    """Counts of a cache: its work in this process, and the scores that it holds of the reference's present state."""
 
     hits: int
-    """Rows that no model was run for."""
+    """Rows that were looked up, without running a model."""
     misses: int
     """Rows that the reference scored."""
     rows: int
-    """Rows that are known."""
+    """Rows that the cache holds."""
     bytes: int
     """Bytes on disk of the files that were read."""
 
@@ -52,7 +53,7 @@ class ScoreCache:
     """Scores of a reference in a folder, which other processes may use at the same time.
 
     Raises:
-        ValueError: no folder that can be written to.
+        ValueError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -62,7 +63,7 @@ class ScoreCache:
         except OSError as error:
             raise ValueError(f"reference.cache {str(folder)!r} cannot be a folder: {error}.") from None
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"reference.cache {str(folder)!r} cannot be written to.")
+            raise ValueError(f"reference.cache {str(folder)!r} cannot be written to. Name a folder that can.")
         self._store: ScoreStore | None = None
         self._about: dict[str, Any] = {}
         self._hits = self._misses = 0
@@ -74,7 +75,8 @@ class ScoreCache:
         return CacheStats(self._hits, self._misses, rows, held)
 
     def write(self) -> None:
-        """Write what is not on disk yet; done anyway every half minute of scoring, and at the end of the process."""
+        """Write rows that are not on disk yet. This also happens every half minute of scoring and when the process
+        ends."""
         if self._store is not None:
             self._store.write()
 
@@ -88,17 +90,17 @@ class ScoreCache:
         entropy: bool,
         together: bool,
     ) -> TokenScores:
-        """The scores of a batch, of which `run` scores the rows that are not known.
+        """Return the scores of a batch. `run` scores the rows that are not in the cache.
 
         Args:
-            batch: what to score.
+            batch: the sequences to score.
             about: the reference and how it computes: `describe`, its fingerprint, the autocast.
-            run: scores a batch; None where no weights are left that could.
+            run: scores a batch; None if the weights were freed.
             temperature, entropy: as in Reference.score.
-            together: the weights are sharded, so that either all ranks run or none.
+            together: True if the weights are sharded, so that either all ranks run or none.
 
         Raises:
-            ValueError: a row that is not known, and no `run`; model_inputs that belong to no row.
+            ValueError: a row is not in the cache and `run` is None; model_inputs belong to no row.
         """
         store = self._open(about)
         keys = row_keys(batch, temperature, entropy)
@@ -142,13 +144,13 @@ class ScoreCache:
         return (
             f"The reference's weights were freed, and row {row} ({tokens} tokens, {scored} of them scored, at "
             f"temperature {temperature:g}, {'with' if entropy else 'without'} entropies) is not in the cache "
-            f"{self.folder}; {len(missing)} of the batch's {len(batch)} rows are missing. Fill it with all that will "
-            "be scored, at that temperature, or leave the weights."
+            f"{self.folder}; {len(missing)} of the batch's {len(batch)} rows are missing. Fill the cache with all rows "
+            "that will be scored, at that temperature, or do not free the weights."
         )
 
 
 def rows_of(batch: TokenBatch, rows: list[int]) -> TokenBatch:
-    """Some rows of a batch, without the columns at either end that are padding in all of them."""
+    """Return some rows of a batch, without the columns at either end that are padding in all of these rows."""
     if len(rows) == len(batch):
         return batch
     columns = batch.attention_mask[rows].bool().any(0).nonzero()[:, 0]
@@ -163,13 +165,13 @@ def rows_of(batch: TokenBatch, rows: list[int]) -> TokenBatch:
 
 
 def _nothing(device: torch.device) -> TokenBatch:
-    """The smallest batch, of which nothing is scored: for a rank that runs because others do."""
+    """Return the smallest batch without scored tokens, for a rank that runs only because others do."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=device)
     return TokenBatch(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))
 
 
 def _spread(values: list[np.ndarray[Any, Any]], batch: TokenBatch) -> Tensor:
-    """[B, T]: the rows' values at the scored tokens, 0.0 elsewhere."""
+    """Return [B, T]: the rows' values at the scored tokens, 0.0 elsewhere."""
     flat = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *values]))
     mask = batch.completion_mask
     return torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device).masked_scatter(mask, flat.to(mask.device))
@@ -182,8 +184,8 @@ def _on_any_rank(yes: bool) -> bool:
 
 
 def each(batches: Iterable[TokenBatch], *, together: bool) -> Iterator[TokenBatch]:
-    """The batches, with a progress bar in a terminal. Where ranks run together, one that has no more of them goes on
-    with empty ones until all have none."""
+    """Yield the batches, with a progress bar in a terminal. If ranks run together, a rank without further batches
+    yields empty ones until no rank has any."""
     console = Console(stderr=True)
     main = not dist.is_initialized() or dist.get_rank() == 0
     columns = TextColumn("scoring the reference"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -1,8 +1,8 @@
-"""Scores on disk: Arrow files, each there whole or not at all, and each named by the checksum of what is in it.
+"""Scores on disk: Arrow files, each written completely or not at all, and each named by the checksum of its contents.
 
-A file is written under a temporary name and renamed, and never written again; so processes that share a folder need no
-lock, and what is cut off or altered no longer has the checksum that its name says. One row of a file is one row of a
-batch: its key, and its values at the scored tokens in their order.
+A file is written under a temporary name, renamed, and never written again. So processes that share a folder need no
+lock, and the checksum of a truncated or altered file does not match its name. One row of a file is one row of a batch:
+its key, and its values at the scored tokens in order.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import pyarrow as pa
 
 KEY_BYTES = 16
 WRITE_BYTES = 16 << 20
-"""Values that are waited for before a file is written."""
+"""Bytes of values that are collected before a file is written."""
 WRITE_SECONDS = 30.0
 """The longest time between writes, checked at each score. Scores that a killed process had not written are lost and
 computed again."""
 SCAN_SECONDS = 5.0
 """The shortest time between two listings of the folder for files that other processes have written."""
 ABANDONED_SECONDS = 24 * 3600.0
-"""When a temporary file is taken for that of a process that was killed."""
+"""Age at which a temporary file counts as left behind by a killed process."""
 
 
 class Row(NamedTuple):
@@ -40,15 +40,15 @@ class Row(NamedTuple):
     logp: np.ndarray[Any, Any]
     """[n] nats."""
     entropy: np.ndarray[Any, Any]
-    """[n] nats, or [0] where it was not asked for."""
+    """[n] nats, or [0] if it was not asked for."""
 
 
 class ScoreStore:
-    """The scores of one reference under one set of circumstances: one folder of files.
+    """The scores of one reference under one set of conditions: one folder of files.
 
     Args:
-        folder: made if it is not there.
-        about: what the scores are of; it is in each file, and a file about something else is not used.
+        folder: created if it does not exist.
+        about: the conditions of the scores. Each file records them, and a file with other conditions is not used.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class ScoreStore:
         self._seen: set[str] = set()
         self._unwritten = _Unwritten(folder, self._about)
         self._scanned = 0.0
-        # Also at the end of the process; the store itself must not be what is kept alive for that.
+        # Also writes when the process ends, without keeping the store itself alive.
         weakref.finalize(self, self._unwritten.write)
         self.scan()
 
@@ -73,7 +73,8 @@ class ScoreStore:
         return len(self._rows)
 
     def find(self, keys: Iterable[bytes], *, scan: bool = False) -> dict[bytes, Row]:
-        """The rows that are there. If one is missing the folder is listed again, now and then, or in any case."""
+        """Return the rows that are stored. If one is missing, list the folder again: with `scan` always, otherwise at
+        most every SCAN_SECONDS."""
         keys = list(keys)
         late = time.monotonic() - self._scanned > SCAN_SECONDS
         if (scan or late) and any(key not in self._rows for key in keys):
@@ -81,27 +82,27 @@ class ScoreStore:
         return {key: self._rows[key] for key in keys if key in self._rows}
 
     def add(self, rows: dict[bytes, Row]) -> None:
-        """Keep these, and write them before long."""
+        """Keep these rows; write them if it is time."""
         self._rows |= rows
         self._unwritten.add(rows)
         if self._unwritten.due:
             self.write()
 
     def write(self) -> None:
-        """Write what is not on disk yet."""
+        """Write the rows that are not on disk yet."""
         path = self._unwritten.write()
         if path is not None:
             self._take(path)
 
     def scan(self) -> None:
-        """Read the files that are new."""
+        """Read new files."""
         for path in sorted(self.folder.glob("*.arrow")):
             if path.name not in self._seen:
                 self._take(path)
         self._scanned = time.monotonic()
 
     def _take(self, path: Path) -> None:
-        """Read a file; one that cannot be used is named in a warning, once."""
+        """Read a file. Warn once about a file that cannot be used."""
         self._seen.add(path.name)
         try:
             data = path.read_bytes()
@@ -111,13 +112,13 @@ class ScoreStore:
             return  # deleted since it was listed
         except (_Unusable, OSError) as error:
             warnings.warn(
-                f"{path} in the cache of scores is not used: {error}. Its rows are scored anew; it can be deleted.",
+                f"{path} in the cache of scores is not used: {error}. Its rows are scored again. You can delete it.",
                 stacklevel=2,
             )
 
 
 class _Unusable(Exception):
-    """A file that is not what was written."""
+    """Error for a file whose contents cannot be used."""
 
 
 class _Unwritten:
@@ -141,7 +142,7 @@ class _Unwritten:
         return self.bytes >= WRITE_BYTES or time.monotonic() - self.since >= WRITE_SECONDS
 
     def write(self) -> Path | None:
-        """All rows as one file, in place as a whole; None if there are none."""
+        """Write all rows as one complete file and return its path; None if there are no rows."""
         if not self.rows:
             return None
         data = _file_of(self.rows, self.about)
@@ -175,13 +176,13 @@ def _file_of(rows: dict[bytes, Row], about: str) -> bytes:
 
 def _rows_of(data: bytes, path: Path, about: str) -> dict[bytes, Row]:
     if _name_of(data) != path.name:
-        raise _Unusable("it does not have the checksum in its name, so it was cut off or altered, or is no file of it")
+        raise _Unusable("its checksum is not the one in its name, so it was cut off or altered, or is another file")
     try:
         batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
     except pa.ArrowException as error:
-        raise _Unusable(f"it is no Arrow file ({error})") from None
+        raise _Unusable(f"it is not an Arrow file ({error})") from None
     if (batch.schema.metadata or {}).get(b"refkl") != about.encode():
-        raise _Unusable("its scores are of another reference, or were made in another way")
+        raise _Unusable("its scores are of another reference, or were computed in another way")
     parts = []
     for name in Row._fields:
         lists = batch.column(name)

@@ -1,7 +1,7 @@
-"""The computation of a model beside its weights and configuration: its modules, and what was put in front of them.
+"""The computation of a model besides its weights and configuration: its modules, hooks and replaced forwards.
 
-Two models with equal weights and configurations can differ in a replaced activation, a hook, or a forward of the
-user's own. A cache must tell them apart, or refuse what it cannot see.
+Two models with equal weights and configurations can differ in a replaced activation, a hook, or a user's forward. A
+cache must tell them apart, or refuse code that it cannot see.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from refkl.backend import canonical_name, own_class
 from refkl.backend.adapters import adapter_modules
 
 _KNOWN = {"torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "refkl", "bitsandbytes", "torchao"}
-"""Packages whose code is known by its versions, or changes no score."""
+"""Packages whose code is identified by their versions, or changes no score."""
 
 
 def structure(model: nn.Module) -> str:
     """Return a hash of the model's modules: their classes, settings and code, without adapters and wrappers.
 
     Raises:
-        ValueError: a hook or a replaced forward that is not of a known library: what it computes cannot be seen.
+        ValueError: a hook or a replaced forward is not from a known library, so its computation cannot be seen.
     """
     added = set(map(id, adapter_modules(model, copies=True)))
     found = {canonical_name(n): _described(n, m) for n, m in model.named_modules() if n and id(m) not in added}
@@ -37,8 +37,8 @@ def _described(name: str, module: nn.Module) -> str:
     for what, function in _put_before(module):
         if (package := _package(function)) not in _KNOWN:
             raise ValueError(
-                f"{name} has a {what} of {package}: scores depend on what it does, and reference.cache cannot see "
-                "that. Build the reference without cache, or put the change into a module's class."
+                f"{name} has a {what} of {package}: scores depend on its code, which reference.cache cannot see. "
+                "Build the reference without cache, or put the change into a module's class."
             )
     cls = own_class(module)
     settings = "" if isinstance(module, _DropoutNd) else module.extra_repr()
@@ -49,7 +49,7 @@ def _described(name: str, module: nn.Module) -> str:
 
 
 def _put_before(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what runs instead of, before and after the class's own forward."""
+    """Yield the functions that run instead of, before and after the class's own forward."""
     if (forward := vars(module).get("forward")) is not None:
         yield "replaced forward", forward
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -58,11 +58,11 @@ def _put_before(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _package(function: Any) -> str:
-    """Return the package that a callable was written in, through partial, methods and objects."""
+    """Return the package in which a callable was defined, looking through partial, methods and objects."""
     while isinstance(function, partial):
         function = function.func
     function = getattr(function, "__func__", function)
-    # functools.wraps gives a wrapper the name of what it wraps; its globals are its own.
+    # functools.wraps copies the name of the wrapped function, but a wrapper's globals are its own.
     own = getattr(function, "__globals__", None)
     where = own["__name__"] if own is not None else type(function).__module__
     return str(where).split(".")[0]
@@ -73,7 +73,7 @@ def _qualified(thing: Any) -> str:
 
 
 def _code(cls: type) -> str:
-    """Return a hash of the code of a class that is in no known library; "" for others."""
+    """Return a hash of the code of a class that is not in a known library; "" for other classes."""
     digest = hashlib.sha256()
     unknown = [base for base in cls.__mro__ if base.__module__.split(".")[0] not in {*_KNOWN, "builtins"}]
     for base in unknown:

@@ -1,10 +1,10 @@
-"""Moves of a reference: its weights are mixed with the policy's in place, part by part on each rank.
+"""Moves of a reference: its weights are averaged with the policy's in place, each rank on its own parts.
 
-Nothing is gathered or sent, and beside one chunk of a weight no memory is taken. Numbers of 16 bits cannot take small
-steps (1 + 0.001 is 1 in bf16), so weights held in them are written from an average in fp32 that is kept beside them.
+Nothing is gathered or sent, and only one chunk of a weight takes extra memory. Numbers of 16 bits cannot take small
+steps (1 + 0.001 is 1 in bf16), so 16-bit weights are written from an fp32 average that is kept beside them.
 
-torch's lerp gives an element the same bits wherever it stands in a tensor, so that a weight comes out the same however
-it is cut: a test holds this.
+torch's lerp computes the same bits for an element at any place in a tensor, so the result does not depend on how a
+weight is sharded: a test checks this.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from refkl.reference.weights.tensors import bytes_held
 from refkl.types import MemoryReport
 
 _CHUNK, _CHUNK_OF_A_GPU = 1 << 17, 1 << 24
-"""Elements that are mixed at once where that takes temporaries: these stay in a core's cache, or keep a GPU busy."""
+"""Elements averaged at once if that takes temporaries: few enough for a core's cache, or enough to keep a GPU busy."""
 _FIRST = 1 << 12
-"""Elements in which one that changed is looked for first; nearly always it is there."""
+"""Elements that are searched first for one that changed; it is nearly always among them."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Move(NamedTuple):
-    """One move: theta <- theta + alpha (policy - theta), and what is added to it for its bias."""
+    """One move: theta <- theta + alpha (policy - theta), with an optional bias."""
 
     alpha: float
     bias: float | None = None
     """BEMA: the reference is the average + bias (policy - start)."""
     lora: Literal["factors", "product"] = "factors"
-    """The quantity that is averaged for LoRA layers; see lora.py."""
+    """The quantity that is averaged for LoRA layers; see lora_algebra.py."""
     rank: int | None = None
-    """For "product": what its ranks are cut to."""
+    """Highest rank that "product" keeps; None keeps all."""
 
     @property
     def copies(self) -> bool:
@@ -45,7 +45,7 @@ class Move(NamedTuple):
         return self.alpha == 1.0 and self.bias is None
 
     def check(self) -> None:
-        """Raise ValueError for what no reference can do."""
+        """Raise ValueError if no reference can make this move."""
         if not 0.0 < self.alpha <= 1.0:
             raise ValueError(f"alpha must be in (0, 1], got {self.alpha}.")
         if self.bias is not None and not 0.0 <= self.bias <= 1.0:
@@ -53,21 +53,21 @@ class Move(NamedTuple):
         if self.lora not in ("factors", "product"):
             raise ValueError(f"lora must be 'factors' or 'product', got {self.lora!r}.")
         if self.lora == "product" and self.bias is not None:
-            raise ValueError("bias is added to tensors one by one, and has no use with lora='product'. Leave one out.")
+            raise ValueError("bias is added to each tensor, so it cannot be used with lora='product'. Leave one out.")
         if self.rank is not None and (self.lora != "product" or self.rank < 1):
             raise ValueError(
-                f"rank is for lora='product', and at least 1; got rank={self.rank} with lora={self.lora!r}. Leave it "
-                "out, or set lora."
+                f"rank is for lora='product' and must be at least 1, got rank={self.rank} with lora={self.lora!r}. "
+                "Leave rank out, or set lora='product'."
             )
 
 
 class Probe(NamedTuple):
-    """An element that a move changed: to see that the change can be read."""
+    """An element that a move changed, to check afterwards that the change can be read."""
 
     place: int
-    """The place in the flattened part of this rank."""
+    """Index in this rank's flattened part."""
     number: Tensor
-    """[] what it is now."""
+    """[] the value after the move."""
 
 
 @dataclass
@@ -76,15 +76,15 @@ class Averages:
 
     on_host: bool = False
     mean: dict[str, Tensor] = field(default_factory=dict)
-    """fp32, of weights whose own numbers are too coarse to be averaged."""
+    """Averages in fp32 of weights whose own dtype is too coarse for an average."""
     start: dict[str, Tensor] = field(default_factory=dict)
-    """The weights when a bias was first given, or first after a copy of the policy."""
+    """The weights when a bias was first given, or first given after a copy of the policy."""
     first: dict[str, Tensor] = field(default_factory=dict)
-    """The weights before the first move, where something asks for them."""
+    """The weights before the first move, if they were asked for."""
     layouts: dict[str, Layout] = field(default_factory=dict)
 
     def prepare(self, pairs: Iterable[Pair], step: Move) -> None:
-        """Take the memory that a move needs, all of it or, where that raises, none."""
+        """Allocate all memory that a move needs. If that raises, nothing is kept."""
         mean, start = dict(self.mean), dict(self.start)
         for own, _, packed in pairs:
             self.layouts[own.name] = own.layout
@@ -100,7 +100,7 @@ class Averages:
         self.mean, self.start = mean, start
 
     def follow(self, weights: Iterable[Weight]) -> None:
-        """Cut and cast what is kept as the weights have been since."""
+        """Shard and cast the kept tensors like the weights' present parts."""
         for name, local, layout in weights:
             before = self.layouts.get(name)
             for kind, kept in self._kinds().items():
@@ -113,13 +113,13 @@ class Averages:
                 self.layouts[name] = layout
 
     def keep_first(self, weights: Iterable[Weight]) -> None:
-        """Copy the weights as they are."""
+        """Keep a copy of the weights' present values."""
         for name, local, layout in weights:
             self.layouts[name] = layout
             self.first.setdefault(name, self.place(local.clone()))
 
     def move(self, pair: Pair, step: Move) -> Probe | None:
-        """Move one weight; an element that changed, or None where policy and reference hold the same."""
+        """Move one weight. Return an element that changed, or None if policy and reference hold the same values."""
         name, source = pair.own.name, pair.source
         mean, start = self.mean.get(name), self.start.get(name) if step.bias is not None else None
         if step.bias is None:
@@ -132,15 +132,15 @@ class Averages:
         return None
 
     def weights(self) -> Iterator[Weight]:
-        """Yield all that is kept, under names that say what each is, to save it or to write into it."""
+        """Yield all kept tensors, under names that say what each is, to save them or to write into them."""
         for kind, kept in self._kinds().items():
             for name, local in kept.items():
                 layout = self.layouts[name]
-                # The rank of a LoRA layer may be another by now than it was first.
+                # A LoRA layer may have another rank now than at first.
                 yield Weight(f"{kind}:{name}", local, layout if layout.sharded else Whole(local.shape))
 
     def load(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> None:
-        """Take over what `weights` named; `devices` says where the reference's weights are."""
+        """Load tensors under the names that `weights` yields; `devices` says where the reference's weights are."""
         self.mean, self.start, self.first = {}, {}, {}
         home = next(iter(devices.values()))  # a quantised weight's bytes have other names than its average
         for full_name, local, layout in saved:
@@ -150,7 +150,7 @@ class Averages:
             self._kinds()[kind][name] = held
 
     def memory(self, home: torch.device) -> MemoryReport:
-        """Bytes kept, as where the model runs says."""
+        """Return the bytes of the kept tensors; `home` is the device on which the model runs."""
         held = bytes_held((tensor for kept in self._kinds().values() for tensor in kept.values()), home)
         return MemoryReport(device=0, host=held.total) if self.on_host else held
 
@@ -158,7 +158,7 @@ class Averages:
         return {"mean": self.mean, "start": self.start, "first": self.first}
 
     def place(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-        """A tensor where averages are kept: in host memory, or on `device`, where the weight is."""
+        """Move a tensor to the place of averages: host memory, or `device` (by default the tensor's own)."""
         return tensor.to("cpu" if self.on_host else tensor.device if device is None else device)
 
 
@@ -167,7 +167,7 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
     flat = all(t is None or t.is_contiguous() for t in tensors)
     if flat:
         tensors = [None if t is None else t.view(-1) for t in tensors]
-    # What takes no temporaries is done at once, but for the part in which a changed element is looked for.
+    # A move without temporaries runs in one piece, except for the part that is searched for a changed element.
     in_place = mean is None and own.dtype == theirs.dtype and own.device == theirs.device
     chunk = _CHUNK if own.device.type == "cpu" else _CHUNK_OF_A_GPU
     found: Probe | None = None
@@ -188,12 +188,12 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
         wide = part if average is None else average
         if not in_place and step.alpha < 1.0:
             if scratch.shape != wide.shape:
-                scratch = torch.empty_like(wide)  # made once: a new one for each chunk costs more than the sums
+                scratch = torch.empty_like(wide)  # allocated once: one per chunk costs more than the sums
             target = scratch.copy_(target)
         if step.alpha < 1.0 and wide.is_floating_point():
             wide.lerp_(target, step.alpha)
         else:
-            wide.copy_(target)  # to the bit
+            wide.copy_(target)  # bit for bit
         if average is not None and origin is not None and step.bias is not None:
             lead = target.to(average.device, average.dtype) - origin.to(average.device, average.dtype)
             part.copy_(lead.mul_(step.bias).add_(average))
@@ -207,5 +207,5 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return True if two numbers are the same; a NaN is the same as a NaN."""
+    """Return True if two numbers are equal; two NaNs count as equal."""
     return torch.equal(a, b) or bool(a != a and b != b)

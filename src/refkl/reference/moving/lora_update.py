@@ -1,6 +1,6 @@
-"""Moves of a reference with LoRA layers: some tensors are mixed one by one, and some layers by their product.
+"""Moves of a reference with LoRA layers: some tensors are averaged one by one, and some layers by their product.
 
-The numbers of a new product are made for all layers before the first is written, so that what raises changes nothing.
+The factors of all new products are computed before the first is written, so that an error changes nothing.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class LastUpdate:
     """The result of the last `update`."""
 
     alpha: float
-    """As it was given."""
+    """The `alpha` of the update."""
     lora: Literal["factors", "product"]
-    """As it was given."""
+    """The `lora` of the update."""
     distance: float | None = None
-    """With alpha < 1, of LoRA layers: how far apart the two averages are, ‖factors' - product's‖ / ‖product's‖ in the
-    Frobenius norm over the changes of weight of all layers together; before `rank` cuts. None if one of the two does
-    not exist (the reference's rank is not the policy's; the layers' weights do not change by B · A alone) or if no rank
-    has all of the numbers (FSDP2, ZeRO-3)."""
+    """Distance between the two averages of LoRA layers with alpha < 1, before `rank` cuts: ‖factors' - product's‖ /
+    ‖product's‖ in the Frobenius norm over the changes of weight of all layers together. None if one of the two does not
+    exist (the reference's rank is not the policy's; an adapter changes weights by more than B · A), or if each rank
+    holds only a part of the factors (FSDP2, ZeRO-3)."""
     rank: int | None = None
-    """The highest rank of the reference's LoRA layers after it; None without any."""
+    """Highest rank of the reference's LoRA layers after the update; None without LoRA layers."""
     cut: float = 0.0
     """The part of the average of the products that `rank` left out, relative to that average, in the same norm."""
 
 
 class LoraPair(NamedTuple):
-    """A LoRA layer's two factors, of reference and policy."""
+    """The two factors of a LoRA layer, each paired between reference and policy."""
 
     layer: LoraFactors
     a: Pair
@@ -60,22 +60,22 @@ class LoraPair(NamedTuple):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """The reference's and the policy's."""
+        """The reference's rank and the policy's."""
         own, theirs = (weight.layout.shape[0] // self.layer.experts for weight in (self.a.own, self.a.theirs))
         return own, theirs
 
     @property
     def whole(self) -> bool:
-        """True if this rank holds all of it."""
+        """True if this rank holds both factors entirely."""
         return not any(w.layout.sharded for pair in (self.a, self.b) for w in (pair.own, pair.theirs))
 
     def own(self, averages: Averages) -> Factors:
-        """The reference's numbers, in fp32 at least, where the policy's are."""
+        """Return the reference's factors, in fp32 or wider, on the policy's device."""
         a, b = (averages.mean.get(pair.own.name, pair.own.local) for pair in (self.a, self.b))
         return self._factors(a, b)
 
     def theirs(self) -> Factors:
-        """The policy's, in the same dtype."""
+        """Return the policy's factors, in the same dtype."""
         return self._factors(self.a.source, self.b.source)
 
     def _factors(self, a: Tensor, b: Tensor) -> Factors:
@@ -89,14 +89,14 @@ class Plan:
 
     step: Move
     pairs: list[Pair]
-    """The tensors to mix, one by one."""
+    """The tensors to average one by one."""
     layers: list[LoraPair]
     """All LoRA layers."""
     replaced: list[LoraPair]
-    """Those of `layers` whose factors become other tensors, and are not in `pairs`."""
+    """The entries of `layers` whose factors are replaced by new tensors; these are not in `pairs`."""
 
     def distance(self, averages: Averages) -> float | None:
-        """LastUpdate.distance; before anything is moved."""
+        """Return LastUpdate.distance. Call it before anything is moved."""
         known = (p.whole and p.layer.refused is None and p.ranks[0] == p.ranks[1] for p in self.layers)
         if self.step.alpha == 1.0 or not self.layers or not all(known):
             return None
@@ -108,7 +108,7 @@ class Plan:
         return _ratio(apart, average)
 
     def new(self, averages: Averages) -> New:
-        """The factors that replace others, for all layers, and what `rank` cuts away for them."""
+        """Return the new factors of all replaced layers, and the part that `rank` cuts off."""
         found, lost, total = New({}, {}), 0.0, 0.0
         for pair in self.replaced:
             factors, scale = pair.theirs(), pair.layer.scaling**2
@@ -119,14 +119,14 @@ class Plan:
                     factors, left_out = compressed(factors, highest)
                     lost += scale * float(left_out)
             for (own, _, _), numbers in zip((pair.a, pair.b), packed(factors), strict=True):
-                # Never the policy's memory, which what it has may still be.
+                # Always a copy: the factors may still share the policy's memory.
                 found.weights[own.name] = numbers.to(own.local.device, own.local.dtype, copy=True)
                 if own.name in averages.mean or (self.step.alpha < 1.0 and own.local.dtype in SIXTEEN_BITS):
                     found.means[own.name] = averages.place(numbers.clone(), own.local.device)
         return found._replace(cut=0.0 if self.step.rank is None else _ratio(lost, total))
 
     def rank(self, new: New) -> int | None:
-        """The highest rank of a layer after the move."""
+        """Return the highest rank of a layer after the move."""
         ranks = (
             new.weights[p.layer.a].shape[0] // p.layer.experts if p.layer.a in new.weights else p.ranks[0]
             for p in self.layers
@@ -135,30 +135,30 @@ class Plan:
 
 
 class New(NamedTuple):
-    """Factors by name, as PEFT holds them."""
+    """New factors by name, in PEFT's layout."""
 
     weights: dict[str, Tensor]
     means: dict[str, Tensor]
-    """The averages that `weights` were rounded from, for those whose averages are kept apart."""
+    """The averages from which `weights` were rounded, for weights whose averages are kept separately."""
     cut: float = 0.0
 
     def keep(self, averages: Averages) -> None:
-        """Let the averages of these be these."""
+        """Store these means as the averages of the new factors."""
         for name, mean in self.means.items():
             averages.mean[name], averages.layouts[name] = mean, Whole(mean.shape)
 
 
 def planned(step: Move, pairs: list[Pair], layers: Iterable[LoraFactors]) -> Plan:
-    """Return the plan of a move; `layers` are those in which the reference can hold another rank than the policy.
+    """Return the plan of a move. `layers` are those in which the reference can hold another rank than the policy.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: the move cannot be made.
     """
     by_name = {pair.own.name: pair for pair in pairs}
     found = [LoraPair(f, by_name[f.a], by_name[f.b]) for f in layers if f.a in by_name and f.b in by_name]
     if step.lora == "product" and not found:
         raise ValueError(
-            "lora='product' averages what LoRA layers add to their weights, and the reference has none, or none that "
+            "lora='product' averages what LoRA layers add to their weights, but the reference has no LoRA layers that "
             "it can hold with another rank (strategies 'zero3' and 'fsdp2' hold parts). Use lora='factors'."
         )
     replaced = [pair for pair in found if pair.ranks[0] != pair.ranks[1]]
@@ -170,7 +170,7 @@ def planned(step: Move, pairs: list[Pair], layers: Iterable[LoraFactors]) -> Pla
         own, theirs = replaced[0].ranks
         raise ValueError(
             f"{replaced[0].layer.module} has rank {own} in the reference and {theirs} in the policy, so their factors "
-            "have no average, nor a bias. Use lora='product', or alpha 1, which copies the policy and its rank."
+            "have no average and no bias. Use lora='product', or alpha 1, which copies the policy and its rank."
         )
     apart = {name for pair in replaced for name in (pair.layer.a, pair.layer.b)}
     return Plan(step, [pair for pair in pairs if pair.own.name not in apart], found, replaced)
@@ -183,11 +183,11 @@ def _check_product(pair: LoraPair) -> None:
         )
     if not pair.whole:
         raise ValueError(
-            f"lora='product' needs whole factors, and each rank holds a part of those of {pair.layer.module} (FSDP2, "
-            f"ZeRO-3). {_OR_FACTORS}"
+            f"lora='product' needs whole factors, but each rank holds only a part of those of {pair.layer.module} "
+            f"(FSDP2, ZeRO-3). {_OR_FACTORS}"
         )
 
 
 def _ratio(part: float, whole: float) -> float:
-    """Return the ratio of two norms, given squared."""
+    """Return the ratio of two norms from their squares."""
     return 0.0 if part <= 0.0 else sqrt(part / whole) if whole > 0.0 else inf

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Mover:
-    """Moves a reference's weights towards the policy's, and brings back what they were before the first move."""
+    """Moves a reference's weights towards the policy's, and can restore their state before the first move."""
 
     def __init__(self, held: HeldReference, *, on_host: bool) -> None:
         self.averages = Averages(on_host=on_host)
@@ -25,7 +25,7 @@ class Mover:
         self.initial_fingerprint: str | None = None
         """The fingerprint before the first move, if that state was kept."""
         self.half_moved = False
-        """True after an error between two moves, and while weights are written."""
+        """True while weights are written, and after an error during that."""
         self._held = held
         self._showing_initial = False
 
@@ -38,15 +38,15 @@ class Mover:
         if self.half_moved:
             raise ValueError(
                 "An error ended the reference's last update half-way: some of its weights were moved and some were "
-                "not. Load it from a checkpoint (reference.load), copy the policy (alpha 1), or build it anew."
+                "not. Load it from a checkpoint (reference.load), copy the policy (alpha 1), or build it again."
             )
 
     def check_closed(self, what: str) -> None:
         """Raise ValueError while `initial` is open."""
         if self._showing_initial:
             raise ValueError(
-                f"reference.first() is open, so the reference is what it was before it moved and cannot {what}. Leave "
-                "that context first."
+                f"reference.first() is open, so the reference is in its state before the first move and cannot {what}. "
+                "Leave that context first."
             )
 
     def update(self, policy: nn.Module, step: Move) -> LastUpdate:
@@ -72,25 +72,28 @@ class Mover:
         return held.last_update
 
     def _check_moved(self, probes: dict[str, Probe | None]) -> None:
-        """Look each changed weight up anew: a write into a gathered copy, or into a placeholder, would be lost."""
+        """Read each changed weight again: a write into a gathered copy or a placeholder would be lost."""
         self._held.before_writing()
         for name, local, _ in self._held.weights():
             probe = probes.get(name)
             if probe is not None and not same_bits(local.reshape(-1)[probe.place], probe.number):
                 raise RuntimeError(
-                    f"The reference was moved, and {name} did not change: something else than the weights that were "
-                    "written is what a forward reads. Was a module of it replaced after the reference was built?"
+                    f"The reference was moved, but {name} did not change: the forward reads other tensors than the "
+                    "ones that were written. Was a module replaced after the reference was built? Build it after that."
                 )
 
     def keep_initial(self) -> None:
-        """Keep a copy of the weights as they are, before the first move, for `initial`.
+        """Keep a copy of the weights before the first move, for `initial`.
 
         Raises:
             ValueError: the reference has moved already.
         """
         held = self._held
         if held.updates and not self.averages.first:
-            raise ValueError("The reference has moved already, and what it was first was not kept.")
+            raise ValueError(
+                "The reference has moved already, and its first state was not kept. Call reference.keep_first() before "
+                "the first update."
+            )
         held.follow_policy()
         if self.initial_fingerprint is None:
             self.initial_fingerprint = held.recorded_fingerprint or held.fingerprint()
@@ -98,14 +101,16 @@ class Mover:
 
     @contextmanager
     def initial(self) -> Iterator[None]:
-        """Let the reference be what it was before it first moved, while this is open.
+        """Restore the reference's state before its first move, while this is open.
 
         Raises:
-            ValueError: `keep_initial` was not called in time; it is open already.
+            ValueError: `keep_initial` was not called before the first move; `initial` is open already.
         """
-        self.check_closed("be shown as it was first")
+        self.check_closed("show its first state")
         if self.initial_fingerprint is None:
-            raise ValueError("What the reference was first was not kept: call reference.keep_first() before it moves.")
+            raise ValueError(
+                "The reference's first state was not kept. Call reference.keep_first() before the first update."
+            )
         held = self._held
         self.check_whole()
         held.follow_policy()
@@ -121,7 +126,7 @@ class Mover:
 
     @torch.no_grad()
     def exchange_initial(self) -> None:
-        """Let the weights and the kept initial ones change places."""
+        """Exchange the weights with the kept initial ones."""
         held = self._held
         self.half_moved = True
         held.before_writing()
@@ -140,5 +145,5 @@ class Mover:
         self.half_moved = False
 
     def recalled_initial(self, fingerprint: str | None) -> str | None:
-        """Return the fingerprint of an initial state that was loaded, if `initial` can show it here."""
+        """Return the fingerprint of a loaded initial state if `initial` can restore that state here, else None."""
         return fingerprint if self.averages.first else None

@@ -1,4 +1,4 @@
-"""The state in which an adapter changes nothing: where an average begins that replaces a switched-off adapter."""
+"""The state in which an adapter changes nothing. A reference that was the switched-off adapter averages from there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from refkl.backend import layout_of, local_shard, named_weights, whole
 
 
 def neutral_state(policy: PeftModel) -> dict[str, Tensor]:
-    """This rank's part of tensors, by canonical name, with which the adapter does nothing; the others are as they are.
+    """Return this rank's part of the tensors, by canonical name, with which the adapter does nothing. Tensors that are
+    not returned keep their values.
 
     Raises:
-        ValueError: a kind of adapter of which it is not known.
+        ValueError: for this kind of adapter they are not known.
     """
     found: dict[int, Tensor] = {}
     for name, module in policy.named_modules():
@@ -38,9 +39,9 @@ def neutral_state(policy: PeftModel) -> dict[str, Tensor]:
             if fill is None or any(getattr(module, "use_dora", {}).values()):
                 kind = "DoRA" if fill else type(module).__name__
                 raise ValueError(
-                    f"{name} has an adapter ({kind}) of which refkl does not know what it is when it does nothing, so "
-                    "an average with alpha < 1 has nothing to begin with. Use alpha 1, or reference.strategy 'swap', "
-                    "which keeps the adapter as it was when the reference was built."
+                    f"{name} has an adapter ({kind}), and refkl does not know the values with which it does nothing, "
+                    "so an average with alpha < 1 has no start. Use alpha 1, or reference.strategy 'swap', which keeps "
+                    "the adapter as it was when the reference was built."
                 )
             prefixes, value = fill
             assert isinstance(module, nn.Module), "every layer of PEFT is"
@@ -55,4 +56,4 @@ _NEUTRAL: dict[type, tuple[tuple[str, ...], float]] = {
     VeraLayer: (("vera_lambda_b",), 0.0),
     IA3Layer: (("ia3_l",), 1.0),
 }
-"""Which tensors of an adapted layer are to be filled, and with what, so that the layer gives what its base does."""
+"""Tensors of an adapted layer to fill, and the value, so that the layer computes the same as its base."""

@@ -1,1 +1,1 @@
-"""A reference whose linear layers are held in fewer bits, and the KL floor that this puts under the policy."""
+"""A reference whose linear layers are held in fewer bits, and the KL floor that this causes."""

@@ -1,7 +1,7 @@
-"""The floor that quantising puts under the KL: KL(full precision ‖ quantised), exact, measured before the first score.
+"""The KL floor of a quantised reference: KL(full precision ‖ quantised), exact, measured before the first score.
 
-A divergence between policy and reference that is not above it is rounding. Over the whole vocabulary and per scored
-token, by the scores' own code; not an estimate from the tokens that happened to be sampled.
+A divergence between policy and reference that is not above the floor is rounding. The KL is computed over the whole
+vocabulary for each scored token, with the code that scores; it is not an estimate from the sampled tokens.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantizationKLMeter:
-    """Measures the floor once, and keeps what it takes until then: of the policy its digests, or a loaded model."""
+    """Measures the floor once. Until then it keeps the policy's digests, or the model that was loaded."""
 
     def __init__(self, config: ReferenceConfig, policy: nn.Module, loaded: nn.Module | None) -> None:
         """
         Args:
             config: with `quantize` and `max_kl_floor`.
-            policy: the full-precision side, where nothing was loaded.
-            loaded: the model that was quantised, if it is not the policy; dropped once it was measured.
+            policy: the full-precision side, if no model was loaded.
+            loaded: the model that was quantised, if it is not the policy; dropped once the floor is measured.
         """
         self.floor: KLFloor | None = None
-        """The floor that was measured."""
+        """The measured floor; None until it is measured."""
         self.loaded = loaded
-        """Held in host memory until then."""
+        """The loaded model, kept in host memory until the floor is measured."""
         self._config = config
         self._policy = weakref.ref(unwrap(policy))
         self._recorded: dict[str, set[str]] | None = None
@@ -52,30 +52,30 @@ class QuantizationKLMeter:
 
     @property
     def done(self) -> bool:
-        """True if there is nothing left to measure.
+        """True if the floor has been measured.
 
         Raises:
-            ValueError: the floor was found to be above the limit.
+            ValueError: the measured floor is above the limit.
         """
         if self._refusal is not None:
             raise ValueError(self._refusal)
         return self.floor is not None
 
     def watch(self) -> None:
-        """Remember which numbers the policy has now, to be told if it trains before the floor was measured."""
+        """Record the policy's present digests, to detect that it trains before the floor is measured."""
         policy = self._policy()
         if self.loaded is None and policy is not None:
             self._recorded = _digests_in_each_dtype(policy)
 
     def measure(self, held: nn.Module, batches: Iterable[TokenBatch], *, says: bool) -> None:
-        """Compare the quantised model with the full one; every rank calls, each with tokens of its own.
+        """Compare the quantised model with the full-precision one. Every rank must call, each with its own tokens.
 
-        Nothing is settled while no rank has a scored token. Scored under whatever autocast the caller is in.
+        The floor stays unmeasured if no rank has a scored token. Scores run under the caller's autocast.
 
         Args:
             held: the quantised model.
-            batches: what to score.
-            says: whether to log the result: on one rank.
+            batches: the sequences to score.
+            says: if True, log the result; set it on one rank.
 
         Raises:
             ValueError: the policy has trained since the reference was built; the mean is above `max_kl_floor`.
@@ -94,15 +94,15 @@ class QuantizationKLMeter:
         if says:
             logger.warning(
                 f"The reference is quantised to {self._config.quantize}: a KL below {total / tokens:.2g} nats per "
-                f"token (at most {worst:.2g}, over {tokens} tokens) is rounding."
+                f"token (at most {worst:.2g}, over {tokens} tokens) is rounding error."
             )
 
     def recall(self, found: dict[str, Any]) -> None:
-        """Take over what was measured earlier of the same reference: the fields of a KLFloor."""
+        """Use the floor that was measured earlier for the same reference: the fields of a KLFloor."""
         self._settle(KLFloor(**found))
 
     def record(self) -> dict[str, Any] | None:
-        """For provenance: the fields of the KLFloor, or None before there is one."""
+        """Return the fields of the KLFloor for the provenance, or None before it is measured."""
         return None if self.floor is None else asdict(self.floor)
 
     def _settle(self, floor: KLFloor) -> None:
@@ -112,8 +112,8 @@ class QuantizationKLMeter:
             other = "" if kind == "int8" else "reference.quantize 'int8', "
             self._refusal = (
                 f"The reference quantised to {kind} is {floor.mean:.3g} nats per token from full precision (at most "
-                f"{floor.max:.3g}, over {floor.tokens} tokens), and reference.max_kl_floor is {limit:g}: a KL below "
-                f"that is rounding. Use {other}reference.offload, or a higher max_kl_floor."
+                f"{floor.max:.3g}, over {floor.tokens} tokens), but reference.max_kl_floor is {limit:g}: a KL below "
+                f"the floor is rounding error. Use {other}reference.offload, or a higher reference.max_kl_floor."
             )
             raise ValueError(self._refusal)
 
@@ -125,21 +125,21 @@ class QuantizationKLMeter:
             "Score once before training, or give a trainer the reference that build_reference(..., calibration=) makes."
         )
         if policy is None:
-            raise ValueError(f"The policy that was quantised is gone, and so what to measure its floor by. {advice}")
+            raise ValueError(f"The policy no longer exists, so the KL floor cannot be measured against it. {advice}")
         if self._recorded is None:
             return policy
         now = digests(Weight(name, t.detach(), Whole(t.shape)) for name, t in named_weights(policy))
         if changed := [name for name, digest in now.items() if digest not in self._recorded.get(name, ())]:
             raise ValueError(
-                f"The policy has changed since its quantised reference was built ({changed[0]} is another), so what "
-                f"quantising cost can no longer be measured. {advice}"
+                f"The policy has changed since its quantised reference was built ({changed[0]} has other values), so "
+                f"the KL floor of quantising can no longer be measured. {advice}"
             )
         return policy
 
 
 @torch.no_grad()
 def exact_kl(full: nn.Module, held: nn.Module, batch: TokenBatch) -> Tensor:
-    """[n] KL(full ‖ held) in nats for each of the n scored tokens; both in eval mode, each on its own device."""
+    """Return [n] KL(full ‖ held) in nats for each of the n scored tokens. Both run in eval mode on their own device."""
     here, there = (next(model.parameters()).device for model in (full, held))
     mask = batch.completion_mask.to(here)
     with evaluating(full), evaluating(held):
@@ -160,8 +160,8 @@ def exact_kl(full: nn.Module, held: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def _digests_in_each_dtype(model: nn.Module) -> dict[str, set[str]]:
-    """Return the digests of each weight, as it is and in each dtype it can be cast to: a policy that was only cast
-    since has not trained."""
+    """Return the digests of each weight, in its present dtype and in each dtype it can be cast to: a policy that was
+    only cast has not trained."""
     found = defaultdict(set)
     weights = list(named_weights(model))
     for dtype in (None, *_DTYPES):
@@ -172,7 +172,7 @@ def _digests_in_each_dtype(model: nn.Module) -> dict[str, set[str]]:
 
 
 def _over_ranks(total: float, worst: float, tokens: int) -> tuple[float, float, int]:
-    """Sum, maximum and sum."""
+    """Reduce over all ranks: the sum of `total`, the maximum of `worst` and the sum of `tokens`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return total, worst, tokens
     sums = torch.tensor([total, tokens], dtype=torch.float64, device=communicating_device())

@@ -1,13 +1,13 @@
-"""Linear layers in 8 or 4 bits: rounded once, and made into floating-point numbers again in each forward.
+"""Linear layers in 8 or 4 bits: rounded once, and restored to floating point in each forward.
 
     int8   torchao        symmetric, a scale for each output row
     int4   torchao        a scale and a zero point for each group of 64 inputs (of 32 or 16 where 64 do not divide them)
     nf4    bitsandbytes   the 16 levels of NormalFloat, a scale for each block of 64 (Dettmers et al., arXiv:2305.14314)
 
-The packages round and restore numbers; what is held are plain buffers, which a move, a copy, a fingerprint and a file
-treat like any others, and which run on every device. The packages' own layers do not: torchao's int4 tensors are each
-for one kind of device or take a byte a number, and bitsandbytes' Linear4bit repacks itself in place on some processors.
-Over a batch of tokens those multiply by the restored matrix too.
+The packages round and restore the numbers. refkl holds them in plain buffers, which can be moved, copied, fingerprinted
+and saved like any other buffer, and which work on every device. The packages' own layers do not: torchao's int4 tensors
+are each for one kind of device or take a byte per number, and bitsandbytes' Linear4bit repacks itself in place on some
+processors. For a batch of tokens, those layers also multiply by the restored matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     pass
 
 GROUP, SMALLEST_GROUP = 64, 16
-"""Numbers that share a scale in 4 bits."""
+"""Number of weights that share a scale in 4 bits, and its minimum."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Format:
     """A format that holds a matrix in few bits."""
 
     package: str
-    """The package that rounds, by its name in pip."""
+    """Name in pip of the package that rounds."""
     pack: Callable[[Tensor], dict[str, Tensor]]
     """[out, in] fp32 -> the tensors that are held."""
     unpack: Callable[[dict[str, Tensor], torch.Size, torch.dtype], Tensor]
-    """The tensors that are held, and a shape -> [out, in] in the dtype."""
+    """The tensors that are held, a shape and a dtype -> [out, in] in that dtype."""
     size: Callable[[int, int], int]
-    """Bytes held for [out, in]."""
+    """Bytes held for a matrix [out, in]."""
     transient: int
-    """Bytes that `unpack` takes for each number while it runs."""
+    """Bytes per number that `unpack` takes while it runs."""
 
 
 def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def _unpack_nf4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     known = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
-    # As one row: where blocks run over the ends of rows, its CPU kernel (0.50.2) takes another block's scale.
+    # As one row: if a block spans two rows, its CPU kernel (0.50.2) uses the scale of another block.
     flat = torch.Size([shape.numel()])
     state = QuantState(parts["absmax"], shape=flat, blocksize=GROUP, quant_type="nf4", dtype=known)
     restored: Tensor = dequantize_4bit(parts["qdata"], state)
@@ -141,11 +141,11 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         weight = layer.weight.detach()  # type: ignore[operator]
         self.format = name
-        """In FORMATS."""
+        """Name of the format in FORMATS."""
         self.shape = matrix_shape(layer)
         """[out, in]"""
         self.dtype = weight.dtype
-        """That `weight` comes in."""
+        """Dtype of `weight`."""
         self._transposed = isinstance(layer, Conv1D)
         for part, tensor in self._packed(weight).items():
             self.register_buffer(part, tensor)
@@ -153,16 +153,16 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] the numbers that it computes with, made anew: some models read them beside the forward."""
+        """[out, in] the restored weight that the forward uses; some models also read it outside of the forward."""
         return self._restored(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
+        """Apply the layer: [..., in] -> [..., out]."""
         return nn.functional.linear(x, self._restored(x.dtype), self.bias)
 
     @property
     def numbers(self) -> Tensor:
-        """The weight made anew, in the shape that the layer had before: what a moving average goes on from."""
+        """The restored weight, in the shape that it had before quantising. A moving average continues from it."""
         return self.weight.t() if self._transposed else self.weight
 
     @property
@@ -171,7 +171,7 @@ class QuantizedLinear(nn.Module):
         return self.shape[::-1] if self._transposed else self.shape
 
     def repack(self, numbers: Tensor) -> None:
-        """Hold these, in the shape of the layer that was quantised."""
+        """Quantise and hold these numbers, given in the shape that the weight had before quantising."""
         for part, tensor in self._packed(numbers).items():
             self.get_buffer(part).copy_(tensor)
 
@@ -185,11 +185,11 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         parts, self._buffers = self._buffers, {}
         super()._apply(fn, recurse)
-        # Bytes are moved, and never cast.
+        # Bytes are moved but never cast.
         self._buffers = {k: fn(t.view(torch.uint8)).view(t.dtype) for k, t in parts.items() if t is not None}
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
-        """As nn.Linear's."""
+        """Return the sizes and the format, in the style of nn.Linear."""
         return f"in_features={self.shape[1]}, out_features={self.shape[0]}, {self.format}"

@@ -1,9 +1,9 @@
-"""`adapter`: the PEFT policy itself, with its adapter switched off. Adds nothing.
+"""`adapter`: the PEFT policy itself, with its adapter switched off. It adds no memory.
 
-If the reference is the policy as it stood when built, this is right only for a fresh adapter. If it is the bare base
-(reference.source "base"; a learned prompt, of which no state leaves the policy as it is), it is right for a trained
-adapter too. `disable_adapter()` gives back neither if making the adapter changed the base (PiSSA, OLoRA, CorDA, LoftQ,
-LoRA-GA), with `bias="all"`, with base parameters unfrozen by hand, or on a merged model.
+If the reference is the policy as it was when the reference was built, this is correct only for a fresh adapter. If the
+reference is the bare base (reference.source "base", or a learned prompt, which always changes the policy), it is
+correct for a trained adapter too. `disable_adapter()` gives back neither if making the adapter changed the base (PiSSA,
+OLoRA, CorDA, LoftQ, LoRA-GA), with `bias="all"`, with base parameters unfrozen by hand, or on a merged model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from refkl.scoring import Head, find_head
 
 
 class AdapterMover(Mover):
-    """Moves a reference that begins with the adapter off: its first move gives it a snapshot."""
+    """Moves a reference that starts as the policy with its adapter off. Its first move takes a snapshot."""
 
     _held: AdapterReference
 
@@ -54,12 +54,12 @@ class AdapterMover(Mover):
         inner = held.policy
         if learned_prompt(inner) is not None:
             raise ValueError(
-                "strategy 'adapter' cannot move where a prompt is learned: its reference is the bare base, which stays "
-                "what it is. Leave the sync out."
+                "strategy 'adapter' cannot move if a prompt is learned: its reference is the bare base, which never "
+                "changes. Leave the sync out."
             )
         if not step.copies:
             neutral_state(inner)
-        # What it will hold is of the policy's shapes.
+        # The snapshot will have the policy's shapes.
         tensors = snapshot_of(inner)
         if any(is_partitioned(t) and not local_shard(t).numel() for t in tensors.values()):
             raise ValueError("An adapter that ZeRO-3 keeps on NVMe cannot be copied part by part, so it cannot move.")
@@ -67,7 +67,7 @@ class AdapterMover(Mover):
         planned(step, [Pair(weight, weight) for weight in weights], held.lora_layers())
 
     def update(self, policy: nn.Module, step: Move) -> LastUpdate:
-        """The first move takes a snapshot, which the reference has from then on."""
+        """Make a move. The first one takes a snapshot, which the reference keeps from then on."""
         held = self._held
         if held.snapshot is not None:
             return super().update(policy, step)
@@ -83,11 +83,14 @@ class AdapterMover(Mover):
             raise
 
     def keep_initial(self) -> None:
-        """Keep only the fingerprint: the policy with its adapter off is what the reference was first."""
+        """Keep only the fingerprint: the first state is the policy with its adapter off."""
         held = self._held
         if self.initial_fingerprint is None:
             if held.updates:
-                raise ValueError("The reference has moved already, and what it was first was not kept.")
+                raise ValueError(
+                    "The reference has moved already, and its first state was not kept. Call reference.keep_first() "
+                    "before the first update."
+                )
             self.initial_fingerprint = held.recorded_fingerprint or held.fingerprint()
 
     def exchange_initial(self) -> None:
@@ -98,7 +101,7 @@ class AdapterMover(Mover):
 
 
 class AdapterReference(OnSnapshot):
-    """The policy with its adapter off; once it moved, the policy with a snapshot of another adapter in it."""
+    """The policy with its adapter off. After the first move: the policy with a snapshot of its adapter swapped in."""
 
     strategy = "adapter"
     movers = AdapterMover
@@ -110,7 +113,7 @@ class AdapterReference(OnSnapshot):
         assert isinstance(policy, PeftModel), "supports() lets no other policy in"
         self.policy = policy
         self.shows_base = False
-        """True while it scores as it did before it moved."""
+        """True while it scores in its state before the first move."""
         self._built_for = reason
         self._on_host = on_host(request)
         self._share([weight.name for weight in self.base_weights()])
@@ -125,11 +128,11 @@ class AdapterReference(OnSnapshot):
             return "FSDP1 flattens adapter and base into one parameter. Use FSDP2."
         config = request.config
         if config.source not in ("policy", "base"):
-            return f"it holds the policy's own base, and reference.source asks for {config.source!r}."
+            return f"it uses the policy's own base, but reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
             return "it shares the policy's weights, so reference.dtype and reference.device cannot be set."
         if config.offload:
-            return "it has no weights of its own for reference.offload to keep in host memory."
+            return "it has no weights of its own that reference.offload could keep in host memory."
         if config.quantize is not None:
             return "it shares the policy's weights, so reference.quantize cannot be set."
         if is_bare(request):
@@ -150,11 +153,14 @@ class AdapterReference(OnSnapshot):
         if (prompt := learned_prompt(request.policy)) is not None:
             return (
                 f"the policy's adapter is a learned prompt ({prompt.kind}), which changes the policy from the start, "
-                "so the reference is the bare base, without it, and adds no memory"
+                "so the reference is the bare base without the prompt and adds no memory"
             )
         if request.config.source == "base":
             return "reference.source asks for the bare base, which is the policy with its adapter off: adds no memory"
-        return "the policy's adapter is fresh and trains alone, so switched off it is the reference and adds no memory"
+        return (
+            "the policy's adapter is fresh and nothing else trains, so the policy with its adapter off is the "
+            "reference and adds no memory"
+        )
 
     @classmethod
     def build(cls, request: BuildRequest, reason: str) -> AdapterReference:
@@ -164,22 +170,22 @@ class AdapterReference(OnSnapshot):
 
     @property
     def _off(self) -> bool:
-        """True if the reference is the policy with its adapter off, and runs with no snapshot."""
+        """True if the reference is the policy with its adapter off, without a snapshot."""
         return self.snapshot is None or self.shows_base
 
     def follow_policy(self) -> None:
-        """Follow a cast of the policy: DeepSpeed makes one of fp32 weights that are to train in bf16."""
+        """Follow a cast of the policy: DeepSpeed casts fp32 weights that will train in bf16."""
         if not self._off:
             super().follow_policy()
             return
         self.check_shared()
         if self._all_dtypes == (found := _dtypes_of(self.policy)):
-            return  # which of them are the base's takes longer to find than a small batch to score
+            return  # finding the base's dtypes among them takes longer than scoring a small batch
         self._all_dtypes = found
         if self._dtypes != (now := self._current_dtypes()):
             self._dtypes = now
             if self.recorded_fingerprint is not None and not self.shows_base:
-                self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+                self.fingerprint()  # the same numbers in another dtype: an allowed change, so record it again
 
     def _current_dtypes(self) -> list[torch.dtype]:
         return [weight.local.dtype for weight in self.base_weights()]
@@ -196,7 +202,7 @@ class AdapterReference(OnSnapshot):
             yield self.policy
 
     def head(self) -> Head | None:
-        """Return the policy's own head; one that an adapter changes is not found."""
+        """Return the policy's own head; a head that an adapter changes is not found."""
         return find_head(self.policy) if self._off else super().head()
 
     def drop_weights(self) -> bool:
@@ -207,17 +213,17 @@ class AdapterReference(OnSnapshot):
 
     def base_weights(self) -> Iterator[Weight]:
         """Yield the weights of the policy without its adapter."""
-        reshard(self.policy)  # FSDP2 has other objects for what a forward left gathered
+        reshard(self.policy)  # FSDP2 has other objects for parameters that a forward left gathered
         return weights_of(self.policy, without=adapter_tensors(self.policy))
 
     def take_snapshot(self) -> Snapshot:
-        """Hold the policy's trained tensors from now on, as "swap" does."""
+        """Hold a copy of the policy's trained tensors from now on, as "swap" does."""
         self.snapshot, self.strategy = Snapshot(self.policy, on_host=self._on_host), "swap"
-        self.reason = "the reference has moved, so what trains of the policy is swapped for a copy of its own"
+        self.reason = "the reference has moved, so the policy's trainable weights are swapped for the reference's copy"
         return self.snapshot
 
     def drop_snapshot(self) -> None:
-        """Be the policy with its adapter off again."""
+        """Drop the snapshot: the reference is the policy with its adapter off again."""
         self.snapshot, self.strategy, self.reason = None, type(self).strategy, self._built_for
 
     def load(self, folder: str | Path) -> None:

@@ -1,7 +1,6 @@
-"""`clone`: a frozen copy that costs only what trains.
+"""`clone`: a frozen copy that takes memory only for trainable weights.
 
-What the policy does not train is shared, storage and all, so that a LoRA policy's clone holds only a copy of the
-adapter.
+Weights that the policy does not train share its storage, so a LoRA policy's clone holds only a copy of the adapter.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from refkl.reference.streamed.units import unstreamable
 
 
 class CloneReference(SharingCopy):
-    """A deep copy of the policy: frozen, in eval mode for good, sharing what does not train."""
+    """A deep copy of the policy: frozen, always in eval mode, and sharing the weights that do not train."""
 
     strategy = "clone"
 
@@ -33,11 +32,11 @@ class CloneReference(SharingCopy):
     def supports(cls, request: BuildRequest) -> str | None:
         if request.backend.name == "zero3":
             return (
-                "under ZeRO-3 a copied parameter is a placeholder of size 0 whose forward fails, and a whole copy on "
-                "each rank is what ZeRO-3 is there to avoid."
+                "under ZeRO-3 a copied parameter is a placeholder of size 0 whose forward fails, and ZeRO-3 exists to "
+                "avoid a whole copy on each rank."
             )
         if request.backend.name.startswith("fsdp"):
-            return "FSDP shards the policy's parameters, and a whole copy on each rank was not built for that."
+            return "FSDP shards the policy's parameters, and a whole copy on each rank is not supported under it."
         if any(isinstance(p, DTensor) for p in request.policy.parameters()):
             return "the policy's parameters are sharded (DTensor)."
         if (why_not := held_in_place(request)) is not None:
@@ -59,8 +58,8 @@ class CloneReference(SharingCopy):
             return None
         if (layer := eight_bit_layer(request.policy)) is not None:
             return (
-                f"{layer} is in 8 bits (bitsandbytes): a copy that shares its weight has not what it computes with, "
-                "and in eval mode it computes something else."
+                f"{layer} is in 8 bits (bitsandbytes): a copy that shares its weight lacks the state that it computes "
+                "with, and in eval mode it computes another result."
             )
         return foreign_forward(unwrap(request.policy))
 
@@ -97,7 +96,7 @@ class CloneReference(SharingCopy):
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
-        what = "of what trains" if request.config.source == "policy" else f"from {request.config.source}"
+        what = "of the trainable weights" if request.config.source == "policy" else f"from {request.config.source}"
         if request.config.offload:
             what = "in host memory, streamed through the device layer by layer,"
         what += "" if request.config.quantize is None else f", its linear layers in {request.config.quantize},"
@@ -119,7 +118,7 @@ class CloneReference(SharingCopy):
                 loaded = model
                 model, _ = frozen_copy(loaded, share=False, quantize=config.quantize)
         if config.source != "policy":
-            dtype = None  # it was loaded in it, and its rotary frequencies stay in fp32
+            dtype = None  # the model was loaded in this dtype, and its rotary frequencies stay in fp32
         if dtype is not None or config.device is not None:
             model.to(device=config.device, dtype=dtype)
         reference: SharingCopy

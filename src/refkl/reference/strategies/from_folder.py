@@ -1,4 +1,4 @@
-"""Weights from a folder instead of from the policy in memory."""
+"""Reference weights that are read from a folder instead of from the policy in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from refkl.reference.request import BuildRequest
 
 
 def source_folder(request: BuildRequest) -> str:
-    """The folder or hub name that the reference's weights are to be read from.
+    """Return the folder or hub name from which the reference's weights are read.
 
     Raises:
-        ValueError: "pretrained" was asked for, or is needed, and the policy was not loaded from anywhere.
+        ValueError: "pretrained" was asked for, or is needed, but the policy was not loaded from a folder or the hub.
     """
     source = request.config.source
     if source not in ("policy", "pretrained"):
@@ -26,8 +26,9 @@ def source_folder(request: BuildRequest) -> str:
     name = base_model(request.policy).config._name_or_path  # type: ignore[union-attr]
     if not name:
         raise ValueError(
-            "The reference's weights are to be read from where the policy was loaded, but the policy was made from a "
-            "config. Save it with save_pretrained and load it again, or set reference.source to a model folder."
+            "The reference's weights must be read from the folder that the policy was loaded from, but the policy was "
+            "made from a config. Save it with save_pretrained and load it again, or set reference.source to a model "
+            "folder."
         )
     return str(name)
 
@@ -35,10 +36,10 @@ def source_folder(request: BuildRequest) -> str:
 def load_pretrained(request: BuildRequest, folder: str, dtype: torch.dtype | None) -> nn.Module:
     """Return the model in `folder`, in `dtype` (by default the policy's).
 
-    A folder that was named is a model of its own class. "pretrained" is of the policy's class and configuration.
+    A named folder may hold a model of another class. "pretrained" has the policy's class and configuration.
 
     Raises:
-        ValueError: no such model there, or one that cannot be scored on the policy's tokens.
+        ValueError: the folder has no such model, or one that cannot be scored on the policy's tokens.
     """
     base = base_model(request.policy)
     if not isinstance(base, PreTrainedModel):

@@ -1,5 +1,4 @@
-"""Copies of a policy that are the policy's no more: frozen, with what does not train shared, and no forward that leads
-back to it."""
+"""Frozen copies of a policy: weights that do not train are shared, and no forward leads back to the policy."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ from refkl.reference.quantized.layers import QuantizedLinear
 def frozen_copy(
     policy: nn.Module, *, share: bool, on_host: bool = False, quantize: str | None = None
 ) -> tuple[nn.Module, set[str]]:
-    """A deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept.
+    """Return a deep copy, and the names of the parameters whose storage it shares with the policy. Ties are kept.
 
-    With `on_host`, weights go to host memory one by one: the device never has room for more. With `quantize`, linear
-    layers that are not shared are quantised, one after the other, and never copied in full.
+    With `on_host`, weights are copied to host memory one by one, without extra device memory. With `quantize`, linear
+    layers that are not shared are quantised one by one, and never copied in full precision.
     """
     memo: dict[int, Any] = {}
     shared: set[str] = set()
@@ -35,7 +34,7 @@ def frozen_copy(
         if not isinstance(parameter, nn.Parameter):
             continue
         if share and not parameter.requires_grad and id(parameter) not in tuned:
-            # A Parameter of our own on the same storage: the policy's own object could be unfrozen later.
+            # A new Parameter on the same storage: the policy's own object could be unfrozen later.
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
             shared.add(name)
     if quantize is not None:
@@ -44,15 +43,15 @@ def frozen_copy(
                 memo[id(layer)] = QuantizedLinear(layer, quantize, copy.deepcopy(layer.bias, memo))  # type: ignore[arg-type]
     model = copy.deepcopy(policy, memo)
     for module in model.modules():
-        # TRL's fused head replaces forward by a function that calls the *policy's* own forward. The class's forward is
-        # what it wraps, and what refkl scores with.
+        # TRL's fused head replaces forward by a function that calls the *policy's* own forward. It wraps the class's
+        # forward, with which refkl scores.
         if "forward" in vars(module) and _holder(vars(module)["forward"]) is not None:
             del module.forward
     return model, shared
 
 
 def foreign_forward(policy: nn.Module) -> str | None:
-    """A sentence if some module's forward was replaced in a way that a copy cannot undo."""
+    """Return a sentence if a module's forward was replaced in a way that a copy cannot undo, else None."""
     for name, module in policy.named_modules():
         holder = _holder(vars(module).get("forward"))
         if holder is None:
@@ -60,16 +59,16 @@ def foreign_forward(policy: nn.Module) -> str | None:
         where = holder.__globals__["__name__"]  # functools.wraps hides it everywhere else
         if not where.startswith("trl."):
             return (
-                f"the forward of {name or 'the policy'} was replaced by a function that holds on to the policy "
+                f"the forward of {name or 'the policy'} was replaced by a function that refers to the policy "
                 f"({holder.__code__.co_name} of {where}), so a copy would run the policy's weights. Build the "
-                "reference before that patch is made."
+                "reference before that replacement."
             )
     return None
 
 
 def replaced_forward(policy: nn.Module) -> str | None:
-    """A sentence if some module's forward is not its class's, nor one that a library put there to train it: a model
-    made from the policy's configuration would lack it."""
+    """Return a sentence if a module's forward is neither its class's nor one that a training library put there, else
+    None. A model made from the policy's configuration would lack such a forward."""
     for name, module in policy.named_modules():
         forward = vars(module).get("forward")
         if forward is None:
@@ -85,9 +84,10 @@ def replaced_forward(policy: nn.Module) -> str | None:
 
 
 def _holder(forward: Any) -> types.FunctionType | None:
-    """The function, of those that `forward` is wrapped from, that closes over a module; a copy would go on using it.
+    """Return the function inside the wrapped `forward` that closes over a module, or None. A copy would still use that
+    module.
 
-    What a method is bound to is no matter: deepcopy binds it to the copy.
+    The object that a method is bound to does not matter: deepcopy binds it to the copy.
     """
     if isinstance(forward, types.MethodType):
         forward = forward.__func__

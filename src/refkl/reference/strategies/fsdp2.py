@@ -1,8 +1,8 @@
-"""`fsdp2`: a frozen model of its own, sharded layer by layer as the policy is, so that each rank holds 1/world of it.
+"""`fsdp2`: a separate frozen model, sharded layer by layer like the policy, so that each rank holds 1/world of it.
 
-FSDP2 refuses a deep copy. Built after the policy was sharded, the reference is made from the policy's configuration
-without memory, sharded like it, and filled from this rank's shards: nothing is gathered or sent. Built before, it is a
-plain copy that is sharded at the first score, when there is a plan to follow.
+FSDP2 refuses a deep copy. If the policy is sharded already, the reference is made from the policy's configuration
+without memory, sharded like the policy, and filled from this rank's shards: nothing is gathered or sent. Otherwise it
+is a plain copy, which is sharded at the first score after the policy was.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from refkl.types import MemoryReport
 
 
 class FSDP2Reference(WholeCopy):
-    """A sharded copy."""
+    """A copy of the policy, sharded by FSDP2."""
 
     strategy = "fsdp2"
 
@@ -39,16 +39,16 @@ class FSDP2Reference(WholeCopy):
         if (why_not := held_in_place(request)) is not None:
             return why_not
         if config.source != "policy":
-            return f"it is filled from the policy, and reference.source asks for {config.source!r}."
+            return f"it is filled from the policy, but reference.source asks for {config.source!r}."
         if config.dtype is not None or config.device is not None:
-            return "FSDP2 places its shards in the policy's dtype: reference.dtype and .device cannot be set."
+            return "FSDP2 holds its shards in the policy's dtype: reference.dtype and .device cannot be set."
         if config.quantize is not None:
             return (
-                "FSDP2 shards numbers of the policy's dtype: reference.quantize cannot be set. Leave it out, or run "
+                "FSDP2 shards weights in the policy's dtype: reference.quantize cannot be set. Leave it out, or run "
                 "under DDP or ZeRO-2 with 'clone'."
             )
         if isinstance(policy, PeftModel):
-            return "the policy's base does not train, and a copy of it would be one too many."
+            return "the policy's base does not train, so a copy of it would waste memory."
         if not request.planned and any(p.is_meta for p in policy.parameters()):
             return (
                 "the policy has no weights yet on this rank (fsdp_cpu_ram_efficient_loading). Build the reference "
@@ -71,7 +71,7 @@ class FSDP2Reference(WholeCopy):
     def why(cls, request: BuildRequest) -> str:
         where = " in host memory" if request.config.offload else ""
         return (
-            f"it is sharded as the policy is, so that each rank holds 1/{request.backend.processes} of it{where}, "
+            f"it is sharded like the policy, so that each rank holds 1/{request.backend.processes} of it{where}, "
             f"{size(cls.cost(request).total)} ({request.backend})"
         )
 
@@ -88,7 +88,7 @@ class FSDP2Reference(WholeCopy):
         return reference
 
     def follow_policy(self) -> None:
-        """Once the policy has been sharded, be sharded like it."""
+        """Shard the reference like the policy once the policy has been sharded."""
         policy = self._policy()
         if self.weights_freed or policy is None or is_sharded(self.model) or not is_sharded(policy):
             return
@@ -96,13 +96,13 @@ class FSDP2Reference(WholeCopy):
         first = next(policy.parameters())
         offloaded = first.device.type == "cpu" and self._accelerator is not None
         device = self._accelerator.device if offloaded and self._accelerator is not None else first.device
-        # To be offloaded, it goes through the device unit by unit, as each is sharded.
+        # With offload, it goes through the device unit by unit, while each unit is sharded.
         self.model.to(device=None if self.config.offload else device, dtype=first.dtype)
         before = self.digests
         shard_like(self.model, policy, offload=self.config.offload)
         self.model.requires_grad_(False)
         if next(iter(before.values())).split()[0] != str(first.dtype):
-            self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+            self.fingerprint()  # the same numbers in another dtype: an allowed change, so record it again
 
     @contextmanager
     def activate(self) -> Iterator[nn.Module]:
@@ -120,7 +120,7 @@ class FSDP2Reference(WholeCopy):
         return super().pairs(policy)
 
     def memory_of_weights(self) -> MemoryReport:
-        """Bytes of this rank's shards."""
+        """Return the bytes of this rank's shards."""
         if self.config.offload:
             return bytes_offloaded(map(local_shard, self.model.parameters()), self.model.buffers())
         tensors = (*self.model.parameters(), *self.model.buffers())
@@ -128,7 +128,8 @@ class FSDP2Reference(WholeCopy):
 
 
 def _sharded_twin(policy: nn.Module, *, offload: bool) -> nn.Module:
-    """A model of the policy's class and configuration, sharded as it is, with the numbers of this rank's shards."""
+    """Return a model of the policy's class and configuration, sharded like the policy and filled from its shards on
+    this rank."""
     with torch.device("meta"):
         model = own_class(policy)(copy.deepcopy(policy.config))
     theirs = dict(named_weights(policy))
@@ -137,8 +138,8 @@ def _sharded_twin(policy: nn.Module, *, offload: bool) -> nn.Module:
         check_pairs({name: t.shape for name, t in theirs.items()}, own_shapes, "the policy")
     except ValueError as error:
         raise ValueError(
-            f"The policy is not what its configuration makes: {error} Build the reference before the policy is "
-            "sharded, or use reference.strategy 'swap'."
+            f"The policy differs from a model made from its configuration: {error} Build the reference before the "
+            "policy is sharded, or use reference.strategy 'swap'."
         ) from None
     for name, tensor in named_weights(model):
         tensor.data = tensor.data.to(theirs[name].dtype)
@@ -148,6 +149,6 @@ def _sharded_twin(policy: nn.Module, *, offload: bool) -> nn.Module:
     with torch.no_grad():
         for name, tensor in named_weights(model):
             local_shard(tensor).copy_(local_shard(theirs[name]))
-        for name, buffer in model.named_buffers():  # rotary frequencies too, which no checkpoint holds
+        for name, buffer in model.named_buffers():  # also rotary frequencies, which no checkpoint holds
             buffer.data = buffers[name].detach().clone()
     return model

@@ -1,4 +1,4 @@
-"""A clone in host memory that visits the device layer by layer while it scores."""
+"""A clone in host memory that is moved through the device layer by layer while it scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from refkl.types import MemoryReport, TokenBatch
 
 
 class OffloadedClone(SharingCopy):
-    """A clone whose weights wait in host memory. A score moves all of them once."""
+    """A clone whose weights wait in host memory. Each score moves all of them once."""
 
     def __init__(self, request: BuildRequest, reason: str, source: str, model: nn.Module, shared: set[str]) -> None:
         super().__init__(request, reason, source, model, shared)
@@ -31,7 +31,7 @@ class OffloadedClone(SharingCopy):
 
     @property
     def stream(self) -> Stream:
-        """The way of the weights through the device."""
+        """The stream that moves the weights through the device."""
         assert self._stream is not None, "dropped with the weights"
         return self._stream
 
@@ -70,14 +70,14 @@ class OffloadedClone(SharingCopy):
         return super().drop_weights()
 
     def memory_of_weights(self) -> MemoryReport:
-        """Return the bytes that wait in host memory, and those of buffers on the device. A score also takes device
-        memory for two units of it."""
+        """Return the bytes of the weights in host memory and of the buffers on the device. A score also takes device
+        memory for two units of weights."""
         weights = {id(tensor): tensor for _, tensor in named_weights(self.model)}
         return bytes_offloaded(weights.values(), (b for b in self.model.buffers() if id(b) not in weights))
 
 
 def streamed_cost(request: BuildRequest, copied: list[Entry], dtype: torch.dtype | None) -> Cost:
-    """Return the cost of a whole copy in host memory, of which at most two units are on the device."""
+    """Return the cost of a whole copy in host memory, with at most two units on the device at once."""
     shape, policy, without = request.shape, unwrap(request.policy), set[int]()
     if request.config.source != "policy":
         policy, without = base_model(policy), adapter_tensors(policy)

@@ -22,7 +22,7 @@ from refkl.types import KLFloor, MemoryReport, TokenBatch
 
 
 class QuantizedClone(SharingCopy):
-    """A clone with quantised linear layers, and the KL floor that this puts under the policy.
+    """A clone with quantised linear layers, and the KL floor that this causes.
 
     Args:
         loaded: the model that was quantised, if it is not the policy.
@@ -74,7 +74,7 @@ class QuantizedClone(SharingCopy):
             for weight in weights_of(self.model)
             if weight.name.endswith(".bias") or weight.name.rpartition(".")[0] not in packed
         ]
-        # The place of a quantised weight is held by its bytes, which are never read as its numbers.
+        # A quantised weight is represented by its bytes, which are never read as its values.
         own += [Weight(f"{n}.weight", m.get_buffer("qdata"), Whole(m.numbers_shape)) for n, m in packed.items()]
         pairs = paired_weights(own, weights_of(unwrap(policy)), rank_dims(self.lora_layers()))
         layers = {f"{name}.weight": layer for name, layer in packed.items()}
@@ -109,20 +109,20 @@ class QuantizedClone(SharingCopy):
         return super().drop_weights()
 
     def memory_of_weights(self) -> MemoryReport:
-        """Return the bytes that the reference holds and the policy does not; a model that was loaded to be quantised is
-        among them until the floor is measured."""
+        """Return the bytes that the reference holds and the policy does not. They include a model that was loaded to be
+        quantised, until the floor is measured."""
         loaded = [] if self._meter.loaded is None else [self._meter.loaded]
         return self._bytes_beside_policy(self.model, *loaded)
 
 
 def why_not_quantized(request: BuildRequest) -> str | None:
-    """None if a copy of what the request names can be held as it asks for; else a sentence that says why not."""
+    """Return None if the requested source can be held quantised as asked for, else a sentence that says why not."""
     config, policy = request.config, unwrap(request.policy)
     assert config.quantize is not None
     if config.source == "policy" and isinstance(policy, PeftModel):
         return (
             "the policy is a PEFT model, whose base the reference shares with it: a quantised copy would only add "
-            "memory. Leave reference.quantize out, or set reference.source to what to compare with."
+            "memory. Leave reference.quantize out, or set reference.source to the model to compare with."
         )
     package = FORMATS[config.quantize].package
     if not request.planned and find_spec(package) is None:
@@ -132,22 +132,22 @@ def why_not_quantized(request: BuildRequest) -> str | None:
         )
     if config.cache is not None and request.backend.processes > 1 and request.calibration is None:
         return (
-            "the floor of a quantised reference is measured by all processes together, and with reference.cache some "
-            "may have nothing to score. Make it with refkl.build_reference(..., calibration=batch), and give a trainer "
-            "that."
+            "the KL floor of a quantised reference is measured by all processes together, but with reference.cache "
+            "some may have nothing to score. Build the reference with refkl.build_reference(..., calibration=batch), "
+            "and pass it to the trainer."
         )
     layers = dict(linear_layers(policy))
     if config.source == "policy" and config.dtype is None and config.device is None:
         layers = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
     if not layers:
         return (
-            f"{type(base_model(policy)).__name__} has no linear layer to quantise beside its output head: none that "
-            "trains and that is not quantised already. Leave reference.quantize out."
+            f"{type(base_model(policy)).__name__} has no linear layer to quantise besides its output head: none that "
+            "trains and is not quantised already. Leave reference.quantize out."
         )
     for name, layer in layers.items():
         if config.quantize == "int4" and group_size(width := matrix_shape(layer)[1]) < SMALLEST_GROUP:
             return (
-                f"reference.quantize 'int4' rounds numbers in groups of {SMALLEST_GROUP} at least, and the {width} "
-                f"inputs of {name} are no multiple of that. Use 'int8' or 'nf4'."
+                f"reference.quantize 'int4' rounds weights in groups of at least {SMALLEST_GROUP}, but the {width} "
+                f"inputs of {name} are not a multiple of that. Use 'int8' or 'nf4'."
             )
     return None

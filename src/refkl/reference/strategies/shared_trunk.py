@@ -1,8 +1,8 @@
-"""`shared_trunk`: where the lowest layers are frozen, policy and reference share them, weights and activations.
+"""`shared_trunk`: policy and reference share the weights and activations of the lowest layers, if these are frozen.
 
-The weights are a clone's: a copy of what trains, the rest shared. In `score_pair` the frozen layers below the lowest
-that trains (the trunk) run once, in whichever of the two models comes first; the other takes over what came out of them
-and runs the layers above.
+The weights are held as in `clone`: a copy of the trainable weights, with the rest shared. In `score_pair` the frozen
+layers below the lowest trainable layer (the trunk) run once, in the model that is scored first. The other model uses
+their output and runs only the layers above.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from refkl.scoring import HeadError, find_head, score_model
 from refkl.types import TokenBatch
 
 _CLOSE = 1e-4
-"""Nats by which a score through the trunk may differ from one without: layers above it may be cut into other tiles."""
+"""Nats by which a score through the trunk may differ from one without it: kernels above may use other tiles."""
 
 
 class SharedTrunkReference(SharingCopy):
-    """A clone of what trains, above layers that are run once for both."""
+    """A clone of the trainable weights, above frozen layers that run once for both models."""
 
     strategy = "shared_trunk"
     _depth = 0
     """The number of layers in the trunk, fixed when the reference is built."""
     _proven = False
-    """True once the layers above the trunk were seen to need only the output of its last layer."""
+    """True once a check showed that the layers above the trunk need only the output of its last layer."""
 
     @classmethod
     def supports(cls, request: BuildRequest) -> str | None:
         policy = unwrap(request.policy)
         if request.config.source != "policy" or request.config.quantize is not None or must_copy_all(policy, request):
             return (
-                "its lower layers are the policy's own, as they stand and where they are: reference.source, .dtype, "
-                ".device, .offload and .quantize cannot be set, and no adapter may be merged. Use 'clone'."
+                "its lower layers are the policy's own layers: reference.source, .dtype, .device, .offload and "
+                ".quantize cannot be set, and no adapter may be merged. Use 'clone'."
             )
         if (why_not := CloneReference.supports(request)) is not None:
             return why_not
         if decoder_layers(policy) is None:
-            return f"{type(base_model(policy)).__name__} has no list of layers to tell a trunk by."
+            return f"{type(base_model(policy)).__name__} has no list of layers, so no trunk can be found."
         if not _trunk(policy):
             return (
-                "no layer at the bottom is frozen, or the embeddings under it train (tied to a head that trains?): "
-                'freeze them, as in refkl.freeze(policy, ["model.embed_tokens", "model.layers.0"]).'
+                "the lowest layer is not frozen, or the embeddings below it train (tied to a head that trains?): "
+                'freeze them, for example with refkl.freeze(policy, ["model.embed_tokens", "model.layers.0"]).'
             )
         return None
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
-        """It holds what "swap" does, and is quicker in `score_pair` alone: to be asked for by name."""
+        """Return False: it holds as much as "swap" and is faster only in `score_pair`. Ask for it by name."""
         return False
 
     @classmethod
@@ -75,7 +75,7 @@ class SharedTrunkReference(SharingCopy):
     def why(cls, request: BuildRequest) -> str:
         depth = len(_trunk(unwrap(request.policy)))
         return (
-            f"the {depth} lowest layers are frozen, and run once for policy and reference; above them "
+            f"the {depth} lowest layers are frozen and run once for policy and reference; above them "
             f"{CloneReference.why(request)}"
         )
 
@@ -92,16 +92,16 @@ class SharedTrunkReference(SharingCopy):
 
     @contextmanager
     def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> Iterator[None]:
-        """Open around one score of each: the trunk runs only in the first of the two.
+        """Run the trunk only in the first of the two scores while this is open.
 
-        It runs in both where the policy's may give something else than the reference's: with dropout in it while the
-        policy trains, or compiled.
+        It runs in both if the policy's trunk may give another output than the reference's: with dropout in it while the
+        policy trains, or if it is compiled.
         """
         own = self._policy()
         if self.weights_freed or own is None or unwrap(policy) is not own or _differs(policy, self._depth):
             yield
             return
-        self.follow_policy()  # refuses a trunk of which something trains by now
+        self.follow_policy()  # raises if a part of the trunk trains by now
         if not self._proven:
             self._prove(own, batch)
         with _Once([self._trunk_of(own), self._trunk_of(self.model)]):
@@ -111,11 +111,11 @@ class SharedTrunkReference(SharingCopy):
         return list(_layers(model))[: self._depth]
 
     def _prove(self, policy: nn.Module, batch: TokenBatch) -> None:
-        """Raise ValueError if the reference's scores are others when the layers above get the trunk's output alone, or
-        if something that trains runs before it."""
+        """Raise ValueError if the reference's scores change when the layers above get only the trunk's output, or if a
+        module with trainable weights runs before the end of the trunk."""
         for model in (policy, self.model):
             with suppress(HeadError):
-                find_head(model)  # by a forward, which is not one of the two
+                find_head(model)  # this may run a forward, which must not count as one of the two
         trunk = self._trunk_of(self.model)
         copied = {n for n, p in named_weights(self.model) if isinstance(p, nn.Parameter) and n not in self._shared}
         below = _Below(copied, self.model, trunk[-1])
@@ -126,12 +126,12 @@ class SharedTrunkReference(SharingCopy):
         name = type(base_model(self.model)).__name__
         if below.found:
             raise ValueError(
-                f"{below.found[0]} trains, and runs before the frozen layers of {name} end: they give the policy "
-                "something else than the reference. Freeze it, or use reference.strategy 'swap' or 'clone'."
+                f"{below.found[0]} trains and runs before the frozen layers of {name} end, so they give the policy "
+                "another output than the reference. Freeze it, or use reference.strategy 'swap' or 'clone'."
             )
         if not torch.allclose(plain, taken, rtol=0.0, atol=_CLOSE):
             raise ValueError(
-                f"The layers of {name} need more of those under them than what the last of these gives: "
+                f"The trainable layers of {name} need more than the output of the last frozen layer: "
                 f"log-probabilities differ by up to {float((plain - taken).abs().max()):.2g} nats. Use "
                 "reference.strategy 'swap' or 'clone'."
             )
@@ -139,8 +139,7 @@ class SharedTrunkReference(SharingCopy):
 
 
 class _Once:
-    """While open, the first of the trunks to be run keeps what came out of it, and one that is given the same to start
-    from takes that over."""
+    """Context in which the trunk that runs first keeps its output, and another trunk with the same inputs reuses it."""
 
     def __init__(self, trunks: list[list[nn.Module]]) -> None:
         self._layers = [layer for trunk in trunks for layer in trunk]
@@ -182,7 +181,7 @@ class _Once:
             self._stack.callback(layer.__dict__.__setitem__, "forward", own)
 
     def _begin(self, entering: list[Tensor]) -> None:
-        # Noise on the embeddings, other tokens or another mask make it another run.
+        # Noise on the embeddings, other tokens or another mask start a new run.
         before, self._entered = self._entered, entering
         same = len(before) == len(entering) and all(map(_equal, before, entering))
         self._taking = same and self._output is not None
@@ -190,8 +189,8 @@ class _Once:
             self._output = None
 
     def _without_checkpoints(self) -> None:
-        """Turn off checkpointing in the layers that are taken over: they keep nothing, and must not run again in a
-        backward pass."""
+        """Turn off checkpointing in the trunk's layers: where their output is reused, they keep nothing and must not
+        run again in a backward pass."""
         for layer in self._layers:
             if vars(layer).get("gradient_checkpointing"):
                 self._stack.callback(setattr, layer, "gradient_checkpointing", True)
@@ -199,7 +198,7 @@ class _Once:
 
 
 class _Below:
-    """While open, notes which of the named weights are in modules that run before the trunk has."""
+    """Context that records which of the named weights are in modules that run before the trunk ends."""
 
     def __init__(self, names: set[str], model: nn.Module, last: nn.Module) -> None:
         self.found: list[str] = []
@@ -232,7 +231,8 @@ class _Below:
 
 
 def _cut(result: Any, *, grad: bool) -> Any:
-    """A layer's result without its graph. Reentrant checkpoints above need an input that has a gradient if it had."""
+    """Return a layer's result without its graph. Reentrant checkpoints above need an input that requires grad if the
+    layer's input did."""
     if isinstance(result, Tensor):
         return result.detach().requires_grad_(grad and result.is_floating_point())
     return tuple(_cut(part, grad=grad) for part in result) if isinstance(result, tuple) else result
@@ -259,7 +259,7 @@ def _layers(policy: nn.Module) -> nn.ModuleList:
 
 
 def _trunk(policy: nn.Module) -> list[nn.Module]:
-    """The lowest layers that are frozen, if the embeddings are."""
+    """Return the lowest consecutive frozen layers; empty if the embeddings train."""
     tuned = adapter_parameters(policy)
     moving = {id(p) for p in policy.parameters() if p.requires_grad or id(p) in tuned}
 
@@ -273,6 +273,6 @@ def _trunk(policy: nn.Module) -> list[nn.Module]:
 def _differs(policy: nn.Module, depth: int) -> bool:
     """Return True if the policy's trunk may give another result than the reference's."""
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in policy.modules()):
-        return True  # compiled with the layers' forward as it is
+        return True  # compiled with the original forward of the layers
     above = {id(m) for layer in _layers(policy)[depth:] for m in layer.modules()}
     return any(m.training and dropout_rates(m) for m in policy.modules() if id(m) not in above)

@@ -1,9 +1,9 @@
-"""A snapshot of a policy's trained tensors, which change places with them for the time of a score.
+"""A snapshot of a policy's trained tensors, which is exchanged with them during a score.
 
-It holds a copy of the trained tensors: for a PEFT policy only of the adapter, of any type, however it was made or
-trained before. Nothing is added to the user's model, so what they save is theirs alone. Tensors on the policy's device
-are swapped in by pointer. In host memory, or where the policy is sharded, numbers change places one tensor at a time
-(or, for a LoRA factor of another rank than the policy's, a copy takes the place of the tensor).
+It holds a copy of the trained tensors: for a PEFT policy only of the adapter, of any type and with any initialisation
+or earlier training. Nothing is added to the user's model, so users save only their own weights. Tensors on the policy's
+device are swapped in by pointer. In host memory, or if the policy is sharded, values are exchanged one tensor at a time
+(a LoRA factor of another rank than the policy's is replaced by a copy instead).
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from refkl.scoring import Head, find_head
 from refkl.types import MemoryReport
 
 _SMALL = 0.1
-"""Share of a device's memory up to which a snapshot stays on it, if nothing else was asked for."""
+"""Share of a device's memory up to which a snapshot stays on the device by default."""
 
 
 class Snapshot:
-    """The policy's trained tensors as they were when it was taken.
+    """A copy of the policy's trained tensors from the time when it was taken.
 
     Args:
-        policy: unwrapped.
-        on_host: keep them in host memory (pinned for a GPU), not beside the policy's.
+        policy: the unwrapped policy.
+        on_host: if True, keep the copy in host memory (pinned for a GPU) instead of beside the policy's tensors.
     """
 
     def __init__(self, policy: nn.Module, *, on_host: bool) -> None:
@@ -66,11 +66,11 @@ class Snapshot:
         """This rank's part of each tensor, by canonical name."""
         self._layouts: dict[str, Layout] = {}
         self._shapes: dict[str, torch.Size] = {}
-        """The policy's shapes of LoRA factors that are of another rank here."""
+        """The policy's shapes of LoRA factors that have another rank here."""
         self._waiting: dict[str, Tensor] = {}
-        """Tensors in host memory while a copy of them, of another shape than the policy's, is in the policy."""
+        """Tensors in host memory while a copy of them, with another shape than the policy's, is in the policy."""
         self.in_policy = False
-        """True while the policy holds these tensors, and the snapshot the policy's."""
+        """True while the policy holds these tensors and the snapshot holds the policy's."""
         for name, tensor in snapshot_of(policy).items():
             self._kept[name] = self._place(local_shard(tensor).detach(), copy=True)
             self._layouts[name] = layout_of(tensor)
@@ -92,7 +92,7 @@ class Snapshot:
             self._kept[name].copy_(value)
 
     def follow_policy(self) -> bool:
-        """Cut, move and cast the tensors as the policy's have been since; return True if a dtype changed."""
+        """Shard, move and cast the tensors like the policy's present ones; return True if a dtype changed."""
         if self.in_policy:
             return False
         reshard(self._policy)
@@ -111,9 +111,9 @@ class Snapshot:
                 self._layouts[name], expected = layout, kept.shape
             elif layout.sharded:
                 raise ValueError(
-                    f"{name} is of another rank in the reference ({list(kept.shape)}) than in the policy, which was "
-                    "sharded since: ranks can hold parts only of what is the same. Move the reference with "
-                    "lora='product' once the policy is whole on each rank, or not at all."
+                    f"{name} has another LoRA rank in the reference ({list(kept.shape)}) than in the policy, which was "
+                    "sharded since: a sharded reference needs the policy's shapes. Use lora='product' only if the "
+                    "policy is whole on each rank."
                 )
             if expected != local.shape:
                 raise ValueError(
@@ -126,14 +126,14 @@ class Snapshot:
 
     @contextmanager
     def activate(self) -> Iterator[nn.Module]:
-        """Yield the policy with these tensors in it; they change places back afterwards, also when a score raises."""
+        """Yield the policy with these tensors in it. They are exchanged back on exit, also if a score raises."""
         named = dict(named_weights(self._policy))
         self._check_policy(named)
         tensors = {name: tensor for name, tensor in named.items() if name in self._kept}
         release(tensors.values())
         with ExitStack() as stack:
             stack.callback(torch.clear_autocast_cache)
-            # What a forward gathered of ours is not the policy's: ZeRO-3 and FSDP2 would run it again as it is.
+            # A forward may leave the reference's weights gathered: ZeRO-3 and FSDP2 would reuse them for the policy.
             stack.callback(release, tensors.values())
             stack.callback(reshard, self._policy)
             for name, tensor in tensors.items():
@@ -142,13 +142,14 @@ class Snapshot:
                 self._exchange(tensor, name)
                 stack.callback(self._exchange, tensor, name)
             stack.enter_context(scaled_as(self._policy, self._scalings))
-            torch.clear_autocast_cache()  # it holds casts by parameter, and their numbers are others now
+            torch.clear_autocast_cache()  # it caches casts by parameter, whose values have changed
             self.in_policy = True
             stack.callback(setattr, self, "in_policy", False)
             yield self._policy
 
     def head(self) -> Head | None:
-        """The policy's, or if that trains one that holds our copy; None if the copy is not where the policy is."""
+        """Return the policy's head, or one with the snapshot's weights if the head trains; None if these are not whole
+        on the policy's device."""
         head = find_head(self._policy)
         names = {id(tensor): name for name, tensor in self._current().items()}
         ours = [None if t is None else names.get(id(t)) for t in (head.module.weight, head.module.bias)]
@@ -188,23 +189,23 @@ class Snapshot:
                     self._shapes[name] = tensor.shape
 
     def memory(self, home: torch.device) -> MemoryReport:
-        """Bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
+        """Return the bytes of the snapshot. In host memory, a score also takes device memory for its largest tensor."""
         held = bytes_held(self._kept.values(), home)
         return MemoryReport(host=held.total, device=0) if self._host else held
 
     def _current(self) -> dict[str, Tensor]:
-        """The policy's tensors of which there is a copy here."""
+        """Return the policy's tensors that have a copy here."""
         return {name: tensor for name, tensor in named_weights(self._policy) if name in self._kept}
 
     def check_closed(self) -> None:
         if self.in_policy:
             raise ValueError(
-                "The reference's weights are in the policy (reference.keep_active), and the policy's in their place: "
-                "leave that first."
+                "reference.keep_active is open, so the policy holds the reference's weights and the reference the "
+                "policy's. Leave that context first."
             )
 
     def _place(self, tensor: Tensor, *, like: Tensor | None = None, copy: bool = False) -> Tensor:
-        """A tensor of the snapshot where it is to be: beside the policy's, or in host memory (pinned for a GPU)."""
+        """Move a tensor to the place of the snapshot: beside the policy's, or host memory (pinned for a GPU)."""
         device = (tensor if like is None else like).device
         if not self._host:
             return tensor.to(device, copy=copy)
@@ -215,7 +216,7 @@ class Snapshot:
         """Exchange the policy's values with those that the snapshot holds."""
         kept = self._kept[name]
         if not self._host and not self._layouts[name].sharded:
-            # By pointer: the policy's own storage is untouched, also for a backward pass that is still to come.
+            # By pointer: the policy's own storage stays untouched, also for a later backward pass.
             theirs = tensor.data
             tensor.data = kept
             self._kept[name] = theirs
@@ -229,7 +230,7 @@ class Snapshot:
         kept.copy_(theirs)
 
     def _exchange_by_pointer(self, tensor: Tensor, name: str) -> None:
-        """From host memory, what is of another shape than the policy's: a copy of it is in the policy meanwhile."""
+        """Exchange a tensor in host memory that has another shape than the policy's: the policy gets a copy of it."""
         if (waiting := self._waiting.pop(name, None)) is not None:
             tensor.data, self._kept[name] = self._kept[name], waiting
             return
@@ -238,29 +239,30 @@ class Snapshot:
         self._kept[name], self._waiting[name] = theirs, kept
 
     def _check_policy(self, named: dict[str, Tensor]) -> None:
-        """Raise ValueError if the policy with our tensors in it would be something else than what was captured."""
+        """Raise ValueError if the policy with the snapshot in it would not be the model that was captured."""
         for name, tensor in named.items():
             if tensor.requires_grad and name not in self._kept:
                 raise ValueError(
                     f"{name} trains now, but did not when the reference was built, so the reference "
-                    "has no copy of it. Unfreeze before build_reference."
+                    "has no copy of it. Unfreeze it before build_reference."
                 )
         now = switches(self._policy)
         for name, before in self._switches.items():
             if now.get(name) != before:
                 raise ValueError(
-                    f"The adapter at {name} was {before} when the reference was built and is {now.get(name)}: the "
-                    "reference cannot be scored so. Switch, merge or unmerge adapters before build_reference, or back."
+                    f"The adapter at {name} was {before} when the reference was built and is {now.get(name)} now, so "
+                    "the reference cannot be scored. Switch, merge or unmerge adapters before build_reference, or undo "
+                    "the change."
                 )
 
 
 class OnSnapshot(HeldReference):
-    """A reference that scores inside the policy, with a snapshot in it, if it has one."""
+    """A reference that scores inside the policy, with its snapshot swapped in if it has one."""
 
     def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
         policy = unwrap(request.policy)
         super().__init__(request, reason, source, borrowed_from=policy)
-        # The scored batch goes where the policy is; `reference.device` says where the snapshot is.
+        # A batch is scored on the policy's device; `reference.device` says where the snapshot is.
         self.device = None
         self._policy = policy
         self.snapshot: Snapshot | None = None
@@ -271,18 +273,18 @@ class OnSnapshot(HeldReference):
         return self.snapshot
 
     def _share(self, names: Iterable[str]) -> None:
-        """Watch these weights of the policy, which are the reference's too."""
+        """Watch these weights of the policy, which the reference shares."""
         self._sharing = SharedWeights(self._policy, names, lambda name: self.digests.get(name), modules=True)
 
     def check_shared(self) -> None:
-        """Raise ValueError if what the reference shares with the policy is no longer what it was."""
+        """Raise ValueError if weights that the reference shares with the policy have changed."""
         if self._active is None:
             self._sharing.check()
 
     def follow_policy(self) -> None:
         self.check_shared()
         if self._taken.follow_policy() and self.recorded_fingerprint is not None:
-            self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+            self.fingerprint()  # the same numbers in another dtype: an allowed change, so record it again
 
     @contextmanager
     def keep_active(self) -> Iterator[None]:
@@ -305,7 +307,7 @@ class OnSnapshot(HeldReference):
         return self.snapshot is not None and name in self.snapshot.names
 
     def holds_parts(self) -> bool:
-        """As the policy, whose layouts are the same whichever numbers it holds."""
+        """Return True if the policy is sharded: its layouts are the same with the reference's weights in it."""
         reshard(self._policy)
         return any(weight.layout.sharded for weight in weights_of(self._policy))
 
@@ -343,13 +345,14 @@ def snapshot_of(policy: nn.Module) -> dict[str, Tensor]:
 
 def _refuse_backward(grad: Tensor) -> NoReturn:
     raise RuntimeError(
-        "A backward pass through the policy began while the reference's weights were swapped into it: its gradients "
-        "would be another model's. Leave the reference's context first."
+        "A backward pass through the policy began while the reference's weights were swapped into it, so its gradients "
+        "would be wrong. Leave the reference's context first."
     )
 
 
 def on_host(request: BuildRequest) -> bool:
-    """Return True if a snapshot is to be in host memory: asked for, or too large a part of the device's."""
+    """Return True if a snapshot belongs in host memory: it was asked for, or the snapshot is too large for the
+    device."""
     shape = request.shape
     if request.config.offload or request.config.device == "cpu":
         return True
@@ -357,5 +360,5 @@ def on_host(request: BuildRequest) -> bool:
 
 
 def entries(request: BuildRequest) -> list[Entry]:
-    """Return what a snapshot holds, as `snapshot_of` says."""
+    """Return the entries of the tensors that a snapshot holds; see `snapshot_of`."""
     return [e for e in request.shape.entries if (e.persistent and not e.constant if e.buffer else e.trained or e.tuned)]

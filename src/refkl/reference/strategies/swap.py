@@ -23,21 +23,21 @@ class SwapReference(OnSnapshot):
         if (why_not := held_in_place(request)) is not None:
             return why_not
         if config.source != "policy":
-            return f"it holds what the policy was when built, and reference.source asks for {config.source!r}."
+            return f"it holds the weights that the policy had, but reference.source asks for {config.source!r}."
         if config.dtype is not None:
-            return "its tensors take the policy's place, so reference.dtype cannot be set."
+            return "its tensors replace the policy's during a score, so reference.dtype cannot be set."
         if config.quantize is not None:
-            return "its tensors take the policy's place, so reference.quantize cannot be set."
+            return "its tensors replace the policy's during a score, so reference.quantize cannot be set."
         if config.device not in (None, "cpu"):
             return (
-                f"its tensors are swapped into the policy, so reference.device is None (beside the policy) or 'cpu' "
-                f"(in host memory), not {config.device!r}."
+                f"its tensors are swapped into the policy, so reference.device must be None (beside the policy) or "
+                f"'cpu' (in host memory), not {config.device!r}."
             )
         if request.backend.name == "fsdp1":
-            return "FSDP1 flattens parameters of which some train and some do not. Use FSDP2."
+            return "FSDP1 flattens parameters, trainable and frozen ones together. Use FSDP2."
         trained = [p for p in policy.parameters() if p.requires_grad]
         if not trained:
-            return "nothing of the policy trains" + (
+            return "the policy has no trainable parameters" + (
                 " (was its adapter loaded with is_trainable=False?)." if isinstance(policy, PeftModel) else "."
             )
         if any(is_partitioned(p) and not local_shard(p).numel() for p in trained):
@@ -48,7 +48,7 @@ class SwapReference(OnSnapshot):
     def cost(cls, request: BuildRequest) -> Cost:
         shape, host, kept = request.shape, on_host(request), entries(request)
         held, largest = shape.held(kept), max(shape.held([e]) for e in kept)
-        # In and out, and each time there and back.
+        # Swapped in and out, and each time in both directions.
         moved = shape.gathered() + (4 * held if host and shape.step.tokens else 0)
         return Cost(
             device=0 if host else held,
@@ -60,15 +60,15 @@ class SwapReference(OnSnapshot):
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
-        """Return False if all of the policy trains: a copy of its own then costs as much, and scores without moving
-        anything."""
+        """Return False if the whole policy trains: a separate copy then costs as much memory, and scores without moving
+        weights."""
         return not all(p.requires_grad for p in unwrap(request.policy).parameters())
 
     @classmethod
     def why(cls, request: BuildRequest) -> str:
         where = "in host memory" if on_host(request) and not request.shape.on_host else ""
         return (
-            f"what trains of the policy is swapped for a copy from when the reference was built, which adds "
+            f"the policy's trainable weights are swapped for a copy from when the reference was built, which adds "
             f"{size(cls.cost(request).total)} {where}".rstrip()
             + f" ({request.backend})"
         )

@@ -1,4 +1,4 @@
-"""Frozen models of their own beside the policy: what clone, zero3, fsdp2 and shared_trunk have in common."""
+"""Separate frozen models beside the policy: the common part of clone, zero3, fsdp2 and shared_trunk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from refkl.types import MemoryReport
 
 
 class WholeCopy(HeldReference):
-    """A model of its own, frozen and in eval mode: `model` has the policy's parameter names."""
+    """A separate model, frozen and in eval mode: `model` has the policy's parameter names."""
 
     def __init__(self, request: BuildRequest, reason: str, source: str, model: nn.Module) -> None:
         super().__init__(request, reason, source)
@@ -39,7 +39,7 @@ class WholeCopy(HeldReference):
         yield self.model
 
     def _evaluate(self) -> None:
-        # Submodules' .train() is not ours to override; scoring puts every one of them back in eval.
+        # refkl does not override submodules' .train(); each score puts all of them back in eval mode.
         for module in self.model.modules():
             module.training = False
 
@@ -55,7 +55,7 @@ class WholeCopy(HeldReference):
 
 
 class SharingCopy(WholeCopy):
-    """A copy of the policy that shares the storage of what does not train, unless it was asked to be another model."""
+    """A copy of the policy that shares the storage of weights that do not train, unless it is another model."""
 
     def __init__(self, request: BuildRequest, reason: str, source: str, model: nn.Module, shared: set[str]) -> None:
         super().__init__(request, reason, source, model)
@@ -64,10 +64,10 @@ class SharingCopy(WholeCopy):
         policy = unwrap(request.policy)
         self._sharing = SharedWeights(policy, shared, lambda name: self.digests.get(name), modules=False)
         self._stays = request.config.device is not None
-        """True if its device is its own: it does not follow the policy's."""
+        """True if the reference has its own device and does not follow the policy's."""
 
     def follow_policy(self) -> None:
-        """Follow the policy's device and dtype (unless they were set), and share storage with it again."""
+        """Follow the policy's device and dtype (unless they were set), and share its storage again."""
         policy = self._policy()
         if policy is None or self.weights_freed:
             return
@@ -75,8 +75,8 @@ class SharingCopy(WholeCopy):
         first = next(policy.parameters())
         if is_sharded(policy):
             raise ValueError(
-                "The policy was sharded by FSDP2 after this reference was built, which is a whole copy on each rank. "
-                "Build it after fully_shard, or give build_reference the accelerator that shards the policy."
+                "The policy was sharded by FSDP2 after this reference was built as a whole copy on each rank. Build "
+                "the reference after fully_shard, or give build_reference the accelerator that shards the policy."
             )
         self._sharing.check()
         weights = dict(named_weights(policy))
@@ -88,24 +88,24 @@ class SharingCopy(WholeCopy):
         self._move_buffers(policy, first)
         self._placed = placed
         if changed and recorded is not None:
-            self.fingerprint()  # the same numbers in another dtype: sanctioned, so recorded anew
+            self.fingerprint()  # the same numbers in another dtype: an allowed change, so record it again
 
     def _move(self, weights: dict[str, Tensor], first: Tensor) -> bool:
-        """Give the weights the device and dtype of the policy's, or of its first one; True if a dtype changed."""
+        """Give weights the device and dtype of the policy's, or of its first one. Return True if a dtype changed."""
         changed = False
         before = first.dtype if self._placed is None else self._placed[1]
         for name, own in named_weights(self.model):
             theirs = weights.get(name)
             if theirs is None and not isinstance(own, nn.Parameter):
-                continue  # a buffer, which follows later
-            # A model of its own class has weights that the policy lacks; those in the policy's dtype follow it.
+                continue  # a buffer, which is moved later
+            # A model of another class has weights that the policy lacks; those in the policy's dtype follow it.
             like = first if theirs is None else theirs
             follows = self.config.dtype is None and own.is_floating_point() and like.is_floating_point()
             dtype = like.dtype if follows and (theirs is not None or own.dtype == before) else own.dtype
             device = own.device if self._stays else like.device
             changed |= dtype != own.dtype
             own.data = own.data.to(device=device, dtype=dtype)
-            # A move gave the policy storage of its own; take part in it again where it holds the same numbers.
+            # A move gave the policy new storage; share it again where it holds the same numbers.
             if theirs is None or name not in self._shared:
                 continue
             alike = own.dtype == theirs.dtype and own.device == theirs.device and own.shape == theirs.shape
@@ -116,7 +116,7 @@ class SharingCopy(WholeCopy):
     def _move_buffers(self, policy: nn.Module, first: Tensor) -> None:
         buffers = dict(policy.named_buffers())
         held = {id(own) for _, own in named_weights(self.model)} if self._stays else set()
-        # named_buffers() has those that no checkpoint holds too, such as rotary frequencies.
+        # named_buffers() also has buffers that no checkpoint holds, such as rotary frequencies.
         for name, buffer in self.model.named_buffers():
             dtype = buffers[name].dtype if self.config.dtype is None and name in buffers else buffer.dtype
             device = buffer.device if id(buffer) in held else self.device or first.device
@@ -127,11 +127,11 @@ class SharingCopy(WholeCopy):
             if parameter.requires_grad and (name := canonical_name(full_name)) in self._shared:
                 raise ValueError(
                     f"{name} trains now, but did not when the reference was built, and the reference shares its "
-                    "storage: training would move the reference too. Unfreeze before build_reference."
+                    "storage: training would change the reference too. Unfreeze it before build_reference."
                 )
 
     def head(self) -> Head | None:
-        """Return the copy's head, unless the copy is held on a device of its own."""
+        """Return the copy's head; None if reference.device is set."""
         return None if self.device is not None else find_head(self.model)
 
     def owns(self, name: str) -> bool:
@@ -171,19 +171,19 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
 
 
 def must_copy_all(policy: nn.Module, request: BuildRequest) -> bool:
-    """Return True if sharing would be wrong: other numbers were asked for, or a merged adapter may be unmerged in
-    place."""
+    """Return True if sharing storage would be wrong: another dtype, device or offload was asked for, or a merged
+    adapter may be unmerged in place."""
     config = request.config
     merged = any(isinstance(m, BaseTunerLayer) and m.merged for m in policy.modules())
     return merged or config.offload or config.dtype is not None or config.device is not None
 
 
 def stay_in_eval(model: nn.Module) -> None:
-    """Put a model in eval mode for good: its own `train` does nothing from now on."""
+    """Put a model in eval mode permanently: its `train` method does nothing from now on."""
     model.eval()
     model.train = types.MethodType(_ignore_train, model)  # type: ignore[method-assign]
 
 
 def _ignore_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """A reference has no training mode."""
+    """Do nothing: a reference has no training mode."""
     return self

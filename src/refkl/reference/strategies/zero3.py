@@ -1,6 +1,6 @@
-"""`zero3`: a model of its own in parameters that DeepSpeed ZeRO-3 partitions, so that each rank holds 1/world of it.
+"""`zero3`: a separate model whose parameters DeepSpeed ZeRO-3 partitions, so that each rank holds 1/world of it.
 
-A deep copy of a partitioned policy would be a model of placeholders. This one is made from the policy's configuration
+A deep copy of a partitioned policy would be a model of placeholders. This model is made from the policy's configuration
 and filled from this rank's parts of the policy, or from weights on disk: nothing is gathered.
 """
 
@@ -37,7 +37,7 @@ from refkl.types import MemoryReport
 
 
 class Zero3Reference(WholeCopy):
-    """A partitioned model of its own in an inference engine."""
+    """A separate partitioned model in an inference engine."""
 
     strategy = "zero3"
 
@@ -50,19 +50,19 @@ class Zero3Reference(WholeCopy):
         if not request.backend.name.startswith("zero"):
             return f"it partitions under DeepSpeed ZeRO-3, and this is {request.backend}."
         if not request.planned and run_config(request.policy, request.accelerator) is None:
-            return "the policy is partitioned, but there is no accelerator or engine with a configuration to follow."
+            return "the policy is partitioned, but there is no accelerator or engine with a DeepSpeed configuration."
         if request.config.device is not None or request.config.dtype is not None:
-            return "DeepSpeed places its partitions in the run's dtype: reference.device and .dtype cannot be set."
+            return "DeepSpeed holds its partitions in the run's dtype: reference.device and .dtype cannot be set."
         if request.config.quantize is not None:
             return (
-                "DeepSpeed partitions numbers of the run's dtype: reference.quantize cannot be set. Leave it out, or "
+                "DeepSpeed partitions weights in the run's dtype: reference.quantize cannot be set. Leave it out, or "
                 "run under ZeRO-2 with 'clone'."
             )
         if (why_not := held_in_place(request)) is not None:
             return why_not
         if request.config.source == "policy" and base_model(request.policy) is not unwrap(request.policy):
             return (
-                "the policy has a PEFT adapter, whose base does not train: a copy of it would be one too many. Set "
+                "the policy has a PEFT adapter, whose base does not train, so a copy of it would waste memory. Set "
                 "reference.source to 'base' to compare with the base without the adapter."
             )
         if request.config.source == "policy":
@@ -75,7 +75,8 @@ class Zero3Reference(WholeCopy):
 
     @classmethod
     def auto(cls, request: BuildRequest) -> bool:
-        """A policy that is whole on each rank (ZeRO-1, ZeRO-2) has room for a copy that needs no gathering."""
+        """Return True under ZeRO-3 only: a policy that is whole on each rank (ZeRO-1, ZeRO-2) has room for a copy that
+        needs no gathering."""
         return request.backend.name == "zero3"
 
     @classmethod
@@ -120,7 +121,7 @@ class Zero3Reference(WholeCopy):
         yield self._engine
 
     def before_writing(self) -> None:
-        # What a forward left gathered would hide the new shards from the next one.
+        # Parameters that a forward left gathered would hide the new shards from the next forward.
         release(self.model.parameters())
 
     def drop_weights(self) -> bool:
@@ -128,15 +129,15 @@ class Zero3Reference(WholeCopy):
         return super().drop_weights()
 
     def pairs(self, policy: nn.Module) -> list[Pair]:
-        """Be the policy partitioned alike or whole."""
+        """Return the pairs, for a policy that is partitioned alike or whole."""
         inner = unwrap(policy)
         for name, tensor in (*named_weights(self.model), *named_weights(inner)):
             if is_partitioned(tensor) and not local_shard(tensor).numel():
-                raise ValueError(f"{name} is offloaded to NVMe, and cannot be synced from there.")
+                raise ValueError(f"{name} is offloaded to NVMe and cannot be synced. Offload it to CPU memory instead.")
         return super().pairs(policy)
 
     def memory_of_weights(self) -> MemoryReport:
-        """Bytes of this rank's partitions, and of anything that a forward left gathered."""
+        """Return the bytes of this rank's partitions, and of parameters that a forward left gathered."""
         if self.config.offload:
             gathered = (t.data for t in self.model.parameters() if is_partitioned(t))
             return bytes_offloaded(map(local_shard, self.model.parameters()), (*self.model.buffers(), *gathered))
@@ -149,7 +150,8 @@ class Zero3Reference(WholeCopy):
 
 
 def _from_memory(policy: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """A partitioned model of the policy's class and configuration with the numbers of its parts on this rank."""
+    """Return a partitioned model of the policy's class and configuration, filled from the policy's parts on this
+    rank."""
     model = partitioned(type(policy), copy.deepcopy(policy.config), next(policy.parameters()).dtype, config)
     theirs = dict(named_weights(policy))
     own_shapes = {name: full_shape(tensor) for name, tensor in named_weights(model)}
@@ -157,20 +159,20 @@ def _from_memory(policy: nn.Module, config: dict[str, Any]) -> nn.Module:
         check_pairs({name: full_shape(t) for name, t in theirs.items()}, own_shapes, "the policy")
     except ValueError as error:
         raise ValueError(
-            f"The policy is not what its configuration makes: {error} Use reference.strategy 'swap', or set "
-            "reference.source to the folder of the model to compare with."
+            f"The policy differs from a model made from its configuration: {error} Use reference.strategy 'swap', or "
+            "set reference.source to the folder of the model to compare with."
         ) from None
     buffers = dict(policy.named_buffers())
     with torch.no_grad():
         for name, own in named_weights(model):
             _fill(own, theirs[name])
-        for name, buffer in model.named_buffers():  # rotary frequencies too, which no checkpoint holds
+        for name, buffer in model.named_buffers():  # also rotary frequencies, which no checkpoint holds
             buffer.data = buffers[name].detach().clone()
     return model
 
 
 def _fill(own: Tensor, theirs: Tensor) -> None:
-    """This rank's part of a weight from the policy's part, or where it is not partitioned alike from the whole."""
+    """Fill this rank's part of a weight from the policy's part, or from the whole if it is not partitioned alike."""
     part = local_shard(own)
     if is_partitioned(own) and not part.numel():  # on NVMe
         numbers = whole(theirs)

@@ -1,1 +1,1 @@
-"""A reference in host memory that visits the device layer by layer."""
+"""A reference in host memory whose weights are moved to the device layer by layer."""

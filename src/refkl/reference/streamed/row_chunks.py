@@ -1,4 +1,4 @@
-"""A layer's forward in chunks of rows, so that activations of a large batch fit beside the weights."""
+"""The forward of a layer in chunks of rows, so that activations of a large batch fit beside the weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 16384
-"""Tokens, padding included, that a decoder layer takes at once; one row at least."""
+"""Tokens, padding included, that a decoder layer processes at once; at least one row."""
 
 
 Path = tuple[Any, ...]
 
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
-"""Arguments of a layer that hold no rows, and no state that one chunk could leave to the next."""
+"""Types of arguments of a layer that hold no rows, and no state that one chunk could pass to the next."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class _OneRow:
     """The first dimension of each tensor."""
 
     def having_rows(self, given: dict[Path, Any], rows: int, tokens: int) -> list[Path] | None:
-        """The tensors, of those given for `rows` sequences, whose first dimension has grown with them: one that is
-        as long as there are heads, or tokens, may look alike. None if it cannot be told of each argument."""
+        """Return the tensors, among the arguments given for `rows` sequences, whose first dimension has grown with the
+        rows. A first dimension of heads or tokens may have the same size. None if an argument cannot be classified."""
         found = []
         for path, value in given.items():
             if not isinstance(value, Tensor):
@@ -46,7 +46,7 @@ class _OneRow:
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield the parts of an argument or a result, each with its place. Lists and dicts are left whole: a layer may
+    """Yield the parts of an argument or a result, each with its path. Lists and dicts stay whole, because a layer may
     write into them."""
     if type(value) is tuple:
         for number, inner in enumerate(value):
@@ -56,14 +56,14 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _rebuilt(value: Any, leaves: dict[Path, Any], path: Path = ()) -> Any:
-    """The same with other leaves."""
+    """Return the same structure with other leaves."""
     if type(value) is tuple:
         return tuple(_rebuilt(inner, leaves, (*path, number)) for number, inner in enumerate(value))
     return leaves[path]
 
 
 def _joined(parts: list[Any], rows: int) -> Any:
-    """One result of those of the chunks, the first of which had so many rows."""
+    """Join the results of the chunks into one; the first chunk had `rows` rows."""
     if type(parts[0]) is tuple:
         return tuple(_joined(list(inner), rows) for inner in zip(*parts, strict=True))
     if parts[0] is None or not parts[0].dim() or len(parts[0]) % rows:

@@ -1,4 +1,4 @@
-"""The units in which a model's weights visit the device: layers, and what stands beside them."""
+"""The units in which a model's weights are moved to the device: layers, and the modules beside them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Modules that are put on the device together."""
+    """Modules that are moved to the device together."""
 
     name: str
     module: nn.Module
     tensors: list[Tensor]
     """Parameters and persistent buffers."""
     layer: bool
-    """True if it is one of a list of modules, which takes rows in chunks."""
+    """True if it is an entry of a list of modules, which processes rows in chunks."""
 
 
 def units_of(model: nn.Module) -> tuple[list[Unit], list[Tensor]]:
-    """The units in the order in which the model registers them, and the weights that are in none of them: those are on
-    the device for a whole sweep. Buffers that no checkpoint holds, such as rotary frequencies, are neither."""
+    """Return the units in the order in which the model registers them, and the weights that are in no unit, which are
+    on the device for a whole sweep. Buffers that no checkpoint holds, such as rotary frequencies, are in neither."""
     weights = {id(tensor): tensor for _, tensor in named_weights(model)}
     units: dict[nn.Module, Unit] = {}
     for name, module, layer in _split(model):
@@ -40,8 +40,8 @@ def units_of(model: nn.Module) -> tuple[list[Unit], list[Tensor]]:
 
 
 def _split(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """Yield the entries of each list of modules, and the largest modules beside them that hold no list: an adapted head
-    is one unit."""
+    """Yield the entries of each list of modules, and the largest modules beside the lists that contain no list, such as
+    an adapted head."""
     listed = isinstance(module, _CONTAINERS)
     for name, child in module.named_children():
         if isinstance(child, _CONTAINERS) or (
@@ -53,8 +53,8 @@ def _split(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def unit_bytes(model: nn.Module, *, dtype: torch.dtype | None, without: set[int]) -> tuple[list[int], int]:
-    """Bytes of each unit in order, and of the weights in none: floating-point ones in `dtype`, if given, and none of
-    those whose id() is in `without`. For a model on the meta device too."""
+    """Return the bytes of each unit in order, and of the weights in no unit. Floating-point weights count in `dtype`,
+    if given; weights whose id() is in `without` do not count. Also works for a model on the meta device."""
 
     def size(tensors: list[Tensor]) -> int:
         kept = [t for t in tensors if id(t) not in without]
@@ -70,11 +70,11 @@ def largest_pair(sizes: list[int]) -> int:
 
 
 def unstreamable(model: nn.Module) -> str | None:
-    """A sentence if some weight is more than the one plain tensor that would be moved."""
+    """Return a sentence if a weight is not a plain tensor, so that it cannot be moved; else None."""
     for name, tensor in named_weights(model):
         if type(tensor) not in (nn.Parameter, Tensor):
             return (
-                f"{name} is a {type(tensor).__name__}, quantised or packed, which is not moved by its numbers alone. "
+                f"{name} is a {type(tensor).__name__}, quantised or packed, and cannot be moved as a plain tensor. "
                 "Leave reference.offload out, or load the policy without quantisation."
             )
     return None

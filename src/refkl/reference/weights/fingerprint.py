@@ -1,10 +1,11 @@
-"""Which numbers a reference has: a fingerprint that any changed element changes, the same however they are sharded.
+"""A fingerprint of a reference's weights: it changes if any element changes, and is the same for any sharding.
 
-A weight's elements side by side are words of 32 bits, each with a 64-bit key that depends on its place: Σ word(i) ·
-key(i) mod 2^64 is the weight's sum. Keys are odd, so they have inverses, and no change within one word is lost; changes
-of several cancel by chance alone. (Words of 64 bits would be quicker, but 2^63 times an odd number is 2^63: two flipped
-signs would cancel.) A sum does not care who adds which part of it: ranks add up their own elements, and exchange one
-number a weight. It is there to find mistakes, and does not stand up to somebody who looks for a collision.
+A weight's elements are read as consecutive words of 32 bits. Each word has a 64-bit key that depends on its place, and
+the weight's sum is Σ word(i) · key(i) mod 2^64. Keys are odd and therefore invertible, so a change within one word
+always changes the sum; changes in several words cancel only by chance. (Words of 64 bits would be faster, but 2^63
+times an odd number is 2^63, so two flipped signs would cancel.) The order of a sum does not matter: each rank adds up
+its own elements, and ranks exchange one number per weight. The fingerprint finds mistakes; it does not withstand a
+deliberate search for a collision.
 
     key(i) = inner(i mod B) · outer(i div B),   both from SplitMix64 and made odd   (Steele, Lea, Flood, OOPSLA 2014)
 """
@@ -22,16 +23,16 @@ from torch import Tensor, nn
 from refkl.backend.layout import Layout, Weight, communicating_device
 
 _BLOCK = 1 << 16
-"""B: with their keys, so many words stay in a core's cache."""
+"""B: number of words that, with their keys, stay in a core's cache."""
 _OUTER = 1 << 62
-"""The first of the numbers that outer keys are made from."""
+"""First of the numbers from which outer keys are made."""
 
 
 def digests(weights: Iterable[Weight]) -> dict[str, str]:
     """Return, by name, the dtype, shape and 16 hex digits of each weight. Collective if a weight is sharded.
 
     Raises:
-        ValueError: a dtype whose elements are not of 1, 2, 4 or 8 bytes.
+        ValueError: a weight's dtype is complex, or its elements do not have 1, 2, 4 or 8 bytes.
     """
     found = [(w.name, f"{w.local.dtype} {list(w.layout.shape)}", w.layout, content_sum(*w[1:])) for w in weights]
     if not found:
@@ -48,12 +49,12 @@ def digests(weights: Iterable[Weight]) -> dict[str, str]:
 
 
 def combined(found: dict[str, str]) -> str:
-    """One fingerprint of all weights, names included: SHA-256 in hex."""
+    """Return one fingerprint of all weights, including their names: SHA-256 in hex."""
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(found.items())).encode()).hexdigest()
 
 
 def content_sum(local: Tensor, layout: Layout) -> Tensor:
-    """[] int64: Σ word(i) · key(i) mod 2^64, of words in which all but this rank's elements are 0."""
+    """Return [] int64: Σ word(i) · key(i) mod 2^64, for words in which all elements of other ranks are 0."""
     size = local.element_size()
     if local.is_complex() or 8 % size:
         raise ValueError(f"A weight of {local.dtype} cannot be fingerprinted: elements must have 1, 2, 4 or 8 bytes.")
@@ -70,7 +71,7 @@ def content_sum(local: Tensor, layout: Layout) -> Tensor:
 
 
 def _sum_of_words(words: Tensor, first: int) -> Tensor:
-    """[] Σ words · keys, of words [n] that begin at place `first`."""
+    """Return [] Σ words · keys, for words [n] that begin at place `first`."""
     inner = _inner_keys(str(words.device))
     last = first + len(words) - 1
     sums = torch.zeros(last // _BLOCK - first // _BLOCK + 1, dtype=torch.int64, device=words.device)
@@ -86,8 +87,8 @@ def _sum_of_words(words: Tensor, first: int) -> Tensor:
 
 
 def _counts(layout: Layout) -> bool:
-    """Return True if this rank adds its part to exchanged sums: a weight that is whole on every rank is added only by
-    the first."""
+    """Return True if this rank adds its part to the exchanged sums. Only rank 0 adds a weight that every rank holds
+    whole."""
     return layout.counted if layout.sharded else dist.get_rank() == 0
 
 
@@ -97,7 +98,7 @@ def _inner_keys(device: str) -> Tensor:
 
 
 def _odd(seeds: Tensor) -> Tensor:
-    """[n] int64 -> [n] odd numbers: SplitMix64's output for each seed. int64 products wrap, as they are to."""
+    """Map [n] int64 seeds to [n] odd numbers, SplitMix64's output for each seed. int64 products wrap, as intended."""
     x = (seeds + 1) * -7046029254386353131
     x = (x ^ _shifted(x, 30)) * -4658895280553007687
     x = (x ^ _shifted(x, 27)) * -7723592293110705685
@@ -105,5 +106,5 @@ def _odd(seeds: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, places: int) -> Tensor:
-    """x >> places, as if without a sign."""
+    """Return x >> places, as for unsigned numbers."""
     return (x >> places) & ((1 << (64 - places)) - 1)

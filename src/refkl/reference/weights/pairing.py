@@ -12,14 +12,14 @@ from refkl.backend import Weight
 
 
 class PackedLayer(Protocol):
-    """A layer that holds its weight in a form that is not to be written into."""
+    """A layer that holds its weight in a packed form, which must not be written directly."""
 
     @property
     def numbers(self) -> Tensor:
-        """The weight in floating point, made anew."""
+        """The weight, restored to floating point."""
 
     def repack(self, numbers: Tensor) -> None:
-        """Hold these numbers from now on."""
+        """Pack these numbers and hold them from now on."""
 
 
 class Pair(NamedTuple):
@@ -28,11 +28,11 @@ class Pair(NamedTuple):
     own: Weight
     theirs: Weight
     packed: PackedLayer | None = None
-    """The layer that holds the reference's, where it is quantised; `own.local` is then not to be written."""
+    """The layer that holds the reference's weight if it is quantised; `own.local` must then not be written."""
 
     @property
     def source(self) -> Tensor:
-        """This rank's part of the policy's, cut as the reference's is."""
+        """This rank's part of the policy's weight, sharded like the reference's."""
         theirs = self.theirs.local.detach()
         return self.own.layout.cut(theirs) if self.own.layout.sharded and not self.theirs.layout.sharded else theirs
 
@@ -40,10 +40,10 @@ class Pair(NamedTuple):
 def paired_weights(
     own: Iterable[Weight], theirs: Iterable[Weight], free: Mapping[str, int] | None = None
 ) -> list[Pair]:
-    """A reference's weights with the policy's of the same name; in the dimension that `free` names they may differ.
+    """Pair the reference's weights with the policy's by name. They may differ in the dimension that `free` names.
 
     Raises:
-        ValueError: names or shapes that differ; a part of a weight that is another than the policy's.
+        ValueError: names or shapes differ; a rank's part of a weight differs from its part of the policy's.
     """
     ours, found = ({weight.name: weight for weight in weights} for weights in (own, theirs))
     shapes = [{name: w.layout.shape for name, w in weights.items()} for weights in (found, ours)]
@@ -52,8 +52,8 @@ def paired_weights(
         parts = weight.local.shape, found[name].local.shape
         if found[name].layout.sharded and type(found[name].layout) is not type(weight.layout):
             raise ValueError(
-                f"{name} is in parts on the ranks in the policy, and the reference has it whole or cut in another way: "
-                "it was built for another policy. Build it from this one."
+                f"{name} is sharded in the policy, but whole or sharded in another way in the reference: the reference "
+                "was built for another policy. Build it from this one."
             )
         if found[name].layout.sharded and parts[0] != parts[1]:
             raise ValueError(
@@ -66,10 +66,10 @@ def paired_weights(
 def check_pairs(
     found: dict[str, torch.Size], own: dict[str, torch.Size], what: str, free: Mapping[str, int] | None = None
 ) -> None:
-    """Raise ValueError unless both hold the same names with the same shapes, but for the dimension that `free` names of
-    a weight: the rank of a LoRA factor."""
+    """Raise ValueError unless both hold the same names with the same shapes. For each weight in `free`, the dimension
+    given there (the rank of a LoRA factor) may differ."""
     if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{what} has no weight {missing[0]!r} ({len(missing)} missing); it is another model.")
+        raise ValueError(f"{what} has no weight {missing[0]!r} ({len(missing)} missing); it is a different model.")
     if extra := sorted(found.keys() - own.keys()):
         raise ValueError(f"{what} has a weight {extra[0]!r} that the reference lacks ({len(extra)} in all).")
     for name, shape in own.items():

@@ -1,4 +1,4 @@
-"""A reference in a folder: weights in safetensors, whole or each rank's parts, and in JSON what they are."""
+"""A reference in a folder: weights in safetensors, whole or each rank's parts, and a JSON record of them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from refkl.reference.weights.fingerprint import digests
 from refkl.reference.weights.shard_files import Files, write_parts
 
 WEIGHTS_FILE = "reference.safetensors"
-"""Weights that every rank has."""
+"""File of the weights that every rank holds whole."""
 PROVENANCE_FILE = "reference.json"
 _OURS = re.compile(rf"{PROVENANCE_FILE}|{WEIGHTS_FILE}|shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[], dict[str, Any]]) -> None:
-    """Write a reference, whole or not at all: a folder of another name that takes this one's place at the end.
+    """Write a reference completely or not at all: into a temporary folder, which replaces `folder` at the end.
 
     Collective if a weight is sharded: then each rank writes its own parts. `provenance` may be collective too.
 
     Raises:
         ValueError: the folder holds other files, or is not on a disk that all ranks share.
-        OSError: it could not be written; where ranks write together, on each of them.
+        OSError: the folder could not be written; if ranks write together, raised on each of them.
     """
     found, folder = list(weights), folder.resolve()
     sharded = [weight for weight in found if weight.layout.sharded]
@@ -54,7 +54,7 @@ def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[]
         try:
             Files(temporary, names, shapes)
         except ValueError as error:
-            raise ValueError(f"{error} Are all ranks to write into one folder, it must be on a shared disk.") from None
+            raise ValueError(f"{error} If several ranks write, the folder must be on a disk that they share.") from None
         contents = {"files": names, "shapes": {name: list(shape) for name, shape in shapes.items()}}
         write_json(temporary / PROVENANCE_FILE, {**record, **contents})
         replace_folder(temporary, folder)
@@ -71,7 +71,7 @@ def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[]
 
 
 def _on_first(step: Callable[[], None], *, together: bool) -> None:
-    """Run on rank 0. `together`, all ranks are here, wait for it, and share its error."""
+    """Run `step` on rank 0. With `together`, all ranks call this, wait for rank 0, and raise its error."""
     if not together:
         step()
         return
@@ -79,10 +79,10 @@ def _on_first(step: Callable[[], None], *, together: bool) -> None:
     if dist.get_rank() == 0:
         try:
             step()
-        except Exception as error:  # whatever it is, the others wait to hear of it
+        except Exception as error:  # any error: the other ranks wait for it
             outcome = [error]
     own = outcome[0]
-    if own is not None:  # as text: not every exception can be sent
+    if own is not None:  # sent as text: not every exception can be sent
         kind = ValueError if isinstance(own, ValueError) else OSError
         outcome = [kind(str(own)) if not isinstance(own, OSError) else OSError(own.errno, own.strerror)]
     dist.broadcast_object_list(outcome, src=0)
@@ -91,17 +91,17 @@ def _on_first(step: Callable[[], None], *, together: bool) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise ValueError for a folder that holds anything else than a saved reference, which would be lost."""
+    """Raise ValueError if a folder holds other files than a saved reference: these would be lost."""
     others = [entry.name for entry in folder.iterdir() if not _OURS.fullmatch(entry.name)] if folder.is_dir() else []
     if others:
         raise ValueError(
-            f"{folder} holds {sorted(others)[0]!r} ({len(others)} of them), and a saved reference takes the place of "
-            "a whole folder. Name one of its own."
+            f"{folder} holds {sorted(others)[0]!r} ({len(others)} other files), but a saved reference replaces the "
+            "whole folder. Name a folder for the reference only."
         )
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put a folder in the place of another; killed in between, `_settled` still finds the old one."""
+    """Replace a folder by another. If the process is killed in between, `_settled` still finds the old one."""
     old = folder.with_name(f"{folder.name}.old")
     if folder.exists() and any(folder.iterdir()):
         shutil.rmtree(old, ignore_errors=True)
@@ -118,7 +118,7 @@ def _settled(folder: Path) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole, or not at all."""
+    """Write a JSON file completely or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(json.dumps(content, indent=2) + "\n")
@@ -131,7 +131,7 @@ class Saved:
     """The files that `write_saved` left in a folder.
 
     Raises:
-        ValueError: it left nothing there, or a file is missing or damaged.
+        ValueError: the folder holds no saved reference, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +147,7 @@ class Saved:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from None
         self._files = Files(self.folder, files, shapes)
-        # Of the weights that are in the files; those shared with the policy have only a digest.
+        # Shapes of the weights that are in the files; weights shared with the policy have only a digest.
         self.shapes = {name: shape for name, shape in shapes.items() if name not in self.averaged}
 
     @property
@@ -157,47 +157,50 @@ class Saved:
         return found
 
     def changed(self, own: dict[str, str], owns: Callable[[str], bool], layouts: dict[str, Layout]) -> set[str]:
-        """Names of the weights that differ from a reference's, given its digests and how it holds them.
+        """Return the names of the weights that differ from a reference's, given its digests and layouts.
 
-        Collective if it holds a weight sharded: each rank reads its own parts, and they exchange their sums.
+        Collective if the reference holds a weight sharded: each rank reads its own parts, and ranks exchange their
+        sums.
 
         Raises:
-            ValueError: a weight or an average was altered since it was saved, a weight has another dtype, or differs
-                and is not `owns`.
+            ValueError: a weight or an average was altered since it was saved; a weight has another dtype; a weight
+                differs but does not belong to the reference only (`owns`).
         """
         names = [*self.shapes, *self.averaged]
         found = digests(Weight(n, self._files.read(n, lay), lay) for n in names for lay in [self._layout(n, layouts)])
         for name, digest in {**self.digests, **self.averaged}.items():
             if name in found and digest != found[name]:
                 raise ValueError(
-                    f"The reference saved in {self.folder} is not the one that was recorded: {name} was altered."
+                    f"The reference saved in {self.folder} does not match its record: {name} was altered. Use another "
+                    "copy of the folder, or save the reference again."
                 )
         for name, digest in self.digests.items():
             if digest.split()[0] != own[name].split()[0]:
                 raise ValueError(
                     f"The reference saved in {self.folder} holds {name} as {digest.split()[0]}, this one as "
-                    f"{own[name].split()[0]}. Set reference.dtype to the saved one's."
+                    f"{own[name].split()[0]}. Set reference.dtype to the saved dtype."
                 )
             if digest != own[name] and not (name in found and owns(name)):
                 raise ValueError(
-                    f"{name} is shared with the policy, and the reference saved in {self.folder} has another: it "
-                    "belongs to a policy with another base. Load that base, or set reference.source to where it is."
+                    f"{name} is shared with the policy, but differs in the reference saved in {self.folder}: that "
+                    "reference belongs to a policy with another base. Load that base, or set reference.source to its "
+                    "folder."
                 )
         return {name for name in self.shapes if found[name] != own[name]}
 
     def averages(self, layouts: dict[str, Layout]) -> Iterator[Weight]:
-        """Yield the averages that a moving reference kept beside its weights, cut as the weights are."""
+        """Yield the averages that a moving reference kept beside its weights, sharded like the weights."""
         for name in self.averaged:
             layout = self._layout(name, layouts)
             yield Weight(name, self._files.read(name, layout), layout)
 
     def copy_into(self, weights: Iterable[Weight]) -> None:
-        """Put what was saved into these, each rank its own part."""
+        """Copy the saved values into these weights, each rank into its own part."""
         for name, local, layout in weights:
             local.copy_(self._files.read(name, layout))
 
     def _layout(self, name: str, layouts: dict[str, Layout]) -> Layout:
         own = layouts.get(name.split(":", 1)[1] if name in self.averaged else name)
-        # A quantised weight's bytes have other names than the averages that it is written from, and a LoRA layer's rank
-        # may be another than it was first; neither is sharded.
+        # A quantised weight's bytes have other names than the averages from which they are written, and a LoRA layer
+        # may have another rank than at first; neither is sharded.
         return own if own is not None and own.shape == self._files.shapes[name] else Whole(self._files.shapes[name])

@@ -1,8 +1,8 @@
-"""Weights in safetensors files, whole or in parts: each rank writes its own, and reads what it needs of any.
+"""Weights in safetensors files, whole or in parts: each rank writes its own parts, and reads what it needs of any file.
 
-Parts are written by torch.distributed.checkpoint: nothing is gathered, and no rank holds more than a file of the
-serialised weights beside its own. They are read without it, and without the other ranks: files are mapped, so that of a
-weight only those elements are loaded that the reader's layout has, whatever layout and number of ranks wrote them.
+torch.distributed.checkpoint writes the parts: nothing is gathered, and no rank holds more than one file of serialised
+weights in addition to its own weights. Reading needs neither it nor the other ranks: files are memory-mapped, so a rank
+loads only the elements that its layout has, for any layout and number of ranks that wrote them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from refkl.backend import Block, Layout, Run, Weight
 
 _OFFSETS = "DCP_SHARDING_INFO"
-"""In a file's metadata, of each part: where it begins ("saved_offsets")."""
+"""Metadata key of a file with the start of each part ("saved_offsets")."""
 _FILE_BYTES = 1 << 32
-"""Bytes of whole weights whose parts go into one file on each rank, and are serialised at once."""
+"""Bytes of whole weights whose parts go into one file on each rank and are serialised together."""
 
 
 def write_parts(folder: Path, weights: list[Weight]) -> None:
-    """Each rank's parts of sharded weights, into files of its own. Every rank calls.
+    """Write each rank's parts of sharded weights into its own files. Every rank must call.
 
     Raises:
-        OSError: on every rank alike, if one could not write.
+        OSError: one rank could not write; raised on every rank.
     """
     writer = HuggingFaceStorageWriter(str(folder), _file_of_each(weights), save_distributed=True)
     try:
@@ -45,7 +45,7 @@ def write_parts(folder: Path, weights: list[Weight]) -> None:
 
 
 def _file_of_each(weights: Iterable[Weight]) -> dict[str, int]:
-    """A file's number for each weight."""
+    """Return a file number for each weight."""
     numbers, held = {}, 0
     for name, local, layout in weights:
         numbers[name] = held // _FILE_BYTES + 1
@@ -54,7 +54,8 @@ def _file_of_each(weights: Iterable[Weight]) -> dict[str, int]:
 
 
 class _OwnParts(SavePlanner):
-    """Says to torch.distributed.checkpoint what this rank writes; of what several ranks hold, one writes."""
+    """Plan for torch.distributed.checkpoint of the parts that this rank writes. One rank writes a part that several
+    hold."""
 
     def __init__(self, weights: Iterable[Weight]) -> None:
         self.weights = {w.name: w for w in weights if w.layout.counted and any(w.layout.runs())}
@@ -88,12 +89,12 @@ class Files:
     """Weights in safetensors files of a folder, whole or in parts.
 
     Args:
-        folder: where they are.
-        names: of the files.
-        shapes: of the whole weights.
+        folder: folder of the files.
+        names: names of the files.
+        shapes: shapes of the whole weights.
 
     Raises:
-        ValueError: a file that is missing or cut short; a weight of which a part is missing.
+        ValueError: a file is missing or cut short; a part of a weight is missing.
     """
 
     def __init__(self, folder: Path, names: Iterable[str], shapes: dict[str, torch.Size]) -> None:
@@ -125,10 +126,10 @@ class Files:
             raise ValueError(f"{path} cannot be read, so it is damaged or cut short: {error}") from None
 
     def read(self, name: str, layout: Layout) -> Tensor:
-        """A layout's part of a weight, in memory of its own."""
+        """Return a layout's part of a weight, in newly allocated memory."""
         found: Tensor | None = None
         for path, block in self._parts[name]:
-            stored = self._open[path].get_tensor(name).reshape(-1)  # mapped: nothing is read yet
+            stored = self._open[path].get_tensor(name).reshape(-1)  # memory-mapped: nothing is read yet
             if found is None:
                 found = layout.empty(stored.dtype)
             into = found.view(-1)
@@ -139,8 +140,7 @@ class Files:
 
 
 def _overlaps(own: Iterator[Run], theirs: Iterator[Run]) -> Iterator[tuple[int, int, int]]:
-    """Yield each range of elements that two parts of one weight share: its first place in either part, and its
-    length."""
+    """Yield each range of elements that two parts of one weight share: its start in each part, and its length."""
     a, b = next(own, None), next(theirs, None)
     while a is not None and b is not None:
         first, last = max(a.whole, b.whole), min(a.whole + a.length, b.whole + b.length)

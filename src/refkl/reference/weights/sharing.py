@@ -1,9 +1,8 @@
-"""Weights that a reference shares with the policy: checked at each score, cheaply, because the user may change the
-policy.
+"""Cheap checks, at each score, of the weights that a reference shares with the policy: the user may change the policy.
 
-Writes into a tensor raise its version, so one that was written since is found without reading any. PEFT merges an
-adapter through `.data`, which raises nothing: adapted layers are watched for that by their state, and a few numbers of
-each adapted weight are read.
+A write into a tensor raises its version, so a changed tensor is found without reading any values. PEFT merges an
+adapter through `.data`, which does not raise the version. So the state of adapted layers is checked too, and a few
+values of each adapted weight are read.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from refkl.backend import Weight, Whole, canonical_name, is_partitioned, is_shar
 from refkl.reference.weights.fingerprint import digests
 
 _PROBES = 64
-"""Numbers of an adapted weight that are read at each score."""
+"""Number of values of an adapted weight that are read at each score."""
 
 
 class SharedWeights:
-    """The policy's tensors that a reference is made of too.
+    """The policy's tensors that a reference shares.
 
     Args:
-        policy: unwrapped.
-        names: canonical names of the tensors that are shared.
-        recorded: gives the digest that a weight is to have, by name; None if it is not known now.
-        modules: True if the policy's modules are run as the reference, so that one that is replaced changes it.
+        policy: the unwrapped policy.
+        names: canonical names of the shared tensors.
+        recorded: returns the digest that a weight should have, by name; None if it is not known now.
+        modules: True if the policy's modules run as the reference, so that replacing one changes the reference.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class SharedWeights:
         self._numbers: list[float] = []
 
     def check(self) -> None:
-        """Raise ValueError if what is shared is no longer what it was; the weight or layer is named."""
+        """Raise ValueError if a shared weight or layer has changed; the message names it."""
         self._check_layers()
         if self._versions is None:
             self._remember()
@@ -76,9 +75,9 @@ class SharedWeights:
         for name, layer in self._layers.items():
             if id(layer) not in present:
                 raise ValueError(
-                    f"{name} was an adapted layer when the reference was built, and the policy no longer has it: was "
-                    "its adapter merged and unloaded (merge_and_unload)? The reference shares the weight that this "
-                    "changed. Build the reference after that, or from a copy (reference.source, a folder)."
+                    f"{name} was an adapted layer when the reference was built, but the policy no longer has it: was "
+                    "its adapter merged and unloaded (merge_and_unload)? That changed a weight that the reference "
+                    "shares. Build the reference after that, or set reference.source to a folder."
                 )
             if list(layer.merged_adapters) != self._merged[name]:
                 raise ValueError(
@@ -93,13 +92,13 @@ class SharedWeights:
             if (found := now.get(name, kind)) is not kind:
                 raise ValueError(
                     f"{name} was a {kind.__name__} when the reference was built and is a {found.__name__} now: the "
-                    "reference runs the policy's modules, so it is another model. Replace modules before "
+                    "reference runs the policy's modules, so it is a different model now. Replace modules before "
                     "build_reference, or use reference.strategy 'clone'."
                 )
 
     def _remember(self) -> None:
         if not self._names or is_sharded(self._policy) or any(map(is_partitioned, self._policy.parameters())):
-            self._versions = []  # shards are written by their owners, who gather and scatter them
+            self._versions = []  # ZeRO and FSDP write their shards themselves as they gather and scatter
             return
         adapted = {id(layer.get_base_layer().weight) for layer in self._layers.values() if _has_weight(layer)}
         found = dict(self._policy.named_parameters(remove_duplicate=True)) | dict(self._policy.named_buffers())
@@ -109,7 +108,7 @@ class SharedWeights:
         self._numbers = self._read() if self._probed else []
 
     def _read(self) -> list[float]:
-        """Read the probes of all adapted weights, in one transfer from the device."""
+        """Return the probed values of all adapted weights, in one transfer from the device."""
         numbers: list[float] = torch.cat([_probe(tensor).double() for _, tensor in self._probed]).tolist()
         return numbers
 
@@ -120,8 +119,8 @@ class SharedWeights:
         now = digests([Weight(name, tensor.detach(), Whole(tensor.shape))])[name]
         if now != before and now.split()[0] == before.split()[0]:
             raise ValueError(
-                f"The reference changed though nothing was to update it: {name}, which it shares with the policy, is "
-                "another. It does not train, so something wrote into it: a merged adapter that was unmerged (which "
+                f"The reference changed without an update or load: {name}, which it shares with the policy, has other "
+                "values. It does not train, so something else wrote into it: a merged adapter that was unmerged (which "
                 "rounds), a load_state_dict, or a buffer that the model changes in train mode."
             )
 
@@ -132,7 +131,7 @@ def _kinds(policy: nn.Module) -> dict[str, type]:
 
 
 def _probe(tensor: Tensor) -> Tensor:
-    """[<= 64] numbers from all over the tensor."""
+    """Return [<= 64] values at regular distances in the tensor."""
     flat = tensor.detach().view(-1)
     return flat[:: max(1, flat.numel() // _PROBES)][:_PROBES]
 

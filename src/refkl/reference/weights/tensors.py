@@ -1,4 +1,4 @@
-"""Tensor helpers of the strategies: count and pair."""
+"""Byte counts of the strategies' tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from refkl.types import MemoryReport
 
 
 def bytes_held(tensors: Iterable[torch.Tensor], home: torch.device) -> MemoryReport:
-    """Bytes of the tensors' storages, each counted once: on the host, if they are on a CPU that is not where the model
-    runs (`home`)."""
+    """Return the bytes of the tensors' storages, each counted once. A CPU tensor counts as `host` if the model runs on
+    another kind of device (`home`)."""
     sizes, seen = {"device": 0, "host": 0}, set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -23,6 +23,6 @@ def bytes_held(tensors: Iterable[torch.Tensor], home: torch.device) -> MemoryRep
 
 
 def bytes_offloaded(weights: Iterable[torch.Tensor], rest: Iterable[torch.Tensor]) -> MemoryReport:
-    """Bytes of weights that wait in host memory, and of what stays on the device, also where the device is a CPU."""
+    """Return the bytes of weights that wait in host memory, and of tensors that stay on the device, even a CPU."""
     cpu = torch.device("cpu")
     return MemoryReport(host=bytes_held(weights, cpu).total, device=bytes_held(rest, cpu).total)
