@@ -208,7 +208,7 @@ def test_refkl_runs_from_the_repository_root_without_deepspeed() -> None:
     code = hide + (
         "import deepspeed; assert getattr(deepspeed, '__file__', None) is None\n"
         "import sys; sys.path.insert(0, 'tests')\n"
-        "from support import llama, batch\n"
+        "from support.models import llama, batch\n"
         "import refkl\n"
         "reference = refkl.build_reference(llama()); print(reference.strategy, reference.score(batch()).logp.sum() < 0)"
     )

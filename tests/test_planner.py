@@ -280,7 +280,8 @@ def test_predicted_bytes_are_what_is_counted(method: str, family: str, size: str
     assert ("adapter" in seen) == (method == "lora")
 
 
-@pytest.mark.parametrize("backend", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
 def test_predicted_bytes_are_what_is_counted_on_two_ranks(backend: str) -> None:
     launch = "zero3" if backend == "zero3" else "multi"
     flags = ("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0") if backend == "zero3" else ()

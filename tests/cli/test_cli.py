@@ -195,10 +195,14 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "missing model": ({"model": {"path": "nowhere"}}, [], r"model\.path 'nowhere' cannot be loaded"),
     "unknown strategy": ({"reference": {"strategy": "clon"}}, [], "Did you mean 'clone'"),
     "freeze that matches nothing": ({"model": {"freeze": ["model.layer.0"]}}, [], r"Did you mean 'model\.layers\.0'"),
-    "no reward function": ({"reward": [{"function": "train_inputs:leters"}]}, [], "Did you mean 'letters'"),
+    "no reward function": ({"reward": [{"function": "support.train_inputs:leters"}]}, [], "Did you mean 'letters'"),
     "no reward module": ({"reward": [{"function": "no_such:thing"}]}, [], "importing it failed"),
-    "too few rewards": ({"reward": [{"function": "train_inputs:too_few"}]}, [], "returned 3 rewards for 4"),
-    "a reward of NaN": ({"reward": [{"function": "train_inputs:not_a_number"}]}, [], "returned nan for completion 3"),
+    "too few rewards": ({"reward": [{"function": "support.train_inputs:too_few"}]}, [], "returned 3 rewards for 4"),
+    "a reward of NaN": (
+        {"reward": [{"function": "support.train_inputs:not_a_number"}]},
+        [],
+        "returned nan for completion 3",
+    ),
     "another backend": ({"launch": {"backend": "zero3"}}, [], "asks for zero3.*gave plain on 1 process"),
     "another number of processes": ({"launch": {"processes": 2}}, [], "asks for 2 processes"),
     "an estimate of texts that are given": (
@@ -268,7 +272,7 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_fails_late_leaves_what_was_trained(tmp_path: Path) -> None:
-    config = write_config(tmp_path, reward=[{"function": "train_inputs:fails_in_its_third_call"}])
+    config = write_config(tmp_path, reward=[{"function": "support.train_inputs:fails_in_its_third_call"}])
     assert main(["train", str(config)]) == 2
     run = tmp_path / "run"
     assert json.loads((run / "reference.json").read_text())["status"] == "failed"
@@ -293,7 +297,7 @@ def test_resume_goes_on_in_the_same_folder(tmp_path: Path) -> None:
 
 
 def test_rewards_may_abstain_and_are_checked_one_by_one() -> None:
-    checked = load_reward(RewardConfig(function="train_inputs:letters"))
+    checked = load_reward(RewardConfig(function="support.train_inputs:letters"))
     assert checked.__name__ == "letters"
     assert checked(completions=["ab", "aa"], prompts=["", ""]) == [0.25, 0.125]
 

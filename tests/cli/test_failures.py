@@ -84,7 +84,7 @@ def test_an_input_error_of_all_ranks(tmp_path: Path) -> None:
 
 
 def test_an_error_that_nothing_catches_on_one_rank(tmp_path: Path) -> None:
-    rewards = ("--reward", '[{"function": "train_inputs:fails_on_rank_1"}]')
+    rewards = ("--reward", '[{"function": "support.train_inputs:fails_on_rank_1"}]')
     output = accelerate_launch("multi", "refkl", *_train(tmp_path, *rewards), module=True, fails=True)
     assert output.count("KeyError: 'column that is not there'") == 1
     assert "KeyError: 'column that is not there'" in _last(output) and "fails_on_rank_1" in _last(output)

@@ -26,7 +26,7 @@ LETTERS = {
     "source": "reasoning_gym:letter_counting",
     "kwargs": {"size": 8, "seed": 1, "max_words": 6, "instructions": "Say how many."},
 }
-WATCHING = {"function": "train_inputs:watching", "weight": 0.0}
+WATCHING = {"function": "support.train_inputs:watching", "weight": 0.0}
 DIGITS = {byte_tokenizer().convert_tokens_to_ids(str(digit)) for digit in range(10)}
 TRAINER = {
     "max_steps": 2,
@@ -155,4 +155,4 @@ def test_help_of_an_entry(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--reward.help"])
     assert status.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--reward.label LABEL For `model`: which of its labels is the reward, by name or number." in text
+    assert "--reward.label LABEL Label of the model that is the reward, by name or number, for `model`." in text

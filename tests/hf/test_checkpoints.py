@@ -186,7 +186,7 @@ def test_the_callback_of_a_plain_trainer_marks_its_checkpoints(tmp_path: Path) -
 
 
 def test_the_callback_refuses_a_rotation_that_could_leave_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"save_total_limit 1 .* Set it to 2"):
+    with pytest.raises(ValueError, match=r"save_total_limit 1, .* Set it to 2"):
         plain_trainer(tmp_path, save_total_limit=1).train()
     plain_trainer(tmp_path, save_total_limit=1, save_strategy="no").train()
     run(tmp_path, {"save_total_limit": 1, "max_steps": 1}, sync=SYNC).train()  # rotates afterwards

@@ -172,7 +172,7 @@ BENCHMARKS = {
 }
 """Options that make a benchmark small."""
 
-LETTERS = {"function": "train_inputs:letters"}
+LETTERS = {"function": "support.train_inputs:letters"}
 """A reward that random text can win, so that tiny models learn something."""
 TASK = "refkl train configs/verifiable.yaml --data.source reasoning_gym:leg_counting ..."
 """The command whose "..." is said in words."""

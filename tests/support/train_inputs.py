@@ -89,7 +89,7 @@ def write_config(folder: Path, method: str = "grpo", **sections: Any) -> Path:
     if method in ("grpo", "rloo"):
         rows = [{"prompt": text} for text in ("hello", "hi there", "abc", "what")] * 4
         trainer = {**TRAINER, "num_generations": 4, "max_completion_length": 8}
-        reward = {"reward": [{"function": "train_inputs:letters"}]}
+        reward = {"reward": [{"function": "support.train_inputs:letters"}]}
     elif method == "sft":
         rows = [{"prompt": p, "completion": c} for p, c in (("hello", " good"), ("a", "bc"), ("hi", " you"))] * 8
         trainer, reward = dict(TRAINER), {}

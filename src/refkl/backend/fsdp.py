@@ -22,7 +22,7 @@ def reshard(model: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return True if FSDP2 shards a module of the model."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return bool([module for module in submodules(model) if isinstance(module, FSDPModule)])
 
 
 def mixed_precision(model: nn.Module) -> list[str]:

@@ -57,7 +57,7 @@ def canonical_name(name: str, *, prompt: bool = False) -> str:
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters, then persistent buffers, with canonical names; tied ones once."""
     prompt = "prompt_encoder" in unwrap(model)._modules
-    modules, seen = list(_named_submodules(model)), set()
+    modules, seen = _named_submodules(model), set()
     for prefix, module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
@@ -71,16 +71,19 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield canonical_name(prefix + name, prompt=prompt), buffer
 
 
-def _named_submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what `named_modules()` yields in the same order, with a dot after each name, in a third of its time."""
-    stack, seen = [("", model)], set()
+def _named_submodules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `named_modules()` yields in the same order, with a dot after each name, in a third of its time."""
+    found, seen, stack = [], set(), [("", model)]
     while stack:
         prefix, module = stack.pop()
-        if module not in seen:
-            seen.add(module)
-            yield prefix, module
-            children = [(f"{prefix}{n}.", child) for n, child in module._modules.items() if child is not None]
-            stack.extend(reversed(children))
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((prefix, module))
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                stack.append((f"{prefix}{name}.", child))
+    return found
 
 
 def submodules(model: nn.Module) -> list[nn.Module]:

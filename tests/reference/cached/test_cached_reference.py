@@ -412,6 +412,7 @@ def test_what_another_process_writes_is_found_while_running(
     assert len(forwards) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes(tmp_path: Path) -> None:
     policy = llama()
     policy.save_pretrained(tmp_path / "model")
@@ -430,7 +431,7 @@ def test_a_process_that_is_killed_while_it_writes(tmp_path: Path) -> None:
 def test_what_is_not_written_yet_is_written_at_the_end_of_the_process(tmp_path: Path) -> None:
     code = (
         "import torch; torch.manual_seed(0)\n"
-        "from support import batch, llama; from refkl import ReferenceConfig, build_reference\n"
+        "from support.models import batch, llama; from refkl import ReferenceConfig, build_reference\n"
         f"reference = build_reference(llama(), ReferenceConfig(strategy='clone', cache={str(tmp_path)!r}))\n"
         "reference.score(batch())\n"
         "print('files', len(list(reference.cache.folder.rglob('*.arrow'))))"

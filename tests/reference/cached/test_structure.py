@@ -102,7 +102,7 @@ def _replaced(model: nn.Module) -> None:
 def test_what_cannot_be_seen_is_refused(change: Callable[[nn.Module], None], what: str, tmp_path: Path) -> None:
     policy = llama()
     change(policy)
-    with pytest.raises(ValueError, match=rf"layers\.0.* has a {what} of test_cached_structure"):
+    with pytest.raises(ValueError, match=rf"layers\.0.* has a {what} of tests"):
         _cached(policy, tmp_path, "swap").score(batch())
 
 

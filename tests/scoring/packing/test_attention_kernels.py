@@ -104,6 +104,7 @@ def test_norms_in_float32_are_no_other_dtype_for_attention() -> None:
 
 
 @pytest.mark.usefixtures("always")
+@pytest.mark.slow
 def test_flex_attention_gives_the_scores_and_attends_to_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     kernel = flex_attention.compile_friendly_flex_attention

@@ -331,4 +331,4 @@ def test_a_small_pair_takes_few_calls() -> None:
         score_pair(policy, reference, tokens)
     finally:
         sys.setprofile(None)
-    assert len(calls) <= 750, Counter(calls).most_common(10)
+    assert len(calls) <= 750, (len(calls), Counter(calls).most_common(10))
