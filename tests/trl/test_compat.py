@@ -83,6 +83,18 @@ def test_a_changed_trainer_of_transformers_is_named(monkeypatch: pytest.MonkeyPa
         check_transformers()
 
 
+def test_a_wrapper_of_another_package_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes what it gets to the method that was there."""
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+    def compute_loss(self: Any, model: Any, inputs: Any, **kwargs: Any) -> None: ...
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    check_transformers()
+
+
 @pytest.mark.parametrize("trainer", [*(cls for _, cls in ALL), KLSFTTrainer, KLTrainer])
 def test_every_method_of_transformers_that_is_overridden_is_checked(trainer: type) -> None:
     ours = [vars(cls) for cls in trainer.__mro__ if cls.__module__.startswith("refkl.")]
