@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
@@ -15,14 +16,20 @@ from refkl.backend.modules import submodules
 
 def reshard(model: nn.Module) -> None:
     """Free gathered parameters, so that every parameter is its shard again: FSDP2 keeps the root's after a forward."""
-    for module in submodules(model):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharding(model):
+        module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return True if FSDP2 shards a module of the model."""
-    return bool([module for module in submodules(model) if isinstance(module, FSDPModule)])
+    return bool(_sharding(model))
+
+
+def _sharding(model: nn.Module) -> list[FSDPModule]:
+    """Return the modules that FSDP2 shards. Without a process group there are none, so no walk over all modules."""
+    if not dist.is_initialized():
+        return []
+    return [module for module in submodules(model) if isinstance(module, FSDPModule)]
 
 
 def mixed_precision(model: nn.Module) -> list[str]:
