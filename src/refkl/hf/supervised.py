@@ -44,16 +44,11 @@ class SupervisedKL(KLTrainerMixin):
     _count: Tensor | None = None
     """Divisor of each micro-batch's KL in this optimizer step."""
 
-    def __init__(self, *args: Any, kl_on: KLOn = "labels", **kwargs: Any) -> None:
-        """Make the trainer, with the arguments of KLTrainerMixin.
-
-        Args:
-            args, kwargs: those of KLTrainerMixin and of the trainer that is extended.
-            kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
-        """
+    def __init__(self, *args: Any, kl: KLConfig | None = None, kl_on: KLOn = "labels", **kwargs: Any) -> None:
+        """Make the trainer, with the arguments of KLTrainerMixin and `kl_on`."""
         self.kl_on = kl_on
         self._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, kl=kl, **kwargs)
 
     def _check_arguments(self) -> None:
         self._given.kl = (self._given.kl or KLConfig()).on_given_text()

@@ -71,7 +71,8 @@ class KLTrainerMixin(Checkpointing):
         """Make the trainer, then its reference, from the policy as the trainer has made it.
 
         Args:
-            args, kwargs: the arguments of the trainer that this one extends.
+            *args: arguments of the trainer that this one extends.
+            **kwargs: arguments of the trainer that this one extends.
             reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
             kl: the penalty. The default differs between trainers: see each.
             sync: when to update the reference. Default: never; in TRL's trainers, as `args.sync_ref_model` says.
