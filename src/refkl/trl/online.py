@@ -82,11 +82,14 @@ class OnlineKL(TRLTrainer):
     def _temperature(self) -> float:
         return self.temperature
 
-    def _check_settings(self) -> None:
-        super()._check_settings()
+    def _attach(self, *args: Any, **kwargs: Any) -> None:
         if self.use_vllm:
             # It merges a LoRA adapter and unmerges it, which rounds the base that the reference shares.
             self.vllm_generation.sync_weights = keeping_base(self.model, self.vllm_generation.sync_weights)
+        super()._attach(*args, **kwargs)
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
         if not self.args.disable_dropout and any(dropout_rates(module) for module in self.model.modules()):
             logger.warning(
                 "The policy has dropout, which is on while it trains and never in the reference: the KL will not start "

@@ -32,7 +32,7 @@ BLOCK = 24.0
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Which tokens of the one row n segments hold, filled up to the longest with the last of each."""
+    """Indices of the tokens of n segments in the packed row, each padded to the longest with its last token."""
 
     index: Tensor
     """[n, L]"""
