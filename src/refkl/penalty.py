@@ -95,10 +95,10 @@ class KLPenalty:
         Raises:
             ValueError: shapes that differ; weights that are not one per reference.
         """
-        divergences = [divergence] if isinstance(divergence, Tensor) else list(divergence)
+        divergences = _listed(divergence)
         for one in divergences:
             require_shape("divergence", one, mask.shape, "mask")
-        self._window.append(exact_statistics(self._mixture(divergences, "divergence"), mask))
+        self._window.append(exact_statistics(_mixture(self.config, divergences, "divergence"), mask))
         self._exact_given = True
 
     def __call__(
@@ -149,15 +149,14 @@ class KLPenalty:
         if count is None:
             count = policy_scores.logp.requires_grad or not in_loss
         self._origins.check(references, counted=count)
-        ref_logp = self._mixture([reference.logp.detach() for reference in references], "reference")
+        ref_logp = _mixture(self.config, [reference.logp.detach() for reference in references], "reference")
         logp = policy_scores.logp
         if divergence is None:
-            per_token = self._estimate(logp, ref_logp, mask, old_logp)
+            per_token = _estimated(self.config, logp, ref_logp, mask, old_logp)
         elif old_logp is not None:
             raise ValueError("old_logp has no use with an exact divergence, which uses no samples. Leave it out.")
         else:
-            divergences = [divergence] if isinstance(divergence, Tensor) else list(divergence)
-            per_token = self._exact(divergences, logp, mask, len(references))
+            per_token = self._exact(_listed(divergence), logp, mask, len(references))
         loss = reward = None
         if in_loss:
             loss = self._loss(per_token, mask, normalizer)
@@ -165,16 +164,7 @@ class KLPenalty:
             raise ValueError("normalizer has no use with placement 'reward', which does not aggregate. Leave it out.")
         else:
             reward = self._reward(per_token, mask)
-
-        clamp = self.config.max_log_ratio if divergence is None else None
-        stats = statistics(
-            per_token.detach(),
-            masked_log_ratio(logp.detach(), ref_logp, mask),
-            mask,
-            estimates=self._measured(per_token.detach(), logp, ref_logp, mask, old_logp, divergence is not None),
-            exact=divergence is not None,
-            max_log_ratio=clamp,
-        )
+        stats = _statistics(self.config, per_token.detach(), logp.detach(), ref_logp, mask, old_logp, divergence)
         if count:
             self._origins.note(references)
             self._window.append(stats)
@@ -214,10 +204,7 @@ class KLPenalty:
         self._origins.close_step()
         self._steps += 1
         if accelerator is not None and accelerator.num_processes > 1:
-            on_device = stats.to(accelerator.device)  # fp64, since fp32 counts exactly only up to 2^24
-            sums = accelerator.reduce(on_device[:-1], reduction="sum")
-            peak = accelerator.reduce(on_device[-1:], reduction="max")
-            stats = with_nan(torch.cat([sums, peak]).to(stats))
+            stats = _over_ranks(stats, accelerator)
         metrics = metrics_of(stats, self.coef, self.controller.target)
         tokens, sequences = counted(stats)
         self.histogram = histogram_of(stats) if tokens else None
@@ -247,42 +234,6 @@ class KLPenalty:
         self._origins.forget()
         self._steps = int(state.get("steps", 0))  # missing in the state of a run without kl.exact_every
 
-    def _measured(
-        self, per_token: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, old_logp: Tensor | None, exact: bool
-    ) -> list[Tensor]:
-        """Return the values of MEASURED, [B, T] each, weighted as the penalty's own and not clamped."""
-        config = self.config
-        own = None if exact or config.max_log_ratio is not None else self.settled.estimator
-        options: dict[str, Any] = {"gradient": "none", "mask": mask}
-        if old_logp is not None:
-            options |= {"old_logp": old_logp, "ratio": config.ratio}
-        return [per_token if name == own else estimate(logp, ref_logp, name, **options) for name in MEASURED]
-
-    def _estimate(self, logp: Tensor, ref_logp: Tensor, mask: Tensor, old_logp: Tensor | None) -> Tensor:
-        """Return the KL from samples, [B, T] in nats."""
-        config = self.config
-        in_reward = config.placement == "reward"
-        if self.settled.estimator == "exact":
-            raise ValueError(
-                "kl.estimator 'exact' needs the divergence over the vocabulary, and none was passed. Pass divergence=, "
-                "from score_pair(…, divergence='reverse_kl'), or use another estimator."
-            )
-        if in_reward and old_logp is not None:
-            raise ValueError(
-                "old_logp has no use with placement 'reward': the trainer weights rewards by its own ratio. Leave it "
-                "out, and pass the scores of the policy that sampled as policy_scores."
-            )
-        return estimate(
-            logp,
-            ref_logp,
-            self.settled.estimator,
-            gradient="none" if in_reward else config.gradient,
-            old_logp=old_logp,
-            mask=mask,
-            ratio=config.ratio,
-            max_log_ratio=config.max_log_ratio,
-        )
-
     def _exact(self, divergences: list[Tensor], logp: Tensor, mask: Tensor, references: int) -> Tensor:
         """Return the KL that the caller computed, [B, T] in nats."""
         if self.config.placement == "reward":
@@ -294,28 +245,12 @@ class KLPenalty:
             raise ValueError(f"Pass one divergence per reference: got {len(divergences)} for {references} references.")
         for one in divergences:
             require_shape("divergence", one, mask.shape, "mask")
-        exact = self._mixture(divergences, "divergence")
+        exact = _mixture(self.config, divergences, "divergence")
         if self.coef and logp.requires_grad and not exact.requires_grad:
             raise ValueError(
                 "divergence carries no grad, so this penalty would train nothing. Take it from score_pair."
             )
         return exact.masked_fill(~mask, 0.0)
-
-    def _mixture(self, parts: list[Tensor], what: str) -> Tensor:
-        """Return Σ w_i part_i. A part of weight 0 is left out, including its inf and NaN."""
-        weights = self.config.reference_weights
-        if not parts:
-            raise ValueError(f"KLPenalty was passed an empty list for its {what}s; it needs at least one.")
-        if weights is None:
-            weights = [1.0 / len(parts)] * len(parts)
-        if len(weights) != len(parts):
-            raise ValueError(
-                f"kl.reference_weights {weights} are for {len(weights)} references, and {len(parts)} were passed. Give "
-                "one weight per reference, or none."
-            )
-        if len(parts) == 1:
-            return parts[0]
-        return torch.stack([w * part for w, part in zip(weights, parts, strict=True) if w > 0]).sum(0)
 
     def _loss(self, per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None) -> Tensor:
         # With coef 0, an infinite divergence must not make the loss NaN: mask all tokens and keep only the graph.
@@ -356,6 +291,88 @@ def global_normalizer(
     if mode != "token-sum":
         count = accelerator.reduce(count, reduction="sum")
     return count.clamp(min=1.0) / accelerator.num_processes
+
+
+def _listed(divergence: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [divergence] if isinstance(divergence, Tensor) else list(divergence)
+
+
+def _mixture(config: KLConfig, parts: list[Tensor], what: str) -> Tensor:
+    """Return Σ w_i part_i. A part of weight 0 is left out, including its inf and NaN."""
+    weights = config.reference_weights
+    if not parts:
+        raise ValueError(f"KLPenalty was passed an empty list for its {what}s; it needs at least one.")
+    if weights is None:
+        weights = [1.0 / len(parts)] * len(parts)
+    if len(weights) != len(parts):
+        raise ValueError(
+            f"kl.reference_weights {weights} are for {len(weights)} references, and {len(parts)} were passed. Give "
+            "one weight per reference, or none."
+        )
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([w * part for w, part in zip(weights, parts, strict=True) if w > 0]).sum(0)
+
+
+def _estimated(config: KLConfig, logp: Tensor, ref_logp: Tensor, mask: Tensor, old_logp: Tensor | None) -> Tensor:
+    """Return the KL from samples, [B, T] in nats."""
+    in_reward, estimator = config.placement == "reward", config.settled().estimator
+    if estimator == "exact":
+        raise ValueError(
+            "kl.estimator 'exact' needs the divergence over the vocabulary, and none was passed. Pass divergence=, "
+            "from score_pair(…, divergence='reverse_kl'), or use another estimator."
+        )
+    if in_reward and old_logp is not None:
+        raise ValueError(
+            "old_logp has no use with placement 'reward': the trainer weights rewards by its own ratio. Leave it "
+            "out, and pass the scores of the policy that sampled as policy_scores."
+        )
+    return estimate(
+        logp,
+        ref_logp,
+        estimator,
+        gradient="none" if in_reward else config.gradient,
+        old_logp=old_logp,
+        mask=mask,
+        ratio=config.ratio,
+        max_log_ratio=config.max_log_ratio,
+    )
+
+
+def _statistics(
+    config: KLConfig,
+    per_token: Tensor,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    old_logp: Tensor | None,
+    divergence: Any,
+) -> Tensor:
+    """Return the statistics of one micro-batch, all tensors [B, T] and detached.
+
+    The values of MEASURED are weighted as the penalty's own and not clamped.
+    """
+    exact = divergence is not None
+    own = None if exact or config.max_log_ratio is not None else config.settled().estimator
+    options: dict[str, Any] = {"gradient": "none", "mask": mask}
+    if old_logp is not None:
+        options |= {"old_logp": old_logp, "ratio": config.ratio}
+    return statistics(
+        per_token,
+        masked_log_ratio(logp, ref_logp, mask),
+        mask,
+        estimates=[per_token if name == own else estimate(logp, ref_logp, name, **options) for name in MEASURED],
+        exact=exact,
+        max_log_ratio=None if exact else config.max_log_ratio,
+    )
+
+
+def _over_ranks(stats: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the statistics of all ranks together; every rank must call this."""
+    on_device = stats.to(accelerator.device)  # fp64, since fp32 counts exactly only up to 2^24
+    sums = accelerator.reduce(on_device[:-1], reduction="sum")
+    peak = accelerator.reduce(on_device[-1:], reduction="max")
+    return with_nan(torch.cat([sums, peak]).to(stats))
 
 
 def _check_comparable(policy_scores: TokenScores, ref_scores: TokenScores, mask: Tensor) -> None:

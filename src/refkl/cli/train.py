@@ -50,12 +50,7 @@ def train(run: ParsedRun) -> int:
     if main and checkpoint is not None:
         console.print(f"resumes from {checkpoint}")
     folder = RunFolder(args.output_dir, write=main, forgiving=config.checkpoint.on_error == "continue")
-    # Resuming from a checkpoint in another run's folder starts a new run.
-    here = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
-    folder.start(run.resolved, resumed=here)
-    if here and main:
-        for path in set_later_aside(Path(str(checkpoint))):
-            console.print(f"renamed, since it is of a later step than the one that this run begins at: {path}")
+    _start(folder, run, checkpoint, console if main else None)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     recorder = RunRecorder(trainer, folder, config, _prompts(data, config.samples.prompts), console)
@@ -88,6 +83,16 @@ def train(run: ParsedRun) -> int:
         )
     accelerator.end_training()  # a process group that is still open when the interpreter exits can abort
     return 130 if stopper.stopped else 0
+
+
+def _start(folder: RunFolder, run: ParsedRun, checkpoint: str | None, console: Console | None) -> None:
+    """Begin the run's folder. `console` is the first rank's; the others have none."""
+    # Resuming from a checkpoint in another run's folder starts a new run.
+    here = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
+    folder.start(run.resolved, resumed=here)
+    if here and console is not None:
+        for path in set_later_aside(Path(str(checkpoint))):
+            console.print(f"renamed, since it is of a later step than the one that this run begins at: {path}")
 
 
 def _resumed_from(resume: ResumeConfig, of_trainer: str | None) -> str | bool | None:

@@ -65,14 +65,7 @@ def sample_texts(
         raise ValueError(
             f"max_new_tokens {max_new_tokens} leaves no room for a prompt: the models take {limit} tokens in all."
         )
-    prompts: list[tuple[int, Any, list[int]]] = []
-    truncated = 0
-    for number, row in enumerate(rows):
-        if row.get("prompt") is None:
-            raise ValueError(f"Row {number} of the data has no 'prompt'.")
-        ids = prompt_ids(tokenizer, row["prompt"], number) or _beginning(tokenizer, number)
-        truncated += room is not None and len(ids) > room
-        prompts.append((number, row["prompt"], ids if room is None else ids[-room:]))
+    prompts, truncated = _prompts(tokenizer, rows, room)
     wanted = [(*prompt, sample) for prompt in prompts for sample in range(samples)]
     chunks = [wanted[at : at + batch_size] for at in range(0, len(wanted), batch_size)]
     device = next(model.parameters()).device
@@ -87,6 +80,21 @@ def sample_texts(
                     for (number, prompt, ids, sample), completion in zip(chunk, drawn, strict=True)
                 ]
     return Texts(texts, room, truncated)
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], room: int | None
+) -> tuple[list[tuple[int, Any, list[int]]], int]:
+    """Return number, prompt and token ids of each row, of at most `room` tokens, and how many were truncated."""
+    prompts: list[tuple[int, Any, list[int]]] = []
+    truncated = 0
+    for number, row in enumerate(rows):
+        if row.get("prompt") is None:
+            raise ValueError(f"Row {number} of the data has no 'prompt'.")
+        ids = prompt_ids(tokenizer, row["prompt"], number) or _beginning(tokenizer, number)
+        truncated += room is not None and len(ids) > room
+        prompts.append((number, row["prompt"], ids if room is None else ids[-room:]))
+    return prompts, truncated
 
 
 def _draw(model: nn.Module, prompts: list[list[int]], length: int, temperature: float) -> list[list[int]]:

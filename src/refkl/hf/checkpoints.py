@@ -230,7 +230,7 @@ class Checkpointing(Trainer):
         answer: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
-                answer[0] = self._chosen(wanted)
+                answer[0] = _chosen(wanted, str(self.args.output_dir), self.resume_reference == "initial")
             except ValueError as error:
                 answer[1] = str(error)
         broadcast_object_list(answer)
@@ -238,32 +238,6 @@ class Checkpointing(Trainer):
             raise ValueError(answer[1])
         self._resumed = answer[0]
         return self._resumed
-
-    def _chosen(self, wanted: str | bool) -> str:
-        initial = self.resume_reference == "initial"
-        if isinstance(wanted, str):
-            checkpoint, advice = Path(wanted), ""
-            why_not = why_not_whole(checkpoint, without_reference=initial)
-            foreign = checkpoint.is_dir() and not any((checkpoint / name).exists() for name in (MARK, BEGUN, RECORD))
-            if why_not is None or (initial and foreign):
-                return wanted
-            if foreign:
-                why_not, advice = f"was not written by refkl ({MARK}), so its reference is not known", _INITIAL
-            elif not initial and why_not_whole(checkpoint, without_reference=True) is None:
-                why_not, advice = f"{why_not}, which is of its reference", _INITIAL
-            raise ValueError(f"{checkpoint} {why_not}. {advice or self._others(checkpoint)}".rstrip())
-        found = newest_whole(Path(str(self.args.output_dir)), without_reference=initial)
-        for skipped in found.skipped:
-            logger.warning(f"{skipped}: it is not resumed from.")
-        if found.path is None:
-            seen = f": {'; '.join(found.skipped)}" if found.skipped else ", nor any other"
-            raise ValueError(f"There is no whole checkpoint in {self.args.output_dir}{seen}. Train from the start.")
-        return str(found.path)
-
-    @staticmethod
-    def _others(checkpoint: Path) -> str:
-        whole = newest_whole(checkpoint.parent, contents=False).path
-        return "" if whole is None else f"{whole} is the newest that is whole."
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore, on resume, the controller and the reference that the checkpoint was trained against.
@@ -325,3 +299,39 @@ class Checkpointing(Trainer):
             raise ValueError(f"{error} The state is {path}.") from None
         if kind == "fixed":
             self.penalty.controller.coef = coef  # a setting, not a state: this run's value applies
+
+
+def _chosen(wanted: str | bool, output_dir: str, initial: bool) -> str:
+    """Return the checkpoint to resume from.
+
+    Args:
+        wanted: a checkpoint's folder, or True for the newest complete one of `output_dir`.
+        output_dir: the run's folder.
+        initial: True if the checkpoint's own reference is not needed.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or the given one is not complete.
+    """
+    if isinstance(wanted, str):
+        checkpoint, advice = Path(wanted), ""
+        why_not = why_not_whole(checkpoint, without_reference=initial)
+        foreign = checkpoint.is_dir() and not any((checkpoint / name).exists() for name in (MARK, BEGUN, RECORD))
+        if why_not is None or (initial and foreign):
+            return wanted
+        if foreign:
+            why_not, advice = f"was not written by refkl ({MARK}), so its reference is not known", _INITIAL
+        elif not initial and why_not_whole(checkpoint, without_reference=True) is None:
+            why_not, advice = f"{why_not}, which is of its reference", _INITIAL
+        raise ValueError(f"{checkpoint} {why_not}. {advice or _others(checkpoint)}".rstrip())
+    found = newest_whole(Path(output_dir), without_reference=initial)
+    for skipped in found.skipped:
+        logger.warning(f"{skipped}: it is not resumed from.")
+    if found.path is None:
+        seen = f": {'; '.join(found.skipped)}" if found.skipped else ", nor any other"
+        raise ValueError(f"There is no whole checkpoint in {output_dir}{seen}. Train from the start.")
+    return str(found.path)
+
+
+def _others(checkpoint: Path) -> str:
+    whole = newest_whole(checkpoint.parent, contents=False).path
+    return "" if whole is None else f"{whole} is the newest that is whole."

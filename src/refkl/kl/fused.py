@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refkl.kl.divergence_rows import first_order
 from refkl.kl.job import Inputs, Job, Values
-from refkl.kl.tiles import Walk, outputs
+from refkl.kl.walk import Walk, outputs
 
 
 def score(inputs: Inputs, job: Job) -> Values:
