@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from refkl.backend.modules import named_weights
+from refkl.backend.modules import named_weights, parameters_in, submodules
 from refkl.backend.zero import full_shape, gathered, is_partitioned, local_shard
 
 
@@ -54,6 +55,15 @@ class Block(NamedTuple):
                 whole += (self.start[dim] + index) * strides[dim]
             first = self.start[split] * strides[split] if self.shape else 0
             yield Run(number * length, whole + first, length)
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Return True if ranks hold parts of the model's weights, so that every rank must run a forward together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    modules = submodules(model)
+    wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules)
+    return wrapped or any(map(is_partitioned, parameters_in(modules)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from refkl.reference.weights.identity import Identity
 from refkl.reference.weights.pairing import Pair
 from refkl.reference.weights.saved import Saved
 from refkl.scoring import ScoredLogits, completion_logits
+from refkl.scoring.row_proof import Apart, rows_apart
 from refkl.types import MemoryReport, TokenBatch, TokenScores
 
 
@@ -54,6 +55,7 @@ class HeldReference(Reference):
         self.use = Use() if borrowed_from is None else use_of(borrowed_from)
         self._active: nn.Module | None = None
         self._conditions = Conditions(self)
+        self._apart: Apart | None = None
         self.weights_freed = False
         """True once `free_weights` dropped the weights: only the score conditions are known from then on."""
 
@@ -159,6 +161,14 @@ class HeldReference(Reference):
     def collective(self) -> bool:
         several = dist.is_initialized() and dist.get_world_size() > 1
         return several and not self.weights_freed and self.holds_parts()
+
+    def why_not_by_row(self, batch: TokenBatch) -> str | None:
+        if self._apart is None and self.weights_freed:
+            return None  # the cache was filled by another process, which kept no row that may not be kept
+        if self._apart is None:
+            with self.scoring(batch) as (model, moved):
+                self._apart = rows_apart(model, moved)
+        return self._apart.why_not(batch)
 
     def score_conditions(self, batch: TokenBatch) -> dict[str, Any]:
         return self._conditions.of(batch)

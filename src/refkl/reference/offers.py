@@ -56,6 +56,14 @@ class Offers:
         """Keep the reference active over consecutive scores with nothing between them: its weights move only once."""
         return nullcontext()
 
+    def why_not_by_row(self, batch: TokenBatch) -> str | None:
+        """Return why the rows of this batch must be scored together, so that no cache may keep their scores.
+
+        None, the default, says that the scores of a row depend on nothing but its own tokens. Every rank must call if
+        weights are sharded.
+        """
+        return None
+
     def sharing_work_with(self, policy: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
         """Share work between a score of the policy and one of the reference on the same batch, while this is open."""
         return nullcontext()

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
-from refkl.backend import detect, learned_prompt, unwrap
+from refkl.backend import detect, holds_shards, learned_prompt, unwrap
 from refkl.config import ReferenceConfig
 from refkl.messages import nearest, unknown
 from refkl.reference.cached.reference import CachedReference
@@ -21,6 +22,7 @@ from refkl.reference.strategies.fsdp2 import FSDP2Reference
 from refkl.reference.strategies.shared_trunk import SharedTrunkReference
 from refkl.reference.strategies.swap import SwapReference
 from refkl.reference.strategies.zero3 import Zero3Reference
+from refkl.scoring import check_causal
 from refkl.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -81,8 +83,9 @@ def build_reference(
         A Reference. `.strategy` is the name of its strategy, and `.reason` says in a sentence why it was chosen.
 
     Raises:
-        ValueError: the name is unknown; the strategy cannot work here (the message gives the reason and the strategy to
-            use instead); the KL floor of a quantised reference is above `reference.max_kl_floor`.
+        ValueError: the policy is no causal language model; the name is unknown; the strategy cannot work here (the
+            message gives the reason and the strategy to use instead); the KL floor of a quantised reference is above
+            `reference.max_kl_floor`.
     """
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
@@ -95,6 +98,7 @@ def build_reference(
         raise ValueError("calibration was given, but reference.quantize is not set. Set it, or leave calibration out.")
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
     _check_source(request)
+    check_causal(policy, accelerator.device if accelerator is not None and holds_shards(policy) else _device(policy))
     if config.strategy == "auto":
         if config.options:
             raise ValueError(
@@ -184,6 +188,10 @@ def _cheapest(names: list[str], request: BuildRequest) -> str:
     """Return the strategy with the fewest bytes on the device, then on the host; the first of equals."""
     costs = {name: STRATEGIES[name].cost(request) for name in names}
     return min(names, key=lambda name: (costs[name].device, costs[name].host))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _check_source(request: BuildRequest) -> None:

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.utils import logging
 
 from refkl.backend import communicating_device, evaluating
 from refkl.reference.cached.row_keys import describe
 from refkl.scoring import score_model
 from refkl.scoring.in_parts import free_tokens, in_parts
 from refkl.scoring.packing.pack import can_pack
+from refkl.scoring.row_proof import rows_apart
 from refkl.types import TokenBatch, TokenScores
 
 if TYPE_CHECKING:
     from refkl.reference.held import HeldReference
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -38,6 +42,9 @@ def score_held(held: HeldReference, batch: TokenBatch, **options: Any) -> TokenS
         limit = _most_tokens(held, model, moved.input_ids.device)
         if limit is None or (moved.input_ids.numel() <= limit and not held.collective):
             return score(moved).to(batch.input_ids.device)
+        if not moved.model_inputs and (why_not := rows_apart(model, moved).why_not(moved)) is not None:
+            logger.warning_once(f"The reference scores each batch in one forward pass, whatever its size: {why_not}.")
+            limit = max(limit, moved.input_ids.numel())
 
         def rounds(parts: int) -> int:
             return _most_over_ranks(parts) if held.collective else parts

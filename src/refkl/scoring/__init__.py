@@ -1,6 +1,7 @@
 """Model + TokenBatch -> TokenScores. The only place where tokens are shifted."""
 
-from refkl.scoring.call import Call, ScoredLogits, completion_logits, prepare
+from refkl.scoring.call import Call
+from refkl.scoring.forward import ScoredLogits, check_causal, completion_logits, prepare
 from refkl.scoring.head.linear_head import Head, HeadError
 from refkl.scoring.head.probe import find_head
 from refkl.scoring.score import (
@@ -21,6 +22,7 @@ __all__ = [
     "HeadError",
     "Scored",
     "ScoredLogits",
+    "check_causal",
     "completion_logits",
     "find_head",
     "prepare",

@@ -1,4 +1,4 @@
-"""One forward pass of a causal language model, and the logits that predict the scored tokens.
+"""The arguments of a causal language model's forward, and which of its outputs predict the scored tokens.
 
 Token t is predicted by the logits at position t - 1: this shift happens here and nowhere else.
 Notation: B sequences, T tokens, K columns in which some sequence has a scored token, V vocabulary, H hidden width.
@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from refkl.backend import base_model, learned_prompt
-from refkl.backend.exclusive import use_of
 from refkl.backend.learned_prompt import OF_PROMPTS, active_prompt
-from refkl.scoring.packing.pack import pack
+from refkl.scoring.packing.pack import Packed
 from refkl.scoring.packing.packed_batch import PackedBatch, scored_columns
 from refkl.types import TokenBatch
 
@@ -92,21 +91,8 @@ class Call:
         return kept.new_zeros(shape).index_copy(1, self.columns, kept)
 
 
-@dataclass(frozen=True, eq=False)
-class ScoredLogits:
-    """The logits that predict the columns of a batch that hold scored tokens."""
-
-    call: Call
-    logits: Tensor
-    """[B, K, V], in the model's dtype, with grad if the forward had it."""
-    hidden: Tensor | None
-    """[B, K, H] what entered the output head, if asked for."""
-    outputs: Any
-    """The model's own output object."""
-
-
-def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
-    """Return the arguments to call a model with, packed where that is exact and costs less.
+def plain_call(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
+    """Return the arguments to call a model with, for the batch as it is.
 
     Args:
         model: a causal language model, bare or inside PEFT, DDP, DeepSpeed.
@@ -137,45 +123,16 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
     if prompt is None and learned_prompt(model) is not None:
         given.pop(OF_PROMPTS, None)  # the prompt is off, and without it the model would get them
     inside = None if position_ids is None or prompt is None else prompt.positions(position_ids)
-    call = Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
-    if forward or (packed := pack(model, batch)) is None:
-        return call
+    return Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
+
+
+def packed_call(call: Call, packed: Packed) -> Call:
+    """Return the call with the packed row in place of the batch."""
     one_row = {"input_ids": packed.batch.input_ids, "attention_mask": packed.mask}
     one_row["position_ids"] = packed.batch.position_ids
-    if "logits_to_keep" in inputs:
+    if "logits_to_keep" in call.inputs:
         one_row["logits_to_keep"] = packed.batch.keep
     return replace(call, inputs={**call.inputs, **one_row}, packed=packed.batch)
-
-
-def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
-    """Run the model, as it is wrapped, and keep what predicts the scored tokens: the logits in full.
-
-    Args:
-        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed. Its wrapper is called, once, so that
-            the wrapper's hooks and gathers happen.
-        batch: the tokens.
-        hidden: also keep the states that enter the output head.
-        forward: further arguments for the model's forward.
-
-    Raises:
-        ValueError: as `prepare`; the output is not one row per token; a reference has borrowed the model in this
-            thread, so it is not itself now.
-    """
-    captured: list[Tensor] = []
-    with use_of(model).running():
-        call = prepare(model, batch, **forward)
-        hook = _capture_head_input(base_model(model), captured) if hidden else None
-        try:
-            outputs = call.run(model)
-        finally:
-            if hook is not None:
-                hook.remove()
-    return ScoredLogits(
-        call=call,
-        logits=call.predicting(outputs.logits),
-        hidden=call.predicting(captured[0]) if captured else None,
-        outputs=outputs,
-    )
 
 
 def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> Tensor | None:
@@ -190,15 +147,6 @@ def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> 
     if "position_ids" not in accepted or media:
         return None  # with images and the like, models count positions in their own way
     return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _capture_head_input(base: nn.Module, captured: list[Tensor]) -> Any:
-    head = base.get_output_embeddings()  # type: ignore[operator]
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        captured.append(args[0])
-
-    return head.register_forward_pre_hook(keep)
 
 
 @lru_cache(maxsize=64)

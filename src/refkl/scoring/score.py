@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from refkl.backend.exclusive import use_of
 from refkl.kl import linear_logp, linear_pair, token_logp
 from refkl.kl.job import Observer
-from refkl.scoring.call import Call, ScoredLogits, completion_logits, prepare
+from refkl.scoring.call import Call
+from refkl.scoring.forward import ScoredLogits, completion_logits, prepare
 from refkl.scoring.head.linear_head import Head, HeadError
 from refkl.scoring.head.probe import distrust, find_head
 from refkl.scoring.head.redirect import redirected

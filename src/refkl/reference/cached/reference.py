@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import nn
+from transformers.utils import logging
 
 from refkl.backend import Weight
 from refkl.reference.cached.score_cache import CacheStats, ScoreCache, each
@@ -17,6 +18,8 @@ from refkl.reference.contract import Reference
 from refkl.reference.cost import Cost
 from refkl.reference.request import BuildRequest
 from refkl.types import KLFloor, MemoryReport, TokenBatch, TokenScores
+
+logger = logging.get_logger(__name__)
 
 _WITHOUT_CACHE = "Build the reference without cache, or score log-probabilities."
 
@@ -71,6 +74,10 @@ class CachedReference(Reference):
 
         if not self._freed:
             self._uncached.before_scoring(batch)  # also for rows in the cache
+        if (why_not := self._uncached.why_not_by_row(batch)) is not None:
+            self._refuse_freed(why_not)
+            logger.warning_once(f"reference.cache is not used for a batch that must be scored together: {why_not}.")
+            return run(batch)
         conditions = self._uncached.score_conditions(batch)
         together = self._uncached.collective
         options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "together": together}
@@ -83,6 +90,11 @@ class CachedReference(Reference):
         if not self._freed:
             self._uncached.follow_policy()  # afterwards it is known if the reference is sharded
         for batch in each(batches, together=self._uncached.collective):
+            if free and (why_not := self._uncached.why_not_by_row(batch)) is not None:
+                raise ValueError(
+                    f"The scores of these rows cannot come from a cache, since {why_not}. Leave free out, and score "
+                    "them as they come."
+                )
             self.score(batch, temperature=temperature, entropy=entropy)
         self._cache.write()
         if dist.is_initialized():
@@ -101,6 +113,13 @@ class CachedReference(Reference):
         self._uncached.follow_policy()
         self._cache.write()
         self._freed = self._uncached.free_weights()
+
+    def _refuse_freed(self, why_not: str) -> None:
+        if self._freed:
+            raise ValueError(
+                f"This batch must be scored together, since {why_not}, and the reference's weights were freed. Build "
+                "it again and do not free the weights."
+            )
 
     def _held(self, what: str) -> Reference:
         """Return the uncached reference; raise ValueError if its weights were freed, so that it cannot `what`."""
@@ -195,6 +214,9 @@ class CachedReference(Reference):
     @property
     def collective(self) -> bool:
         return self._uncached.collective
+
+    def why_not_by_row(self, batch: TokenBatch) -> str | None:
+        return self._uncached.why_not_by_row(batch)
 
     @property
     def one_sweep(self) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from refkl.backend import named_weights
 from refkl.reference.streamed.row_chunks import CHUNK_TOKENS, _joined, _leaves, _OneRow, _rebuilt
 from refkl.reference.streamed.units import Unit, units_of, unstreamable
-from refkl.scoring.call import prepare
+from refkl.scoring import prepare
 from refkl.types import TokenBatch
 
 

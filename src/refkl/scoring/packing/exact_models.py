@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel, PeftType
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from refkl.backend import own_class, submodules
+from refkl.backend import own_class, submodules, unwrap
 from refkl.scoring.packing.attention_kernels import no_masks
 
 # fmt: off
@@ -38,18 +39,19 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
     EXACT lists the classes, because only a model's code says whether it can. The list leaves out models with a state
     (Mamba, hybrids), with a bias by distance (ALiBi), with chunked or sparse attention, and encoder-decoders.
     """
-    kind = own_class(base)
-    name = kind.__name__
-    if not kind.__module__.startswith("transformers.models.") or name not in EXACT:
-        return f"{name} is not among the models for which that is known to be exact"
+    if not is_listed(base):
+        return f"{own_class(base).__name__} is not among the models for which that is known to be exact"
     config: Any = base.config
+    if (adapter := _by_row(model)) is not None:
+        return adapter
     if (attention := no_masks(base)) is not None:
         return attention
     if getattr(config, "alibi", False):
         return "its attention has a bias by distance (ALiBi)"
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of {', '.join(sorted(others))}"
-    if scaled := _rope_types(config) & {"dynamic", "longrope"}:
+    types = {str(settings["rope_type"]) for settings in rope_settings(config) if "rope_type" in settings}
+    if scaled := types & {"dynamic", "longrope"}:
         return f"its positions are scaled by the longest row ({', '.join(sorted(scaled))})"
     if getattr(config, "output_router_logits", False):
         return "its router's auxiliary loss counts the tokens of the batch as it is"
@@ -58,8 +60,27 @@ def why_not(model: nn.Module, base: nn.Module) -> str | None:
     return None
 
 
-def _rope_types(config: Any) -> set[str]:
-    """Return the RoPE types of all layers; they may be told apart by their kind."""
+def is_listed(base: nn.Module) -> bool:
+    """Return True if the class is on the list: a causal language model that computes each row by itself."""
+    kind = own_class(base)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in EXACT
+
+
+def _by_row(model: nn.Module) -> str | None:
+    """Return why an active adapter cannot be given a packed row: it treats a row by what the row holds."""
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        return None
+    for name in inner.active_adapters:
+        config = inner.peft_config[name]
+        if getattr(config, "alora_invocation_tokens", None) is not None:  # only LoRA's configuration has it
+            return f"its adapter {name!r} (aLoRA) looks for its invocation tokens in each row"
+        if config.peft_type == PeftType.XLORA:
+            return f"its adapter {name!r} (X-LoRA) weights its experts by the row"
+    return None
+
+
+def rope_settings(config: Any) -> list[dict[str, Any]]:
+    """Return the RoPE settings of all layers; they may be told apart by the layer's kind."""
     settings = getattr(config, "rope_parameters", None) or {}
-    each = [settings, *(x for x in settings.values() if isinstance(x, dict))]
-    return {str(x["rope_type"]) for x in each if "rope_type" in x}
+    return [settings, *(x for x in settings.values() if isinstance(x, dict))]

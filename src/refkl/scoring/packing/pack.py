@@ -51,7 +51,21 @@ def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
                 "prefix 'off' says that this is meant."
             )
         return None
-    mask = _mask(base, packed, work.seen(packed, pairs_per_token(base)), batch)
+    seen = work.seen(packed, pairs_per_token(base))
+    if not saves(base, packed, seen, batch, dense=_dense(base)):
+        return None
+    mask = _mask(base, packed, seen)
+    return None if mask is None else Packed(packed, mask)
+
+
+def pack_for_proof(model: nn.Module, batch: TokenBatch) -> Packed | None:
+    """Pack a batch whatever it costs, for a model of which `why_not` gives no reason against it.
+
+    Returns None if the model's attention window is shorter than a row, and not known by its layers' types.
+    """
+    base, packed = base_model(model), pack_tokens(batch)
+    assert packed is not None, "its rows have scored tokens and no holes"
+    mask = _mask(base, packed, Seen(packed, pairs_per_token(base)))
     return None if mask is None else Packed(packed, mask)
 
 
@@ -101,12 +115,16 @@ _ONCE: WeakKeyDictionary[TokenBatch, _Work] = WeakKeyDictionary()
 """The batches for which `packed_once` is open."""
 
 
-def _mask(base: nn.Module, packed: PackedBatch, seen: Seen, batch: TokenBatch) -> Any:
-    """Return the attention mask to give the model, or None if the batch as it is costs less."""
+def _dense(base: nn.Module) -> bool:
+    """Return True if the model's attention is given masks in full, [N, N]."""
     config: Any = base.config
-    dense = config._attn_implementation == "eager"
-    if not saves(base, packed, seen, batch, dense=dense):
-        return None
+    return bool(config._attn_implementation == "eager")
+
+
+def _mask(base: nn.Module, packed: PackedBatch, seen: Seen) -> Any:
+    """Return the attention mask to give the model, or None if it has no way to tell the model of its window."""
+    config: Any = base.config
+    dense = _dense(base)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     short = window is None or packed.longest() <= window

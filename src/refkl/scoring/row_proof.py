@@ -1,0 +1,267 @@
+"""What a model does with the rows of a batch, found by running it on three short rows.
+
+Packing, padding, scoring in parts and caching all rest on one property: the scores of a row depend on nothing but its
+own tokens. A class name does not tell it. An adapter may look for its tokens in each row, noise may be scaled by the
+length of a row, a hook may average over the batch. So before a batch is packed or split, the model computes three rows
+in the ways in question, as it is at that time: its mode, hooks and adapters included. The answers are kept for as long
+as the model stays in that state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from refkl.backend import base_model, submodules, unwrap
+from refkl.backend.modules import dropout_rates
+from refkl.scoring.call import Call, packed_call, plain_call
+from refkl.scoring.packing.exact_models import rope_settings, why_not
+from refkl.scoring.packing.pack import pack_for_proof
+from refkl.types import TokenBatch
+
+_PROMPT, _ENDS = 4, (5, 2)
+"""Tokens of the shared prompt, and of what follows it in the first two rows."""
+_OTHER = 5
+"""Tokens of the third row."""
+_ROUNDING, _ROUNDING_16_BIT = 1e-3, 0.1
+"""Mean difference of a row's log-probabilities, as a share of their spread over the vocabulary, up to which it counts
+as rounding. In 16 bits, or with quantised weights, one batch rounds otherwise than another."""
+_LEAST_SPREAD = 0.01
+"""Spread below which all differences are rounding: of a head that is zero."""
+_STATES = 8
+"""States of a model whose answers are kept, such as training, evaluation, and without its adapter."""
+
+
+@dataclass(frozen=True)
+class RowProof:
+    """Reasons against what may be done with rows, each the end of a sentence; None if it may be done."""
+
+    causal: str | None = None
+    """Against scoring at all: a later token changes an earlier score."""
+    apart: str | None = None
+    """Against scoring rows in several batches."""
+    left: str | None = None
+    """Against padding before a row's tokens."""
+    packed: str | None = None
+    """Against a packed row."""
+
+
+def row_proof(model: nn.Module, batch: TokenBatch) -> RowProof:
+    """Return what the model, as it is now, does with rows. Runs it on three rows of 5 to 9 tokens, once per state.
+
+    If weights are sharded, every rank must call. The model's mode, buffers and torch's random state are left as they
+    were.
+
+    Args:
+        model: a causal language model, bare or wrapped.
+        batch: a batch that it is to score; its device is used, and its tokens if the model has no configuration.
+    """
+    inner = model if isinstance(model, FullyShardedDataParallel) else unwrap(model)  # it gathers its flat parameters
+    known = _KNOWN.setdefault(inner, {})
+    key = _state(inner, batch)
+    if key not in known:
+        while len(known) >= _STATES:
+            del known[next(iter(known))]
+        known[key] = RowProof()  # what runs below must not ask again
+        try:
+            known[key] = _prove(inner, batch)
+        except BaseException:
+            del known[key]
+            raise
+    return known[key]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The conditions under which a model's rows may be scored in several batches."""
+
+    proof: RowProof
+    scaled_from: int | None
+    """Length from which on the model's RoPE depends on the longest row of a batch; None if it never does."""
+
+    def why_not(self, batch: TokenBatch) -> str | None:
+        """Return why the rows of this batch must be scored in one batch; None if they need not."""
+        if self.proof.apart is not None or self.scaled_from is None:
+            return self.proof.apart
+        positions = batch.position_ids
+        longest = batch.attention_mask.sum(1).max() if positions is None else positions.max() + 1
+        if int(longest) < self.scaled_from:
+            return None
+        return f"its position encoding is scaled by the longest row of a batch from {self.scaled_from} tokens on"
+
+
+def rows_apart(model: nn.Module, batch: TokenBatch) -> Apart:
+    """Return what decides if rows may be scored apart. If weights are sharded, every rank must call."""
+    config: Any = getattr(base_model(model), "config", None)
+    return Apart(row_proof(model, batch), None if config is None else _scaled_from(config))
+
+
+def _scaled_from(config: Any) -> int | None:
+    """Return the length from which on a model's RoPE depends on the longest row of a batch; None if it never does."""
+    text = config.get_text_config()
+    lengths = []
+    for settings in rope_settings(text):
+        if settings.get("rope_type") in ("dynamic", "longrope"):
+            original = settings.get("original_max_position_embeddings")
+            lengths.append(int(original or text.max_position_embeddings))
+    return min(lengths, default=None)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Any, RowProof]] = WeakKeyDictionary()
+
+
+def _state(model: nn.Module, batch: TokenBatch) -> Any:
+    """Return what may change between two scores of a model: modes, hooks, replaced forwards, adapters."""
+    device = batch.input_ids.device
+    found: list[Any] = [device, torch.is_autocast_enabled(device.type)]
+    for module in submodules(model):
+        own = module.__dict__
+        found.append(own["training"])
+        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+            if hooks:
+                found.extend(map(_code_of, hooks.values()))
+        if "forward" in own:
+            found.append(id(own["forward"]))
+        if "_active_adapter" in own:  # PEFT's layers
+            found.append((str(own["_active_adapter"]), own.get("_disable_adapters")))
+    return hash(tuple(found))
+
+
+def _code_of(hook: Any) -> int:
+    """Return the identity of a hook's code: the same for hooks that are registered anew for each score."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)
+    return id(getattr(hook, "__code__", hook))
+
+
+def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:
+    base = base_model(model)
+    rows = _rows(base, batch)
+    alone = [_own_tokens(rows, row) for row in range(3)]
+    with _untouched(model, batch.input_ids.device):
+        run = partial(_logp, model)
+        together = run(rows)
+        if model.training and not _close(together, run(rows), rows.completion_mask, 0.0):
+            random = "it draws random numbers besides dropout, and their scale may depend on the row's length"
+            return RowProof(packed=random)
+        spread = _spread(model, alone[0])
+        tolerance = _rounding(base, batch) * max(spread, _LEAST_SPREAD) if math.isfinite(spread) else math.inf
+        single = [run(one) for one in alone]
+        again = run(_last_token_changed(alone[1]))
+        causal = apart = left = packed = None
+        if not _close(single[1][:, :-1], again[:, :-1], alone[1].completion_mask[:, :-1], tolerance):
+            causal = "a token's score depends on tokens after it"
+        elif not _same_row(together, single[1], rows, 1, tolerance):
+            apart = "a row's scores depend on the other rows of its batch"
+        elif not _same_row(together, single[2], rows, 2, tolerance):
+            left = "its scores depend on the padding before a row"
+        if why_not(model, base) is None and (one := pack_for_proof(model, rows)) is not None:
+            scored = _through(model, packed_call(plain_call(model, rows), one))
+            if not _close(scored, together, rows.completion_mask, tolerance):
+                packed = "its scores, as it is wrapped and with its adapters, change in a packed row"
+    return RowProof(causal, apart, left, packed)
+
+
+def _rows(base: nn.Module, batch: TokenBatch) -> TokenBatch:
+    """Return three rows [3, 9]: two of one prompt, the second padded at the end, and another, padded before it."""
+    config: Any = getattr(base, "config", None)
+    if config is None:
+        tokens = batch.input_ids.unique()
+    else:
+        text = config.get_text_config()
+        special = {v for c in (config, text) for k, v in vars(c).items() if k.endswith("_token_id") and type(v) is int}
+        # Neighbouring numbers are often variants of one word; a stride that is prime to most sizes spreads them.
+        tokens = torch.tensor([t for t in range(text.vocab_size) if t not in special][:: max(1, text.vocab_size // 61)])
+    width = _PROMPT + _ENDS[0]
+    count = _PROMPT + sum(_ENDS) + _OTHER
+    drawn = tokens.to(batch.input_ids.device)[(torch.arange(count) * 7 + 3) % len(tokens)].to(batch.input_ids.dtype)
+    prompt, rest = drawn[:_PROMPT], drawn[_PROMPT:]
+    ids = batch.input_ids.new_zeros(3, width)
+    mask = torch.zeros_like(ids)
+    ids[0] = torch.cat([prompt, rest[: _ENDS[0]]])
+    ids[1, : _PROMPT + _ENDS[1]] = torch.cat([prompt, rest[_ENDS[0] : sum(_ENDS)]])
+    ids[2, width - _OTHER :] = rest[sum(_ENDS) :]
+    mask[0], mask[1, : _PROMPT + _ENDS[1]], mask[2, width - _OTHER :] = 1, 1, 1
+    scored = mask.bool().clone()
+    scored[:2, :_PROMPT], scored[2, : width - _OTHER + 2] = False, False
+    return TokenBatch(ids, mask, scored, prefix="off")
+
+
+def _own_tokens(rows: TokenBatch, row: int) -> TokenBatch:
+    real = rows.attention_mask[row].bool()
+    one = [x[row, real][None] for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)]
+    return TokenBatch(*one, prefix="off")
+
+
+def _last_token_changed(row: TokenBatch) -> TokenBatch:
+    ids = row.input_ids.clone()
+    ids[:, -1] = ids[:, 0]
+    return TokenBatch(ids, row.attention_mask, row.completion_mask, prefix="off")
+
+
+def _spread(model: nn.Module, batch: TokenBatch) -> float:
+    """Return the standard deviation of the logits over the vocabulary."""
+    logits = plain_call(model, batch).run(model).logits.float()
+    return float(logits.std(-1).mean())
+
+
+def _logp(model: nn.Module, batch: TokenBatch) -> Tensor:
+    return _through(model, plain_call(model, batch))
+
+
+def _through(model: nn.Module, call: Call) -> Tensor:
+    """Return [B, T] log-probabilities in fp32, 0.0 where not scored."""
+    logits = call.predicting(call.run(model).logits).float()
+    return call.spread(logits.log_softmax(-1).gather(-1, call.targets[..., None])[..., 0])
+
+
+def _same_row(together: Tensor, single: Tensor, rows: TokenBatch, row: int, tolerance: float) -> bool:
+    real = rows.attention_mask[row].bool()
+    return _close(together[row, real][None], single, rows.completion_mask[row, real][None], tolerance)
+
+
+def _close(one: Tensor, other: Tensor, mask: Tensor, tolerance: float) -> bool:
+    """Return True if the mean differences of each row are within the tolerance. Equal NaN count as equal."""
+    difference = torch.where(one.isnan() & other.isnan(), 0.0, (one - other).abs())
+    mean = (difference * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return bool((mean <= tolerance).all())
+
+
+def _rounding(base: nn.Module, batch: TokenBatch) -> float:
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in base.parameters())
+    exact = exact and not torch.is_autocast_enabled(batch.input_ids.device.type)
+    return _ROUNDING if exact else _ROUNDING_16_BIT
+
+
+@contextmanager
+def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run the model without gradients and dropout while open; restore its buffers and torch's random state."""
+    modules = submodules(model)
+    rates = [(m, rates) for m in modules if m.training and (rates := dropout_rates(m))]
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        try:
+            for module, values in rates:
+                for name in values:
+                    setattr(module, name, 0.0)
+            yield
+        finally:
+            for module, values in rates:
+                for name, value in values.items():
+                    setattr(module, name, value)
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
