@@ -23,9 +23,10 @@ from refkl import (
     score_tokens,
     trainable_parameters,
 )
-from refkl.backend import Backend, decoder_layers
+from refkl.backend import Backend, decoder_layers, evaluating
 from refkl.reference import BuildRequest, CloneReference, SharedTrunkReference, Step
 from refkl.reference.strategies.shared_trunk import _differs
+from refkl.scoring import prepare
 
 LAYERS, DEPTH = 4, 2
 
@@ -85,6 +86,11 @@ def _runs(*models: nn.Module) -> Iterator[list[int]]:
         for place, layer in enumerate(layers):
             attention = next(m for name, m in layer.named_children() if "attn" in name or name == "attention")
             hooks.append(attention.register_forward_pre_hook(lambda *_, place=place: count(place)))
+    for model in models:  # a packed row is tried once in each state, and counting is a new one
+        prepare(model, batch())
+        with evaluating(model):
+            prepare(model, batch())
+    counts[:] = [0] * LAYERS
     yield counts
     for hook in hooks:
         hook.remove()
