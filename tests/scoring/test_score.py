@@ -250,7 +250,7 @@ def test_positions_that_the_model_does_not_take_are_refused():
 
 def test_an_output_of_another_length_is_refused():
     ids = torch.tensor([[3, 1, 4, 2]])
-    with pytest.raises(ValueError, match=r"gave 6 positions for 4 tokens"):
+    with pytest.raises(ValueError, match=r"gave \d+ positions for \d+ tokens"):
         score_tokens(Bigram(extra=2), TokenBatch(ids, torch.ones(1, 4), torch.tensor([[0, 1, 0, 1]])))
 
 

@@ -52,8 +52,8 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
         ValueError: the batch has position ids and the model takes none; a learned prompt that would be dropped, or that
             leaves no place for one of the model_inputs.
     """
-    _check_rows(model, batch)
     call = plain_call(model, batch, **forward)
+    _check_rows(model, batch)
     if forward:
         return call
     packed = pack(model, batch)

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ def row_proof(model: nn.Module, batch: TokenBatch) -> RowProof:
         batch: a batch that it is to score; its device is used, and its tokens if the model has no configuration.
     """
     inner = model if isinstance(model, FullyShardedDataParallel) else unwrap(model)  # it gathers its flat parameters
+    if inner in _BY_CODE:
+        return _judged(inner)
     known = _KNOWN.setdefault(inner, {})
     key = _state(inner, batch)
     if key not in known:
@@ -117,6 +119,31 @@ def _scaled_from(config: Any) -> int | None:
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, RowProof]] = WeakKeyDictionary()
+_BY_CODE: WeakSet[nn.Module] = WeakSet()
+"""Models that are too costly to run for a proof."""
+_LIBRARIES = {"torch", "transformers", "peft", "accelerate", "deepspeed", "refkl", "bitsandbytes", "torchao"}
+
+
+def judge_by_code(model: nn.Module) -> None:
+    """Take a model's class, and hooks of known libraries, for proof that its rows may be packed and split.
+
+    For a model whose weights are moved to the device in each forward pass, as a reference in host memory: a proof would
+    move them several times.
+    """
+    _BY_CODE.add(unwrap(model))
+
+
+def _judged(model: nn.Module) -> RowProof:
+    for module in submodules(model):
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in module.__dict__:
+            functions.append(module.__dict__["forward"])
+        for function in functions:
+            package = str(getattr(_inner(function), "__module__", None)).split(".")[0]
+            if package not in _LIBRARIES:
+                why = f"a hook of {package} is in it, and its weights are in host memory, so that it is not tried"
+                return RowProof(apart=why, packed=why)
+    return RowProof()
 
 
 def _state(model: nn.Module, batch: TokenBatch) -> Any:
@@ -126,25 +153,31 @@ def _state(model: nn.Module, batch: TokenBatch) -> Any:
     for module in submodules(model):
         own = module.__dict__
         found.append(own["training"])
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-            if hooks:
-                found.extend(map(_code_of, hooks.values()))
+        functions = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
         if "forward" in own:
-            found.append(_code_of(own["forward"]))
+            functions.append(own["forward"])
+        for function in functions:
+            if code := _code_of(function):
+                found.append(code)
         if "_active_adapter" in own:  # PEFT's layers
             found.append((str(own["_active_adapter"]), own.get("_disable_adapters")))
-    return hash(tuple(x for x in found if x is not None))
+    return hash(tuple(found))
 
 
-def _code_of(function: Any) -> int | None:
-    """Return the identity of a hook's code, the same if the hook is registered anew for each score; None for refkl's
-    own, which changes no score."""
+def _code_of(function: Any) -> int:
+    """Return the identity of a hook's code, the same if the hook is registered anew for each score; 0 for refkl's own,
+    which changes no score."""
+    function = _inner(function)
+    if getattr(function, "__globals__", {}).get("__name__", "").startswith("refkl."):
+        return 0
+    return id(getattr(function, "__code__", function))
+
+
+def _inner(function: Any) -> Any:
+    """Return the function in partial objects and methods."""
     while isinstance(function, partial):
         function = function.func
-    function = getattr(function, "__func__", function)
-    if getattr(function, "__globals__", {}).get("__name__", "").startswith("refkl."):
-        return None
-    return id(getattr(function, "__code__", function))
+    return getattr(function, "__func__", function)
 
 
 def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:

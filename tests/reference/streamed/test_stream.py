@@ -19,6 +19,7 @@ from torch import nn
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze, score_pair, score_tokens
 from refkl.reference import CloneReference
 from refkl.reference.streamed import row_chunks, stream
+from refkl.scoring.row_proof import RowProof, row_proof
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer
 
 OFFLOAD = ReferenceConfig(strategy="clone", offload=True)
@@ -147,7 +148,7 @@ def test_an_order_that_is_not_the_registered_one_is_learned() -> None:
 
 
 def test_an_order_that_changes_between_scores_is_still_right() -> None:
-    policy, tokens = llama(num_hidden_layers=4), batch()
+    policy, tokens = llama(num_hidden_layers=4), batch(prefix="off")
     reference, plain = offloaded(policy), build_reference(policy, "clone")
     first = reference.score(tokens).logp
     most = 0
@@ -176,7 +177,7 @@ def test_an_order_that_changes_between_scores_is_still_right() -> None:
 
 def test_a_module_that_is_called_between_all_layers() -> None:
     """What follows it is another layer each time."""
-    policy, tokens = llama(num_hidden_layers=3), batch()
+    policy, tokens = llama(num_hidden_layers=3), batch(prefix="off")
     reference, plain = offloaded(policy), build_reference(policy, "clone")
     for model in (reference.model, plain.model):
         for layer in model.model.layers:
@@ -188,6 +189,21 @@ def test_a_module_that_is_called_between_all_layers() -> None:
     reference.score(tokens)
     once = fetched(reference) - before
     assert [once[f"model.layers.{n}"] for n in range(3)] == [1, 1, 1]
+
+
+def test_a_batch_is_not_packed_under_an_unknown_hook() -> None:
+    """A trial would move all weights several times: the code decides. In parts, hooks that see other rows count too."""
+    policy, tokens = llama(), batch()
+    reference = offloaded(policy)
+    row = reference.score(tokens).logp
+    assert row_proof(reference.model, tokens) == RowProof()
+    reference.model.model.layers[0].mlp.register_forward_hook(lambda module, args, hidden: hidden - hidden.mean((0, 1)))
+    proof = row_proof(reference.model, tokens)
+    assert proof.packed is not None and proof.packed == proof.apart and "host memory" in proof.packed
+    plain = build_reference(policy, "clone")
+    plain.model.model.layers[0].mlp.register_forward_hook(lambda module, args, hidden: hidden - hidden.mean((0, 1)))
+    assert torch.equal(reference.score(tokens).logp, plain.score(tokens).logp)
+    assert not torch.equal(reference.score(tokens).logp, row)
 
 
 def test_neighbours_that_share_a_module() -> None:

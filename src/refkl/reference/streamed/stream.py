@@ -26,6 +26,7 @@ from refkl.backend import named_weights
 from refkl.reference.streamed.row_chunks import CHUNK_TOKENS, _joined, _leaves, _OneRow, _rebuilt
 from refkl.reference.streamed.units import Unit, units_of, unstreamable
 from refkl.scoring import prepare
+from refkl.scoring.row_proof import judge_by_code
 from refkl.types import TokenBatch
 
 
@@ -39,6 +40,7 @@ class Stream:
     def __init__(self, model: nn.Module) -> None:
         if (why_not := unstreamable(model)) is not None:
             raise ValueError(f"reference.offload cannot work here: {why_not}")
+        judge_by_code(model)
         self.units, rest = units_of(model)
         self.fetched: Counter[str] = Counter()
         """The number of times that each unit was put on the device, by its name."""
