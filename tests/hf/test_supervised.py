@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from support.models import byte_tokenizer, gpt2, llama
+from support.models import byte_tokenizer, gpt2, llama, shared_batch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 import refkl.hf.supervised
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference
 from refkl.hf import KLTrainer, with_reference
+from refkl.scoring import prepare
 from refkl.trl import KLSFTTrainer
 from refkl.trl import with_reference as of_trl
 
@@ -201,6 +202,8 @@ def test_the_policy_runs_once_a_micro_batch(maker: str, tmp_path: Path) -> None:
     policy, calls = llama(), []
     trainer = make(cls, policy, tmp_path, {"gradient_accumulation_steps": 2}, reference=build_reference(apart(policy)))
     policy.lm_head.register_forward_hook(lambda module, args, out: calls.append(tuple(out.shape)))
+    prepare(policy.train(), shared_batch())  # a packed row is tried once
+    calls.clear()
     trainer.train()
     looks = [shape for shape in calls if shape[0] == 1]  # what its head is, and its own loss
     assert len(calls) - len(looks) == 6 and len(looks) <= 2

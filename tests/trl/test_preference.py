@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from support.models import byte_tokenizer, llama
+from support.models import byte_tokenizer, llama, shared_batch
 from support.trl_runs import COMMON, LABELLED, PAIRS, dpo, kto, logged, saved
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental import bema_for_ref_model
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig
+from refkl.scoring import prepare
 from refkl.trl import KLDPOTrainer, KLKTOTrainer, with_reference
 
 COEF = 0.4
@@ -125,6 +126,8 @@ def test_the_cache_answers_for_the_reference(make: Any, cls: type, tmp_path: Pat
         trainer = make(cls, LlamaForCausalLM.from_pretrained(folder), tmp_path, options, reference=config)
         ran: list[int] = []
         trainer.reference.model.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        prepare(trainer.reference.model.eval(), shared_batch())  # rows are tried once
+        ran.clear()
         trainer.train()
         runs.append(logged(trainer, "loss"))
         counts.append(len(ran))

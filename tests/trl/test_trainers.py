@@ -12,12 +12,13 @@ import torch
 import trl.trainer.dpo_trainer
 import trl.trainer.grpo_trainer
 from peft import LoraConfig, get_peft_model
-from support.models import gpt2, llama
+from support.models import gpt2, llama, shared_batch
 from support.trl_runs import LABELLED, PAIRS, PROMPTS, dpo, grpo, kto, logged, rloo, saved
 from transformers import LlamaForCausalLM
 from trl import DPOTrainer, GRPOTrainer
 
 from refkl import KLConfig, ReferenceConfig, SyncConfig, build_reference, freeze
+from refkl.scoring import prepare
 from refkl.trl import KLDPOTrainer, KLGRPOTrainer, KLKTOTrainer, KLRLOOTrainer
 
 
@@ -81,6 +82,9 @@ def test_dpo_runs_a_shared_trunk_once(tmp_path: Path) -> None:
                 model.model.layers[place].self_attn.register_forward_pre_hook(
                     lambda *_, place=place // 2, counts=counts: counts.__setitem__(place, counts[place] + 1)
                 )
+        for model in (policy.train(), trainer.reference.model.eval()):
+            prepare(model, shared_batch())  # a packed row is tried once
+        counts[:] = [0, 0]
         trainer.train()
         logs.append(logged(trainer, "loss"))
         runs.append(counts)

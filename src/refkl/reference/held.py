@@ -163,8 +163,6 @@ class HeldReference(Reference):
         return several and not self.weights_freed and self.holds_parts()
 
     def why_not_by_row(self, batch: TokenBatch) -> str | None:
-        if self._apart is None and self.weights_freed:
-            return None  # the cache was filled by another process, which kept no row that may not be kept
         if self._apart is None:
             with self.scoring(batch) as (model, moved):
                 self._apart = rows_apart(model, moved)

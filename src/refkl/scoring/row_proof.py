@@ -183,26 +183,26 @@ def _inner(function: Any) -> Any:
 def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:
     base = base_model(model)
     rows = _rows(base, batch)
-    alone = [_own_tokens(rows, row) for row in range(3)]
+    second, third = _own_tokens(rows, 1), _own_tokens(rows, 2)
     with _untouched(model, batch.input_ids.device):
         run = partial(_logp, model)
-        together = run(rows)
+        together, spread = _through(model, plain_call(model, rows))
         if model.training and not _close(together, run(rows), rows.completion_mask, 0.0):
             random = "it draws random numbers besides dropout, and their scale may depend on the row's length"
             return RowProof(packed=random)
-        spread = _spread(model, alone[0])
         tolerance = _rounding(base, batch) * max(spread, _LEAST_SPREAD) if math.isfinite(spread) else math.inf
-        single = [run(one) for one in alone]
-        again = run(_last_token_changed(alone[1]))
+        alone, changed = run(second), run(_last_token_changed(second))
         causal = apart = left = packed = None
-        if not _close(single[1][:, :-1], again[:, :-1], alone[1].completion_mask[:, :-1], tolerance):
+        if not _close(
+            alone[:, :-1], run(_last_token_changed(second))[:, :-1], second.completion_mask[:, :-1], tolerance
+        ):
             causal = "a token's score depends on tokens after it"
-        elif not _same_row(together, single[1], rows, 1, tolerance):
+        elif not _same_row(together, alone, rows, 1, tolerance):
             apart = "a row's scores depend on the other rows of its batch"
-        elif not _same_row(together, single[2], rows, 2, tolerance):
+        elif not _same_row(together, run(third), rows, 2, tolerance):
             left = "its scores depend on the padding before a row"
         if why_not(model, base) is None and (one := pack_for_proof(model, rows)) is not None:
-            scored = _through(model, packed_call(plain_call(model, rows), one))
+            scored, _ = _through(model, packed_call(plain_call(model, rows), one))
             if not _close(scored, together, rows.completion_mask, tolerance):
                 packed = "its scores, as it is wrapped and with its adapters, change in a packed row"
     return RowProof(causal, apart, left, packed)
@@ -245,20 +245,15 @@ def _last_token_changed(row: TokenBatch) -> TokenBatch:
     return TokenBatch(ids, row.attention_mask, row.completion_mask, prefix="off")
 
 
-def _spread(model: nn.Module, batch: TokenBatch) -> float:
-    """Return the standard deviation of the logits over the vocabulary."""
-    logits = plain_call(model, batch).run(model).logits.float()
-    return float(logits.std(-1).mean())
-
-
 def _logp(model: nn.Module, batch: TokenBatch) -> Tensor:
-    return _through(model, plain_call(model, batch))
+    return _through(model, plain_call(model, batch))[0]
 
 
-def _through(model: nn.Module, call: Call) -> Tensor:
-    """Return [B, T] log-probabilities in fp32, 0.0 where not scored."""
+def _through(model: nn.Module, call: Call) -> tuple[Tensor, float]:
+    """Return [B, T] log-probabilities in fp32, 0.0 where not scored, and the logits' spread over the vocabulary."""
     logits = call.predicting(call.run(model).logits).float()
-    return call.spread(logits.log_softmax(-1).gather(-1, call.targets[..., None])[..., 0])
+    logp = call.spread(logits.log_softmax(-1).gather(-1, call.targets[..., None])[..., 0])
+    return logp, float(logits[call.mask].std(-1).mean())
 
 
 def _same_row(together: Tensor, single: Tensor, rows: TokenBatch, row: int, tolerance: float) -> bool:

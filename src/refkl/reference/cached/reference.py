@@ -24,6 +24,10 @@ logger = logging.get_logger(__name__)
 _WITHOUT_CACHE = "Build the reference without cache, or score log-probabilities."
 
 
+class _NotByRow(Exception):
+    """The rows of a batch must be scored together. Raised before one is scored."""
+
+
 class CachedReference(Reference):
     """A reference with a cache in front of it. `build_reference` returns it if `reference.cache` names a folder.
 
@@ -68,20 +72,31 @@ class CachedReference(Reference):
         """
         if hidden:
             raise ValueError("hidden states are not kept by reference.cache. " + _WITHOUT_CACHE)
+        return self._score(batch, temperature, entropy)
+
+    def _score(self, batch: TokenBatch, temperature: float, entropy: bool, *, filling: bool = False) -> TokenScores:
+        """Return scores as `score` does. With `filling`, raise ValueError for rows that no cache may keep."""
 
         def run(part: TokenBatch) -> TokenScores:
+            if (why_not := self._uncached.why_not_by_row(batch)) is not None:
+                raise _NotByRow(why_not)
             return self._uncached.score(part, temperature=temperature, entropy=entropy)
 
         if not self._freed:
             self._uncached.before_scoring(batch)  # also for rows in the cache
-        if (why_not := self._uncached.why_not_by_row(batch)) is not None:
-            self._refuse_freed(why_not)
-            logger.warning_once(f"reference.cache is not used for a batch that must be scored together: {why_not}.")
-            return run(batch)
         conditions = self._uncached.score_conditions(batch)
         together = self._uncached.collective
         options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "together": together}
-        scores = self._cache.score(batch, conditions, None if self._freed else run, **options)
+        try:
+            scores = self._cache.score(batch, conditions, None if self._freed else run, **options)
+        except _NotByRow as found:
+            if filling:
+                raise ValueError(
+                    f"The scores of these rows cannot come from a cache, since {found}. Leave free out of fill, and "
+                    "score them as they come."
+                ) from None
+            logger.warning_once(f"reference.cache is not used for a batch that must be scored together: {found}.")
+            return self._uncached.score(batch, temperature=temperature, entropy=entropy)
         return replace(scores, fingerprint=self._uncached.scored_as)
 
     def fill(
@@ -90,12 +105,7 @@ class CachedReference(Reference):
         if not self._freed:
             self._uncached.follow_policy()  # afterwards it is known if the reference is sharded
         for batch in each(batches, together=self._uncached.collective):
-            if free and (why_not := self._uncached.why_not_by_row(batch)) is not None:
-                raise ValueError(
-                    f"The scores of these rows cannot come from a cache, since {why_not}. Leave free out, and score "
-                    "them as they come."
-                )
-            self.score(batch, temperature=temperature, entropy=entropy)
+            self._score(batch, temperature, entropy, filling=free)
         self._cache.write()
         if dist.is_initialized():
             dist.barrier()  # scores of other ranks are on disk then, and may be asked for here
@@ -113,13 +123,6 @@ class CachedReference(Reference):
         self._uncached.follow_policy()
         self._cache.write()
         self._freed = self._uncached.free_weights()
-
-    def _refuse_freed(self, why_not: str) -> None:
-        if self._freed:
-            raise ValueError(
-                f"This batch must be scored together, since {why_not}, and the reference's weights were freed. Build "
-                "it again and do not free the weights."
-            )
 
     def _held(self, what: str) -> Reference:
         """Return the uncached reference; raise ValueError if its weights were freed, so that it cannot `what`."""
