@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.models import gpt2, llama, qwen2, shared_batch
+from support.models import dynamic_rope, gpt2, llama, longrope, qwen2, shared_batch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -20,8 +20,6 @@ from transformers import (
     FSMTForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
     T5Config,
@@ -147,22 +145,6 @@ def test_a_proof_is_taken_once_a_state_and_leaves_nothing(family: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def longrope(**options: Any) -> Phi3ForCausalLM:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0, 5.0, 3.0, 2.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 12, **factors}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Phi3Config(
-        vocab_size=258, **sizes, max_position_embeddings=64, original_max_position_embeddings=12, pad_token_id=0,
-        bos_token_id=None, eos_token_id=1, initializer_range=0.2, rope_parameters=rope, **options,
-    )  # fmt: skip
-    return Phi3ForCausalLM(config).eval()
-
-
-def dynamic() -> Any:
-    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 12}
-    return llama(rope_parameters=rope, max_position_embeddings=12)
-
-
 def uneven() -> TokenBatch:
     """Rows of 16, 6 and 5 tokens: with the first, the others are scaled too."""
     ids = torch.arange(3 * 16).remainder(250).view(3, 16) + 3
@@ -173,7 +155,7 @@ def uneven() -> TokenBatch:
     return TokenBatch(ids, mask, done)
 
 
-LONG: dict[str, Callable[[], Any]] = {"longrope": longrope, "dynamic": dynamic}
+LONG: dict[str, Callable[[], Any]] = {"longrope": longrope, "dynamic": dynamic_rope}
 
 
 @pytest.mark.parametrize("kind", LONG)

@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -144,3 +146,18 @@ def shared_batch(
 def scored(values: Tensor, like: TokenBatch) -> Tensor:
     """[B, T, …] -> [N, …]: the values of the scored tokens, row after row, wherever the padding is."""
     return values[like.completion_mask]
+
+
+def longrope(original: int = 12, **overrides: Any) -> Phi3ForCausalLM:
+    """Rotary positions whose scale depends on the longest row of a batch, from `original` tokens on."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0, 5.0, 3.0, 2.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": original, **factors}
+    size = {**_SIZE, "num_attention_heads": 4, "original_max_position_embeddings": original, "rope_parameters": rope}
+    return Phi3ForCausalLM(Phi3Config(**{**_COMMON, **size, **overrides})).eval()
+
+
+def dynamic_rope(original: int = 12) -> LlamaForCausalLM:
+    """As longrope, by another rule."""
+    return llama(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 8.0}, max_position_embeddings=original
+    )

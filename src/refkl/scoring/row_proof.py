@@ -193,9 +193,7 @@ def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:
         tolerance = _rounding(base, batch) * max(spread, _LEAST_SPREAD) if math.isfinite(spread) else math.inf
         alone, changed = run(second), run(_last_token_changed(second))
         causal = apart = left = packed = None
-        if not _close(
-            alone[:, :-1], run(_last_token_changed(second))[:, :-1], second.completion_mask[:, :-1], tolerance
-        ):
+        if not _close(alone[:, :-1], changed[:, :-1], second.completion_mask[:, :-1], tolerance):
             causal = "a token's score depends on tokens after it"
         elif not _same_row(together, alone, rows, 1, tolerance):
             apart = "a row's scores depend on the other rows of its batch"

@@ -21,7 +21,7 @@ from refkl.backend.adapters import keeping_base
 from refkl.config import KLConfig
 from refkl.hf.checkpoints import overridden
 from refkl.trl.base import settled_sync
-from refkl.trl.rollout import RolloutScoring
+from refkl.trl.rollout import RolloutScoring, completions
 from refkl.trl.scored_model import PolicyScorer, ScoredModel, same_tokens
 from refkl.types import KLOutput, TokenBatch, TokenScores
 
@@ -168,7 +168,7 @@ class OnlineKL(RolloutScoring):
         own = TokenBatch(
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], dim=1),
+            completions(inputs),
         )
         return same_tokens(own, input_ids, attention_mask)
 

@@ -17,6 +17,8 @@ _SEQUENCES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
 _TEXT = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
 _ROW = "refkl_row"
 """A completion's index in its rollout before TRL shuffled it; completions of one prompt are neighbours there."""
+_PER_BATCH = -1
+"""In place of the number of updates: scores that depend on the other rows of a batch. Each loss scores its own."""
 _FLAGS = ("compute_entropy", "compute_aux_loss")
 
 
@@ -83,15 +85,19 @@ class RolloutScoring(TRLTrainer):
             return scores
 
         media = self._media(rollout)
-        limited = self.reference.config.max_tokens is not None and all(x is None for x in media.values())
-        if self.reference.one_sweep or limited:
+        text = all(x is None for x in media.values())
+        alone = TokenBatch(input_ids, attention_mask, completions(rollout))
+        as_in_loss = text and self.reference.why_not_by_row(alone) is not None
+        limited = text and self.reference.config.max_tokens is not None
+        if (self.reference.one_sweep or limited) and not as_in_loss:
             batch_size = None  # the reference splits the rollout itself, by tokens
         stand_in = ScoredModel(score, prefix=self.scoring.prefix)
         with torch.no_grad(), self.reference.keep_active():
             logp, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 stand_in, input_ids, attention_mask, keep, batch_size, **media
             )
-        found = {"ref_per_token_logps": logp, "reference_updates": torch.full((len(logp),), self.reference.updates)}
+        updates = _PER_BATCH if as_in_loss else self.reference.updates
+        found = {"ref_per_token_logps": logp, "reference_updates": torch.full((len(logp),), updates)}
         return found | ({"reference_hidden": torch.cat(hidden)} if hidden else {})
 
     def _media(self, rollout: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +113,9 @@ class RolloutScoring(TRLTrainer):
             return inputs
         kept = self._buffered_inputs or []
         own = [part for part in kept if part["prompt_ids"] is inputs["prompt_ids"]]
-        if not self.reference.one_sweep or not own or any(x is not None for x in self._media(inputs).values()):
+        per_batch = bool((inputs["reference_updates"] == _PER_BATCH).any())
+        media = any(x is not None for x in self._media(inputs).values())
+        if per_batch or media or not own or not self.reference.one_sweep:
             scores = self._reference_scores(inputs)
             for part in own:
                 part.update(scores)
@@ -119,6 +127,11 @@ class RolloutScoring(TRLTrainer):
             part.update({name: value[rows] for name, value in scores.items()})
             start = rows.stop
         return {**inputs, **{name: own[0][name] for name in scores}}
+
+
+def completions(rollout: dict[str, Any]) -> Tensor:
+    """Return the mask [B, T] of the completions' tokens."""
+    return torch.cat([torch.zeros_like(rollout["prompt_mask"]), rollout["completion_mask"]], dim=1)
 
 
 def in_order(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
