@@ -230,7 +230,7 @@ NOT_CAUSAL: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", NOT_CAUSAL)
 def test_a_model_that_looks_ahead_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="not a causal language model"):
         build_reference(NOT_CAUSAL[kind]().eval())
 
 

@@ -1,4 +1,4 @@
-"""Model + TokenBatch -> TokenScores. The only place where tokens are shifted."""
+"""Scores of a TokenBatch under a model, as TokenScores. Tokens are shifted only in this package."""
 
 from refkl.scoring.call import Call
 from refkl.scoring.forward import ScoredLogits, check_causal, completion_logits, prepare

@@ -1,6 +1,6 @@
-"""The arguments of a causal language model's forward, and which of its outputs predict the scored tokens.
+"""Arguments of a causal language model's forward, and the positions of its output that predict the scored tokens.
 
-Token t is predicted by the logits at position t - 1: this shift happens here and nowhere else.
+The logits at position t - 1 predict token t. This shift happens only here.
 Notation: B sequences, T tokens, K columns in which some sequence has a scored token, V vocabulary, H hidden width.
 """
 
@@ -26,18 +26,18 @@ class Call:
 
     batch: TokenBatch
     columns: Tensor
-    """[K] where in [0, T) the predicted tokens are."""
+    """[K] columns of the predicted tokens, in [0, T)."""
     inputs: dict[str, Any]
     """Keyword arguments for the model's forward."""
     ahead: int = 0
-    """Positions that the model's output has before those of the batch: a learned prompt's."""
+    """Number of positions of the model's output before those of the batch: those of a learned prompt."""
     positions: Tensor | None = None
-    """[B, ahead + T] position ids for the model inside PEFT, which drops those that it is given; None for none."""
+    """[B, ahead + T] position ids to pass to the model inside PEFT, which drops its own; None if not needed."""
     packed: PackedBatch | None = None
-    """The packed row that the model is given; None if it is given the batch as it is."""
+    """The packed row that the model gets; None if it gets the batch unpacked."""
 
     def run(self, model: nn.Module) -> Any:
-        """Call the model, once, as it is wrapped."""
+        """Call the model once, through its wrappers."""
         if self.positions is None:
             return model(**self.inputs)
 
@@ -52,7 +52,7 @@ class Call:
 
     @property
     def targets(self) -> Tensor:
-        """[B, K] the tokens to predict."""
+        """[B, K] ids of the tokens to predict."""
         return self.batch.input_ids[:, self.columns]
 
     @property
@@ -61,9 +61,14 @@ class Call:
         return self.batch.completion_mask[:, self.columns]
 
     def predicting(self, values: Tensor) -> Tensor:
-        """[B, K or T, …] -> [B, K, …]: the positions that predict `columns`, of a model that kept these or all.
+        """Return [B, K, …], the values at the positions that predict `columns`.
 
-        Of a packed row it is [1, M or N, …] -> [B, K, …].
+        Args:
+            values: [B, K, …] if the model kept only these positions, else [B, ahead + T, …]. For a packed row of N
+                tokens, M of which predict: [1, M, …] or [1, N, …].
+
+        Raises:
+            ValueError: `values` has another number of positions.
         """
         if self.packed is not None:
             packed, given = self.packed, values.shape[1]
@@ -79,12 +84,12 @@ class Call:
             raise ValueError(
                 f"The model gave {values.shape[1]} positions for {self.batch.input_ids.shape[1]} tokens"
                 + (f" and {self.ahead} virtual ones" if self.ahead else "")
-                + ": which of them predict which tokens is not known, so it cannot be scored."
+                + ": refkl does not know which of them predict which tokens, so it cannot score the model."
             )
         return values[:, self.columns - 1 + self.ahead]
 
     def spread(self, values: Tensor) -> Tensor:
-        """[B, K, …] back to [B, T, …], 0.0 where nothing is scored."""
+        """Spread values [B, K, …] to [B, T, …], with 0.0 where not scored."""
         mask = self.mask.reshape(*self.mask.shape, *(1,) * (values.dim() - 2))
         kept = values.masked_fill(~mask, 0.0)
         shape = kept.shape[0], self.batch.input_ids.shape[1], *kept.shape[2:]
@@ -92,19 +97,19 @@ class Call:
 
 
 def plain_call(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
-    """Return the arguments to call a model with, for the batch as it is.
+    """Return the call of a model on the unpacked batch.
 
     Args:
-        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed.
-        batch: the tokens.
+        model: a causal language model, bare or wrapped in PEFT, DDP or DeepSpeed.
+        batch: the tokens to score.
         forward: further arguments for the model's forward.
 
     Raises:
-        ValueError: the batch has position ids and the model takes none; a learned prompt that would be dropped, or that
-            leaves no place for one of the model_inputs.
+        ValueError: the batch has position ids and the model takes none; a learned prompt, or one of the model_inputs
+            given with it, would be dropped.
     """
     base = base_model(model)
-    # mypy holds the instances' __hash__ against the class.
+    # mypy checks the __hash__ of instances instead of the class's.
     accepted = _forward_parameters(type(base))  # type: ignore[arg-type]
     columns = scored_columns(batch)
     prompt = active_prompt(model)
@@ -121,7 +126,7 @@ def plain_call(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
         inputs["position_ids"] = position_ids
     given = dict(batch.model_inputs)
     if prompt is None and learned_prompt(model) is not None:
-        given.pop(OF_PROMPTS, None)  # the prompt is off, and without it the model would get them
+        given.pop(OF_PROMPTS, None)  # the prompt is off, so the model itself would get them
     inside = None if position_ids is None or prompt is None else prompt.positions(position_ids)
     return Call(batch, columns, {**inputs, **given, **forward}, ahead, inside)
 
@@ -136,8 +141,10 @@ def packed_call(call: Call, packed: Packed) -> Call:
 
 
 def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> Tensor | None:
-    """Positions counted from the attention mask: without them a model with absolute positions reads left-padded
-    rows from the wrong place."""
+    """Return the batch's position ids, or count them from the attention mask; None leaves them to the model.
+
+    Without them, a model with absolute positions would read left-padded rows from the wrong position.
+    """
     if batch.position_ids is not None:
         if "position_ids" not in accepted:
             raise ValueError(f"The batch has position_ids, but {type(base).__name__} takes none.")
@@ -145,7 +152,7 @@ def _positions(batch: TokenBatch, accepted: frozenset[str], base: nn.Module) -> 
     given = [x for name, x in batch.model_inputs.items() if name != OF_PROMPTS]
     media = any(isinstance(x, Tensor) and x.shape != batch.input_ids.shape for x in given)
     if "position_ids" not in accepted or media:
-        return None  # with images and the like, models count positions in their own way
+        return None  # with images or other media, models count positions in their own way
     return (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

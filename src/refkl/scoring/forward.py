@@ -1,4 +1,4 @@
-"""A model's forward pass on a batch, packed where that is exact and costs less, and the logits that predict its scored
+"""Forward pass of a model on a batch, packed if that is exact and costs less, and the logits that predict its scored
 tokens.
 
 Notation: B sequences, T tokens, K columns in which some sequence has a scored token, V vocabulary, H hidden width.
@@ -26,38 +26,38 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ScoredLogits:
-    """The logits that predict the columns of a batch that hold scored tokens."""
+    """Logits that predict the columns of a batch with scored tokens."""
 
     call: Call
     logits: Tensor
     """[B, K, V], in the model's dtype, with grad if the forward had it."""
     hidden: Tensor | None
-    """[B, K, H] what entered the output head, if asked for."""
+    """[B, K, H] the states that entered the output head; None if not asked for."""
     outputs: Any
     """The model's own output object."""
 
 
 def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
-    """Return the arguments to call a model with, packed where that is exact and costs less.
+    """Return the call of a model on a batch, packed if that is exact and costs less.
 
-    Before a model is given a packed row for the first time in its present state, it computes one by way of trial (see
+    Before the model gets its first packed row in its present state, it is tested on three short rows (see
     `refkl.scoring.row_proof`).
 
     Args:
-        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed.
-        batch: the tokens.
-        forward: further arguments for the model's forward.
+        model: a causal language model, bare or wrapped in PEFT, DDP or DeepSpeed.
+        batch: the tokens to score.
+        forward: further arguments for the model's forward; with any of them, the batch is not packed.
 
     Raises:
-        ValueError: the batch has position ids and the model takes none; a learned prompt that would be dropped, or that
-            leaves no place for one of the model_inputs.
+        ValueError: the model is not causal, or cannot score the batch's left padding; the batch has position ids and
+            the model takes none; a learned prompt, or one of the model_inputs given with it, would be dropped.
     """
     call = plain_call(model, batch, **forward)
     _check_rows(model, batch)
     if forward:
         return call
     packed = pack(model, batch)
-    # If weights are sharded, all ranks prove it in the same call, also those whose own batch is not packed.
+    # If weights are sharded, all ranks must run the proof in the same call, even those whose own batch is not packed.
     if packed is None and not (holds_shards(model) and can_pack(model, batch)):
         return call
     why_not = row_proof(model, batch).packed
@@ -65,26 +65,26 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
         return call
     if why_not is not None:
         logger.warning_once(
-            f"Rows have prompts in common, or much padding, and the model is run on all of it: {why_not}. prefix 'off' "
-            "says that this is meant."
+            f"Rows share prompts or have much padding, and the model computes all of it, because {why_not}. To accept "
+            "this without a warning, pass prefix='off' (scoring.prefix: 'off')."
         )
         return call
     return packed_call(call, packed)
 
 
 def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = False, **forward: Any) -> ScoredLogits:
-    """Run the model, as it is wrapped, and keep what predicts the scored tokens: the logits in full.
+    """Run the model through its wrappers and return the full logits that predict the scored tokens.
 
     Args:
-        model: a causal language model, bare or inside PEFT, DDP, DeepSpeed. Its wrapper is called, once, so that
-            the wrapper's hooks and gathers happen.
-        batch: the tokens.
-        hidden: also keep the states that enter the output head.
+        model: a causal language model, bare or wrapped in PEFT, DDP or DeepSpeed. Its outermost wrapper is called
+            once, so that the wrapper's hooks and gathers run.
+        batch: the tokens to score.
+        hidden: if True, also return the states that enter the output head.
         forward: further arguments for the model's forward.
 
     Raises:
-        ValueError: as `prepare`; the output is not one row per token; a reference has borrowed the model in this
-            thread, so it is not itself now.
+        ValueError: see `prepare`; the output does not have one row per token; a reference has borrowed the model in
+            this thread, so the model holds the reference's weights.
     """
     captured: list[Tensor] = []
     with use_of(model).running():
@@ -104,7 +104,7 @@ def completion_logits(model: nn.Module, batch: TokenBatch, *, hidden: bool = Fal
 
 
 def _check_rows(model: nn.Module, batch: TokenBatch) -> None:
-    """Raise ValueError if the model is not causal, or reads padding as tokens. Listed classes are known to be right."""
+    """Raise ValueError if the model is not causal, or if left padding changes its scores. Listed classes pass."""
     base = base_model(model)
     if is_listed(base) or batch.model_inputs:
         return
@@ -119,7 +119,7 @@ def _check_rows(model: nn.Module, batch: TokenBatch) -> None:
 
 
 def check_causal(model: nn.Module, device: torch.device) -> None:
-    """Raise ValueError if the model is no causal language model, by its class or by three short rows.
+    """Raise ValueError if the model is not a causal language model, by its class or by a test on three short rows.
 
     If weights are sharded, every rank must call.
     """
@@ -136,8 +136,8 @@ def check_causal(model: nn.Module, device: torch.device) -> None:
 
 def not_causal(base: nn.Module, why: str) -> str:
     return (
-        f"{type(base).__name__} is no causal language model: {why}. A KL of sampled tokens needs a model that predicts "
-        "each token from those before it."
+        f"{type(base).__name__} is not a causal language model: {why}. A KL of sampled tokens needs a model that "
+        "predicts each token from those before it."
     )
 
 

@@ -1,4 +1,4 @@
-"""A batch too large for one forward is scored in parts: rows of one prompt together, long ones with long ones."""
+"""Scoring in parts, for a batch too large for one forward: rows of one prompt, or of similar length, come together."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from refkl.kl.projection import free_bytes
 from refkl.types import TokenBatch, TokenScores
 
 SHARE = 0.25
-"""The share of free memory that the activations of a part may take: they are estimated, and others want some too."""
+"""Share of the free memory for the activations of a part. The rest is a margin: the size of activations is estimated,
+and other tensors need memory too."""
 
 _FILLED = 1.08
-"""The largest ratio of tokens run to tokens that are no padding, in a part without shared prompts; above it, a part is
-ended early."""
+"""Largest ratio of tokens run to real tokens, in a part without shared prompts. A part of more than max_tokens / 8 ends
+before it exceeds this."""
 
 
 def free_tokens(model: nn.Module, device: torch.device) -> int:
-    """Return how many tokens a forward without gradients can take at once in the free memory of the device.
+    """Return the number of tokens that one forward without gradients can process in the device's free memory.
 
-    Some ten tensors as wide as the hidden states, and four as wide as the MLP, are alive at a time.
+    The estimate: about ten tensors of the hidden width and four of the MLP's width are alive at a time.
     """
     config: Any = getattr(base_model(model), "config", None)
     text: Any = config.get_text_config() if config is not None else None
@@ -36,11 +37,15 @@ def free_tokens(model: nn.Module, device: torch.device) -> int:
 
 
 def parts(batch: TokenBatch, max_tokens: int, *, shares: bool) -> Iterator[tuple[Tensor, TokenBatch]]:
-    """The rows of a batch in parts that take at most so many tokens to run, and which rows they are.
+    """Yield parts of a batch, each with the indices of its rows.
 
-    Rows of like length come together, so that little is filled up, and padding that all rows of a part have is cut off.
-    Where prompts are shared, rows of one prompt come together first, it counts once in a part, and padding does not. A
-    row that is longer than that by itself is a part.
+    Rows of similar length come together, which keeps padding low. Columns that hold only padding are cut off.
+
+    Args:
+        batch: the rows to split. A batch with model_inputs is one part.
+        max_tokens: the most tokens to run in a part. A single longer row is a part by itself.
+        shares: True if rows share prompts. Rows of one prompt then come together; the prompt counts once in a part, and
+            padding does not count.
     """
     whole = int(batch.attention_mask.sum()) if shares else batch.input_ids.numel()
     if batch.model_inputs or whole <= max_tokens:
@@ -100,17 +105,17 @@ def in_parts(
     *,
     shares: bool,
 ) -> TokenScores:
-    """The scores of a batch, taken in parts, in the batch's order.
+    """Score a batch in parts, and return the scores in the batch's order.
 
     Args:
-        score: of a part.
-        batch: of B rows.
+        score: scores a part.
+        batch: the B rows to score.
         max_tokens, shares: as in `parts`.
-        rounds: given how many parts there are, how many are to be scored: where weights are sharded, as many as the
-            rank with the most has. The last is then scored again.
+        rounds: takes this rank's number of parts and returns the number of calls of `score`; if weights are sharded, it
+            is the largest number of parts on any rank. In the additional calls, the last part is scored again.
     """
     cut = list(parts(batch, max_tokens, shares=shares))
-    again = rounds(len(cut)) - len(cut)  # agreed on before the first: a score is collective itself
+    again = rounds(len(cut)) - len(cut)  # agreed on before the first score, which is collective itself
     found = [score(part) for _, part in cut]
     for _ in range(again):
         score(cut[-1][1])
@@ -142,7 +147,7 @@ def _span(batch: TokenBatch, rows: Tensor) -> tuple[int, int]:
 def _of_rows(batch: TokenBatch, rows: list[int]) -> tuple[Tensor, TokenBatch]:
     chosen = torch.tensor(sorted(rows))
     start, length = _span(batch, chosen)
-    positions = batch.position_ids  # if there are none, they are counted from the mask: the same without these columns
+    positions = batch.position_ids  # None: counted from the mask, the same without these columns
     there = chosen.to(batch.input_ids.device)
 
     def cut(values: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""What a model does with the rows of a batch, found by running it on three short rows.
+"""Test of how a model treats the rows of a batch, by running it on three short rows.
 
-Packing, padding, scoring in parts and caching all rest on one property: the scores of a row depend on nothing but its
-own tokens. A class name does not tell it. An adapter may look for its tokens in each row, noise may be scaled by the
-length of a row, a hook may average over the batch. So before a batch is packed or split, the model computes three rows
-in the ways in question, as it is at that time: its mode, hooks and adapters included. The answers are kept for as long
-as the model stays in that state.
+Packing, padding, scoring in parts and caching need one property: the scores of a row depend only on its own tokens. A
+class name does not guarantee it. An adapter may search each row for its tokens, noise may be scaled by the length of a
+row, a hook may average over the batch. Therefore, before a batch is packed or split, the model scores three rows
+together, one by one, and packed, with its present mode, hooks and adapters. The results are kept for as long as the
+model stays in that state.
 """
 
 from __future__ import annotations
@@ -29,43 +29,42 @@ from refkl.scoring.packing.pack import pack_for_proof
 from refkl.types import TokenBatch
 
 _PROMPT, _ENDS = 4, (5, 2)
-"""Tokens of the shared prompt, and of what follows it in the first two rows."""
+"""Number of tokens of the shared prompt, and of the completions in the first two rows."""
 _OTHER = 5
-"""Tokens of the third row."""
+"""Number of tokens of the third row."""
 _ROUNDING, _ROUNDING_16_BIT = 1e-3, 0.1
-"""Mean difference of a row's log-probabilities, as a share of their spread over the vocabulary, up to which it counts
-as rounding. In 16 bits, or with quantised weights, one batch rounds otherwise than another."""
+"""Largest mean difference of a row's log-probabilities that counts as rounding, as a share of the logits' spread over
+the vocabulary. In 16 bits, or with quantised weights, rounding differs between batches."""
 _LEAST_SPREAD = 0.01
-"""Spread below which all differences are rounding: of a head that is zero."""
+"""Least spread to compute the tolerance from, for a head that is zero."""
 _STATES = 8
-"""States of a model whose answers are kept, such as training, evaluation, and without its adapter."""
+"""Number of states of a model for which results are kept, such as training, evaluation, and without its adapter."""
 
 
 @dataclass(frozen=True)
 class RowProof:
-    """Reasons against what may be done with rows, each the end of a sentence; None if it may be done."""
+    """Reasons why a model's rows may not be treated in some way, each the end of a sentence; None if they may."""
 
     causal: str | None = None
-    """Against scoring at all: a later token changes an earlier score."""
+    """Reason against scoring at all: a later token changes an earlier score."""
     apart: str | None = None
-    """Against scoring rows in several batches."""
+    """Reason against scoring rows in several batches."""
     left: str | None = None
-    """Against padding before a row's tokens."""
+    """Reason against padding before a row's tokens."""
     packed: str | None = None
-    """Against a packed row."""
+    """Reason against a packed row."""
 
 
 def row_proof(model: nn.Module, batch: TokenBatch) -> RowProof:
-    """Return what the model, as it is now, does with rows. Runs it on three rows of 5 to 9 tokens, once per state.
+    """Test how the model treats rows in its present state. Runs it on three rows of 5 to 9 tokens, once per state.
 
-    If weights are sharded, every rank must call. The model's mode, buffers and torch's random state are left as they
-    were.
+    If weights are sharded, every rank must call. The model's mode and buffers and torch's random state do not change.
 
     Args:
         model: a causal language model, bare or wrapped.
-        batch: a batch that it is to score; its device is used, and its tokens if the model has no configuration.
+        batch: a batch to be scored. Its device is used, and its tokens if the model has no configuration.
     """
-    inner = model if isinstance(model, FullyShardedDataParallel) else unwrap(model)  # it gathers its flat parameters
+    inner = model if isinstance(model, FullyShardedDataParallel) else unwrap(model)  # FSDP gathers its flat parameters
     if inner in _BY_CODE:
         return _judged(inner)
     known = _KNOWN.setdefault(inner, {})
@@ -73,7 +72,7 @@ def row_proof(model: nn.Module, batch: TokenBatch) -> RowProof:
     if key not in known:
         while len(known) >= _STATES:
             del known[next(iter(known))]
-        known[key] = RowProof()  # what runs below must not ask again
+        known[key] = RowProof()  # the runs below must not start another proof
         try:
             known[key] = _prove(inner, batch)
         except BaseException:
@@ -102,7 +101,7 @@ class Apart:
 
 
 def rows_apart(model: nn.Module, batch: TokenBatch) -> Apart:
-    """Return what decides if rows may be scored apart. If weights are sharded, every rank must call."""
+    """Return the conditions for scoring rows in several batches. If weights are sharded, every rank must call."""
     config: Any = getattr(base_model(model), "config", None)
     return Apart(row_proof(model, batch), None if config is None else _scaled_from(config))
 
@@ -120,15 +119,15 @@ def _scaled_from(config: Any) -> int | None:
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, RowProof]] = WeakKeyDictionary()
 _BY_CODE: WeakSet[nn.Module] = WeakSet()
-"""Models that are too costly to run for a proof."""
+"""Models that are too costly to test on three rows."""
 _LIBRARIES = {"torch", "transformers", "peft", "accelerate", "deepspeed", "refkl", "bitsandbytes", "torchao"}
 
 
 def judge_by_code(model: nn.Module) -> None:
-    """Take a model's class, and hooks of known libraries, for proof that its rows may be packed and split.
+    """Judge from now on by a model's class and the libraries of its hooks if its rows may be packed and split.
 
-    For a model whose weights are moved to the device in each forward pass, as a reference in host memory: a proof would
-    move them several times.
+    This is for a model whose weights move to the device in each forward pass, such as a reference in host memory. A
+    test on three rows would move them several times.
     """
     _BY_CODE.add(unwrap(model))
 
@@ -147,7 +146,7 @@ def _judged(model: nn.Module) -> RowProof:
 
 
 def _state(model: nn.Module, batch: TokenBatch) -> Any:
-    """Return what may change between two scores of a model: modes, hooks, replaced forwards, adapters."""
+    """Return a hash of the state that may change between two scores: modes, hooks, replaced forwards, adapters."""
     device = batch.input_ids.device
     found: list[Any] = [device, torch.is_autocast_enabled(device.type)]
     for module in submodules(model):
@@ -165,8 +164,8 @@ def _state(model: nn.Module, batch: TokenBatch) -> Any:
 
 
 def _code_of(function: Any) -> int:
-    """Return the identity of a hook's code, the same if the hook is registered anew for each score; 0 for refkl's own,
-    which changes no score."""
+    """Return the identity of a hook's code, which is the same if the hook is registered anew for each score; 0 for
+    refkl's own hooks, which change no score."""
     function = _inner(function)
     if getattr(function, "__globals__", {}).get("__name__", "").startswith("refkl."):
         return 0
@@ -207,14 +206,14 @@ def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:
 
 
 def _rows(base: nn.Module, batch: TokenBatch) -> TokenBatch:
-    """Return three rows [3, 9]: two of one prompt, the second padded at the end, and another, padded before it."""
+    """Return three rows [3, 9]: two with one prompt, the second padded on the right, and one padded on the left."""
     config: Any = getattr(base, "config", None)
     if config is None:
         tokens = batch.input_ids.unique()
     else:
         text = config.get_text_config()
         special = {v for c in (config, text) for k, v in vars(c).items() if k.endswith("_token_id") and type(v) is int}
-        # Neighbouring numbers are often variants of one word; a stride that is prime to most sizes spreads them.
+        # Neighbouring ids are often variants of one word. A stride that is coprime to most sizes spreads them.
         tokens = torch.tensor([t for t in range(text.vocab_size) if t not in special][:: max(1, text.vocab_size // 61)])
     width = _PROMPT + _ENDS[0]
     count = _PROMPT + sum(_ENDS) + _OTHER
@@ -260,7 +259,7 @@ def _same_row(together: Tensor, single: Tensor, rows: TokenBatch, row: int, tole
 
 
 def _close(one: Tensor, other: Tensor, mask: Tensor, tolerance: float) -> bool:
-    """Return True if the mean differences of each row are within the tolerance. Equal NaN count as equal."""
+    """Return True if each row's mean difference is within the tolerance. Two NaN count as equal."""
     difference = torch.where(one.isnan() & other.isnan(), 0.0, (one - other).abs())
     mean = (difference * mask).sum(-1) / mask.sum(-1).clamp(min=1)
     return bool((mean <= tolerance).all())
@@ -274,7 +273,7 @@ def _rounding(base: nn.Module, batch: TokenBatch) -> float:
 
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the model without gradients and dropout while open; restore its buffers and torch's random state."""
+    """Switch gradients and dropout off while open; on exit, restore the model's buffers and torch's random state."""
     modules = submodules(model)
     rates = [(m, rates) for m in modules if m.training and (rates := dropout_rates(m))]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]

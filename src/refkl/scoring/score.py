@@ -1,8 +1,8 @@
 """Log-probabilities of the tokens of a batch, under a policy or a reference: one function for both.
 
-The output head is redirected to a fused op inside the model's own forward, so that the logits [B, K, V] are never made.
-A head that this cannot be done to (adapted by PEFT, quantised, patched) is scored through its logits, by the same
-maths.
+Inside the model's own forward, the output head is redirected to a fused op, so the logits [B, K, V] are never stored.
+If a head cannot be redirected (adapted by PEFT, quantised, patched), the model is scored through its logits, by the
+same maths.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Scored:
 
     scores: TokenScores
     outputs: Any
-    """The model's own output object; its logits mean nothing where the head was redirected."""
+    """The model's own output object. Its logits are meaningless if the head was redirected."""
     call: Call
     against: tuple[Tensor, Tensor] | None = None
-    """[B, T] the other side's log-probabilities and the divergence from it, if it was given."""
+    """[B, T] each: the reference's log-probabilities and the divergence; None without `against`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Against:
-    """The reference, as the policy's forward is to be compared with it, token by token."""
+    """The reference's scores and head, for an exact divergence per token inside the policy's forward."""
 
     scores: TokenScores
-    """With `hidden`."""
+    """The reference's scores, with `hidden`."""
     head: Head
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -53,17 +53,17 @@ class Against:
 def score_tokens(
     model: nn.Module, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
 ) -> TokenScores:
-    """Log-probabilities of the scored tokens, with grad, in the mode (train or eval) that the model is in.
+    """Compute log-probabilities of the scored tokens, with grad, in the model's present mode (train or eval).
 
     Args:
-        model: a causal language model, bare or inside PEFT, DDP or a DeepSpeed engine.
-        batch: what to score.
-        temperature: divides the logits; the one that the tokens were sampled at.
-        entropy: also give the entropy of each predicting distribution.
+        model: a causal language model, bare or wrapped in PEFT, DDP or a DeepSpeed engine.
+        batch: the sequences to score.
+        temperature: divides the logits; give the temperature at which the tokens were sampled.
+        entropy: if True, also compute the entropy of each predicting distribution.
 
     Raises:
-        ValueError: as `prepare`; a temperature that is not positive; the output head does something else than before;
-            a reference has borrowed the model in this thread (`reference.keep_active`, `reference.logits`).
+        ValueError: see `prepare`; the temperature is not positive; a reference has borrowed the model in this thread
+            (`reference.keep_active`, `reference.logits`).
     """
     return score_model(model, batch, temperature=temperature, entropy=entropy).scores
 
@@ -79,19 +79,20 @@ def score_model(
     observe: Observer | None = None,
     **forward: Any,
 ) -> Scored:
-    """One forward of the model as it is wrapped, and the scores of its tokens.
+    """Run one forward of the model through its wrappers, and score the batch's tokens.
 
     Args:
         model, batch, temperature: as in `score_tokens`.
-        entropy: True with grad, "detached" without.
-        hidden: also the states that enter the output head.
-        against: also the exact divergence from this; the policy's head must be one that `find_head` finds.
-        observe: called as observe(logits [n, V], rows [n]) without grad, on scored rows, which count the [B, K]
-            positions: for statistics of the logits, after the temperature. Must not change them.
+        entropy: also compute the entropy: True with grad, "detached" without.
+        hidden: if True, also return the states that enter the output head.
+        against: also compute the exact divergence from this reference. `find_head` must find the policy's head.
+        observe: called as observe(logits [n, V], rows [n]) on scored rows, without grad, to take statistics of the
+            logits after the temperature; `rows` are indices into the flattened [B, K]. It must not change the logits.
         forward: further arguments for the model's forward.
 
     Raises:
-        ValueError: as `score_tokens`; HeadError if there is an `against` and no head.
+        ValueError: see `score_tokens`.
+        HeadError: `against` is given, and the policy's head cannot be redirected.
     """
     wanted = _Wanted(temperature, entropy, hidden, against, observe)
     with use_of(model).running():
@@ -105,7 +106,7 @@ def score_model(
 
 @dataclass(frozen=True, eq=False)
 class _Wanted:
-    """The arguments of `score_model` of these names."""
+    """Arguments of `score_model`, with the same names."""
 
     temperature: float
     entropy: Entropies
@@ -115,7 +116,7 @@ class _Wanted:
 
 
 def _redirected(model: nn.Module, head: Head, call: Call, wanted: _Wanted) -> Scored:
-    """The model's forward with its head computing the scores in place of the logits."""
+    """Run the model's forward, in which its head computes the scores instead of the logits."""
     entropy, against = wanted.entropy, wanted.against
     states: list[Tensor] = []
 
@@ -168,7 +169,7 @@ def _through_logits(model: nn.Module, batch: TokenBatch, wanted: _Wanted, forwar
 def scored_through_logits(
     scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False, observe: Observer | None = None
 ) -> Scored:
-    """As `score_model`, from logits that are at hand."""
+    """Return the result of `score_model`, from logits that are already computed."""
     if observe is not None:
         with torch.no_grad():
             rows = scored.call.mask.flatten().nonzero()[:, 0]
@@ -177,7 +178,7 @@ def scored_through_logits(
 
 
 def scores_from(scored: ScoredLogits, *, temperature: float = 1.0, entropy: Entropies = False) -> TokenScores:
-    """TokenScores from logits that are at hand."""
+    """Return TokenScores, from logits that are already computed."""
     call = scored.call
     result = token_logp(
         scored.logits.flatten(0, 1),
