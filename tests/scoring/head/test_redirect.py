@@ -221,7 +221,7 @@ def masked(logits: Tensor) -> Tensor:
     ids=["offset", "offset-one", "clamp", "log_softmax", "abs", "minus", "zero", "leaky", "rounded", "masked"],
 )
 def test_other_treatment_of_the_logits_is_refused(after: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(HeadError, match="in a way that refkl does not know: of 258 numbers"):
+    with pytest.raises(HeadError, match=r"in a way that refkl does not know\. Given 258 numbers"):
         find_head(processed(after))
 
 
@@ -464,7 +464,7 @@ def test_no_grad() -> None:
 
 
 def test_outputs_that_are_cut_off_are_refused() -> None:
-    with pytest.raises(HeadError, match="has no gradient"):
+    with pytest.raises(HeadError, match="have no gradient"):
         through_head(processed(lambda x: x.detach()))
 
 
@@ -472,7 +472,7 @@ def test_a_treatment_that_was_changed_since_is_found() -> None:
     model = tiny("Gemma2ForCausalLM")
     through_head(model)
     model.config.final_logit_softcapping = 5.0
-    with pytest.raises(HeadError, match="was changed since"):
+    with pytest.raises(HeadError, match="has changed since"):
         through_head(model)
     check_redirect(model)
     assert find_head(model).softcap == pytest.approx(5.0)

@@ -238,7 +238,7 @@ def test_models_for_which_it_would_be_wrong_are_run_plainly(name: str, caplog: p
         for _ in range(2):
             assert prepare(model, shared_batch()).packed is None
     (record,) = (r for r in caplog.records if r.name.startswith("refkl"))
-    assert "the model is run on all of it: " in record.message and "prefix 'off'" in record.message
+    assert "the model computes all of it, because " in record.message and "prefix='off'" in record.message
 
 
 @pytest.mark.parametrize(

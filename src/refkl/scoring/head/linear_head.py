@@ -1,10 +1,12 @@
-"""The output head of a causal language model, and what the model makes of its logits: Cohere and Granite scale, Gemma-2
-caps, Falcon-H1 has a multiplier. Two forms are known (probe.py says how they are recognised):
+"""The output head of a causal language model, and the map that the model applies to its logits.
+
+Cohere and Granite scale them, Gemma-2 caps them, Falcon-H1 has a multiplier. refkl knows two forms, which probe.py
+recognises:
 
     logits = s·z   or   logits = c·tanh(s·z / c),   z = hidden·weightᵀ + the module's bias
 
-Notation, here and in probe.py and redirect.py: B sequences, K positions that reach the head, V vocabulary, H what the
-head takes, P probe values.
+Notation, here and in probe.py and redirect.py: B sequences, K positions that reach the head, V vocabulary, H the head's
+input width.
 """
 
 from __future__ import annotations
@@ -18,29 +20,29 @@ from torch import Tensor, nn
 from refkl.backend import full_shape
 
 _TOLERANCE = 2e-6
-"""Relative, in fp32: a cap takes three roundings and a tanh."""
+"""Relative tolerance in fp32: a cap takes three roundings and a tanh."""
 
 
 class HeadError(ValueError):
-    """The head is not one that a fused op can stand in for; the model can still be scored through its logits."""
+    """Error for a head that a fused op cannot replace. The model can still be scored through its logits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A linear output head and what the model makes of its result: logits = softcap(logit_scale·hidden·weightᵀ + bias).
+    """A linear output head, and the map that the model applies to its result.
 
-    softcap(x) = c·tanh(x / c), or x where there is none.
+    logits = softcap(logit_scale·hidden·weightᵀ + bias), where softcap(x) = c·tanh(x / c), or x if there is no cap.
     """
 
     module: nn.Linear
     logit_scale: float
     softcap: float | None
     vocabulary: int
-    """V: the logits that the model gives. Some cut the rows off that pad the head's weight."""
+    """V, the number of logits that the model returns. Some models cut off the rows that pad the head's weight."""
 
     @property
     def weight(self) -> Tensor:
-        """[V, H] the module's own parameter (a view of it where the model cuts rows off).
+        """[V, H] the module's own parameter, or a view of it if the model cuts rows off.
 
         Raises:
             HeadError: the weight is partitioned (ZeRO-3) and not gathered: read it inside a redirected forward.
@@ -55,10 +57,10 @@ class Head:
 
     @property
     def bias(self) -> Tensor | None:
-        """[V] what is added after the scale: logit_scale · the module's bias. None if it has none.
+        """[V] the term added after the scale, logit_scale · the module's bias; None if the module has no bias.
 
         Raises:
-            HeadError: as `weight`.
+            HeadError: see `weight`.
         """
         bias: Tensor | None = self.module.bias
         if bias is None:
@@ -71,7 +73,7 @@ class Head:
         return bias if self.logit_scale == 1.0 else self.logit_scale * bias
 
     def holding(self, weight: Tensor, bias: Tensor | None) -> Head:
-        """The same head with other weights, which do not train."""
+        """Return the same head with other weights, which are not trainable."""
         with torch.device("meta"):
             module = nn.Linear(1, 1, bias=bias is not None)
         module.weight = nn.Parameter(weight, requires_grad=False)
@@ -80,7 +82,7 @@ class Head:
         return replace(self, module=module)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V] in full: what the model gives, and what a fused op must agree with."""
+        """Return the full logits, [..., H] -> [..., V], as the model computes them. A fused op must agree with them."""
         linear = nn.functional.linear(hidden, self.weight)
         scaled = linear * self.logit_scale + (0.0 if self.bias is None else self.bias)
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
@@ -95,7 +97,8 @@ def mapped(values: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if all numbers, in fp64, are those expected, to the precision of a model that computes in `dtype`."""
+    """Return True if all numbers, in fp64, equal the expected ones to the precision of a model that computes in
+    `dtype`."""
     tolerance = _TOLERANCE if torch.finfo(dtype).bits >= 32 else 2 * torch.finfo(dtype).eps
     return bool(((found - expected).abs() <= tolerance * expected.abs()).all())
 

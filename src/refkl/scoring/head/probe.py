@@ -1,9 +1,9 @@
-"""Find a model's output head, and what the model does to its logits.
+"""Find a model's output head, and the map that the model applies to its logits.
 
-A fused op takes the states that enter the head and gives a few numbers per token, so that the logits [B, K, V] are
-never made. For this it must know what a model does to them after the head. There is no table of families here: the head
-is replaced for one forward by a stub that gives known numbers, and what the model makes of them shows the map. All
-causal language models of transformers 5.23 that have one linear head have one of the two forms in head.py.
+A fused op takes the states that enter the head and returns a few numbers per token, so the logits [B, K, V] are never
+stored. For this it must know the map that the model applies after the head. There is no table of model families here:
+for one forward, a stub replaces the head and returns known numbers, and the model's output for them shows the map. All
+causal language models of transformers 5.23 with one linear head have one of the two forms in linear_head.py.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ logger = logging.getLogger(__name__)
 
 _POWERS = (-20, 15, 5, -3, 10, 0, 3, 7, 13, -10)
 _PROBE = (0.0, *(sign * m * 2.0**k for k in _POWERS for sign in (1, -1) for m in (1.0, 1.25)))
-"""Logits that the stub gives, repeated along the vocabulary: from 1e-6, where a cap does nothing, to 4e4, further than
-logits go. Few bits each, so that a cast to bf16 and back leaves them alone. 0 shows an offset."""
+"""Logits that the stub returns, repeated along the vocabulary: from 1e-6, where a cap has no effect, to 4e4, beyond the
+range of logits. Each has few bits, so that a cast to bf16 and back does not change it. 0 shows an offset."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError)
-"""Errors of a forward that wants more than tokens (images, an embedding of the task, …). No RuntimeError: memory that
-ran out once must not count against the head for good."""
+"""Errors of a forward that needs more than tokens (images, an embedding of the task, …). RuntimeError is not one of
+them: a head must not be refused for good because memory ran out once."""
 _UNFIT: dict[type[nn.Module], str] = {
     FullyShardedDataParallel: "which flattens the head's weight: shard with FSDP2",
     nn.DataParallel: "whose replicas each call a head of their own: use DistributedDataParallel (accelerate launch)",
 }
-"""Wrappers that a head is not redirected in."""
+"""Wrappers in which a head is not redirected, each with the reason."""
 _DOUBTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Heads of which a redirected forward has failed once."""
+"""Heads for which a redirected forward has failed once."""
 _REFUSED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
-"""For each head that a probe refused: under which circumstances (replaced forward, hooks), and why."""
+"""For each refused head, the circumstances (wrapper, replaced forward, hooks) and the reason."""
 
 
 def find_head(model: nn.Module) -> Head:
     """Return the output head of a causal language model, wrapped or not.
 
-    The first time for a head, the model is run on two tokens (no grad, eval mode, RNG state restored), as it is wrapped
-    under ZeRO-3, where every rank must call. What was found is kept for as long as the head lives. Each redirected
-    forward checks, on six numbers, that scale and cap still hold; a treatment of single vocabulary entries that begins
-    only after the head was found is not seen. A refusal is kept until the model's forward or its hooks are others.
+    The first call for a head runs the model on two tokens (no grad, eval mode, RNG state restored). Under ZeRO-3, it
+    runs the model through its wrappers, and every rank must call. The result is kept for as long as the head lives.
+    Each redirected forward checks, on six numbers, that scale and cap still hold. It does not detect a map of single
+    vocabulary entries that begins after the head was found. A refusal is kept until the model's forward or hooks
+    change.
 
     Raises:
-        HeadError: there is no linear head, or it is not nn.Linear alone with a plain weight (PEFT, quantised, FSDP, on
-            the meta device), or the model does not call it once, or makes something else of its logits.
+        HeadError: there is no linear head; it is not a plain nn.Linear with a plain weight (PEFT, quantised, FSDP, on
+            the meta device); the model does not call it exactly once; the model applies another map to its logits.
     """
     module = _linear_head(model)
     rows = full_shape(module.weight)[0]
@@ -75,7 +76,7 @@ def find_head(model: nn.Module) -> Head:
 
 
 def distrust(model: nn.Module, module: nn.Linear, error: HeadError) -> None:
-    """After a redirected forward has failed: find the head anew the next time, and if that fails too, refuse it."""
+    """Forget a head after a redirected forward failed, so that it is probed again; refuse it at the second failure."""
     if module in _DOUBTED:
         refuse(model, module, error)
     _DOUBTED.add(module)
@@ -83,9 +84,9 @@ def distrust(model: nn.Module, module: nn.Linear, error: HeadError) -> None:
 
 
 def refuse(model: nn.Module, module: nn.Linear, error: HeadError) -> None:
-    """Have `find_head` raise this error for the head from now on, and say so once: it is scored through its logits."""
+    """Make `find_head` raise this error for the head from now on, and warn that it is scored through its logits."""
     _REFUSED[module] = _circumstances(model, module), str(error)
-    logger.warning("Scoring through the logits in full, which takes more memory and the model's rounding. %s", error)
+    logger.warning("Scoring through the full logits, which takes more memory and rounds as the model does. %s", error)
 
 
 def _circumstances(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:
@@ -94,7 +95,7 @@ def _circumstances(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:
 
 
 def _linear_head(model: nn.Module) -> nn.Linear:
-    """The head's module, if nn.Linear's forward and a plain weight are all there is to it."""
+    """Return the head's module. Raise HeadError if it is not an nn.Linear with its own forward and a plain weight."""
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         raise HeadError(f"{type(base).__name__} is not a transformers model: its output head cannot be found.")
@@ -132,14 +133,14 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 
 
 def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, int]:
-    """logit_scale, softcap and vocabulary, from what the model makes of known numbers."""
+    """Return logit_scale, softcap and vocabulary, from the model's output for known numbers."""
     for kind, reason in _UNFIT.items():
         if any(isinstance(m, kind) for m in model.modules()):
             raise HeadError(f"The model is in {kind.__name__}, {reason}, or score through the logits.")
     base = base_model(model)
     rows, width = full_shape(module.weight)
     device = next(base.parameters()).device
-    # Position 0 shows the map; position 1, all ones, whether it is the same for the whole vocabulary.
+    # Position 0 shows the map. Position 1, all ones, shows if it is the same for the whole vocabulary.
     given = torch.ones(1, 2, rows, dtype=torch.float64)
     given[0, 0] = torch.tensor(_PROBE, dtype=torch.float64).repeat(-(-rows // len(_PROBE)))[:rows]
     called: list[torch.Size] = []
@@ -151,8 +152,8 @@ def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, in
     tokens = torch.tensor([[0, min(1, rows - 1)]], device=device)
     options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     devices = [] if device.type == "cpu" else [device]
-    # Partitioned weights are gathered by hooks that begin at the engine. Elsewhere the hooks of the model and its
-    # wrappers are spared a call that the user did not make.
+    # Partitioned weights are gathered by hooks that begin at the engine. Otherwise only the model's forward runs, so
+    # that hooks of the model and its wrappers do not see a call that the user did not make.
     run = model if is_partitioned(module.weight) else base.forward
     with (
         torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"),
@@ -167,28 +168,29 @@ def _probe(model: nn.Module, module: nn.Linear) -> tuple[float, float | None, in
             raise
         except _UNABLE as error:
             raise HeadError(
-                f"{type(base).__name__} cannot be run on two tokens alone to see what it makes of its logits: "
+                f"{type(base).__name__} cannot run on only two tokens, which refkl does to see how it maps its logits: "
                 f"{type(error).__name__}: {error}"
             ) from error
     if not called:
         raise HeadError(not_called(f"the forward of {type(base).__name__}"))
     if called[0] != (1, 2, width) or logits.shape[:2] != (1, 2) or logits.shape[2] > rows:
         raise HeadError(
-            f"For two tokens {type(base).__name__} gave its head {list(called[0])} with a weight {[rows, width]}, and "
-            f"made {list(logits.shape)} of {[1, 2, rows]}: not one row of logits per token. Score through the logits."
+            f"For two tokens, {type(base).__name__} passed {list(called[0])} to its head of weight {[rows, width]} and "
+            f"returned {list(logits.shape)} for {[1, 2, rows]}: not one row of logits per token. Score through the "
+            "logits."
         )
     vocabulary = logits.shape[2]
     return *_fit(given[0, :, :vocabulary], logits[0].cpu(), type(base).__name__), vocabulary
 
 
 def _fit(given: Tensor, found: Tensor, name: str) -> tuple[float, float | None]:
-    """logit_scale and softcap of the map from `given` to `found`, [2, V] each; every one of the numbers must fit.
+    """Return logit_scale and softcap of the map from `given` to `found`, [2, V] each; all numbers must fit.
 
-    The slope is read off at 1e-6, where no cap is felt, the cap at 3e4, where it is felt most.
+    The slope is read at 1e-6, where a cap has no effect; the cap is read at 3e4, where it has the largest effect.
     """
     small, large = _PROBE.index(2.0**-20), _PROBE.index(2.0**15)
     if given.shape[1] <= max(small, large):
-        raise HeadError(f"{name} has a vocabulary of {given.shape[1]}: too small to show what it makes of its logits.")
+        raise HeadError(f"{name} has a vocabulary of {given.shape[1]}: too small to show how it maps its logits.")
     if found.dtype in (torch.bfloat16, torch.float16):  # a rounded slope would be off by 0.4 %: only 1 is exact
         fits: list[tuple[float, float | None]] = [(1.0, None)]
     else:
@@ -206,15 +208,16 @@ def _fit(given: Tensor, found: Tensor, name: str) -> tuple[float, float | None]:
         else divmod(int((found.double() - mapped(given, *fits[0])).nan_to_num(math.inf).abs().argmax()), given.shape[1])
     )
     raise HeadError(
-        f"{name} post-processes its logits in a way that refkl does not know: of {found.shape[1]} numbers it made "
-        f"{float(found[0, small]):.6g} of {2.0**-20:.6g}, {float(found[0, large]):.6g} of {2.0**15:.6g}, and at "
-        f"vocabulary entry {column} {float(found[row, column]):.6g} of {float(given[row, column]):.6g}, in "
-        f"{found.dtype}. Known are a factor and a tanh cap, one for all entries, in fp32. Score through the logits."
+        f"{name} post-processes its logits in a way that refkl does not know. Given {found.shape[1]} numbers, it "
+        f"returned {float(found[0, small]):.6g} for {2.0**-20:.6g}, {float(found[0, large]):.6g} for {2.0**15:.6g}, "
+        f"and at vocabulary entry {column} {float(found[row, column]):.6g} for {float(given[row, column]):.6g}, in "
+        f"{found.dtype}. refkl knows a factor and a tanh cap, the same for all entries, in fp32. Score through the "
+        "logits."
     )
 
 
 def _cap(scale: float, value: float, found: float) -> float:
-    """c with c·tanh(scale·value / c) = found, by bisection; 0.0 if there is none."""
+    """Return c with c·tanh(scale·value / c) = found, by bisection; 0.0 if there is none."""
     if scale <= 0.0 or not 0.0 < found < scale * value:
         return 0.0
     ratio = found / (scale * value)

@@ -1,10 +1,10 @@
-"""Something else computed in place of the logits, inside the forward of whatever wraps the model.
+"""Redirection of the output head: it computes a fused op instead of the logits, inside the model's forward.
 
-What a fused op gives leaves the head's forward beside six known numbers, which the model takes for its logits. Two
-things hang on the model's *output*, and not on the tensor that left the head: DeepSpeed begins its backward there, and
-divides by the accumulation steps; DDP looks from there for parameters that are not used. So the result is tied to the
-output: backward sends the number 1 into one place of it, and what arrives at the head (1, or what a wrapper made of it)
-multiplies the own gradient of the result.
+The head's forward returns six known numbers, which the model takes for its logits, and stores the result of the fused
+op. Wrappers act on the model's *output*, not on the tensor that left the head: DeepSpeed begins its backward there, and
+divides by the accumulation steps; DDP starts there to find unused parameters. So the result is tied to the output:
+backward sends a gradient of 1 into one element of the output. A wrapper may scale that gradient on its way to the head.
+Whatever arrives there multiplies the result's own gradient.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from refkl.kl.divergence_rows import first_order
 from refkl.scoring.head.linear_head import FOUND, Head, HeadError, at_least_fp32, close, mapped, not_called
 
 _CHECK = (0.0, 1.0, -0.25, 5.0, -40.0, 2.0**15)
-"""Logits given to the model in each redirected forward, to check that it still treats them the same."""
+"""Logits given to the model in each redirected forward, to check that it still maps them in the same way."""
 _GAUGE = 0
-"""The column of _CHECK, at 0 where the slope is s, whose gradient shows by what wrappers scale gradients."""
+"""Column of _CHECK whose gradient shows the factor by which wrappers scale gradients. Its value is 0, where the map's
+slope is s."""
 
 
 class Redirect:
-    """One forward in which the head computes something else. `stats` takes the result out of it."""
+    """A forward in which the head computes a fused op. `stats` returns the result."""
 
     def __init__(self, head: Head) -> None:
         self._head = head
@@ -37,13 +38,13 @@ class Redirect:
         """Return the result of the function given to `redirected`, with grad, after the wrapper's hooks.
 
         Args:
-            outputs: what the outermost wrapper returned. The gradient passes through it, so that wrappers which act on
-                the gradient of their outputs do so: DeepSpeed begins its backward there, and divides by the number of
-                accumulation steps in a plain loss.backward(); DDP finds unused parameters from there.
+            outputs: the outermost wrapper's output. The gradient passes through it, for wrappers that act on the
+                gradient of their outputs: DeepSpeed begins its backward there, and divides by the number of
+                accumulation steps in a plain loss.backward(); DDP starts there to find unused parameters.
 
         Raises:
-            HeadError: the head was not called; the model no longer treats its logits as it did when the head was found;
-                the outputs are cut off from the graph.
+            HeadError: the head was not called; the model maps its logits in another way than when the head was found;
+                the outputs are detached from the graph.
         """
         if self._stats is None:
             raise HeadError(not_called("this forward"))
@@ -53,16 +54,16 @@ class Redirect:
         if logits.shape != (*self._positions, len(_CHECK)) or not close(found, expected, logits.dtype):
             FOUND.pop(self._head.module, None)
             raise HeadError(
-                f"The model made {found.tolist()} {list(logits.shape)} of {list(_CHECK)} given as logits at "
-                f"{list(self._positions)} positions; when its head was found it made {expected.tolist()} of them: its "
-                "configuration was changed since, a hook changes its logits, or it treats them otherwise in training."
+                f"The model returned {found.tolist()} {list(logits.shape)} for {list(_CHECK)} given as logits at "
+                f"{list(self._positions)} positions; when its head was found it returned {expected.tolist()}: its "
+                "configuration has changed since, a hook changes its logits, or it maps them differently in training."
             )
         if not self._stats.requires_grad:
             return self._stats
         if not logits.requires_grad:
             raise HeadError(
-                f"What {type(outputs).__name__} holds as logits has no gradient, though the head's result has one: a "
-                "wrapper or a patched forward cut it off. Score through the logits instead."
+                f"The logits in {type(outputs).__name__} have no gradient, but the head's result has one: a wrapper or "
+                "a patched forward detached them. Score through the logits instead."
             )
         stats: Tensor = _Tied.apply(self._stats, logits)
         return stats
@@ -70,7 +71,7 @@ class Redirect:
 
 @contextmanager
 def redirected(head: Head, fused: Callable[[Tensor], Tensor]) -> Iterator[Redirect]:
-    """While open, the head's module computes `fused` in place of its logits. Call the outermost wrapper once inside.
+    """Make the head's module compute `fused` instead of its logits while open. Call the outermost wrapper once inside.
 
         with redirected(head, fused) as redirect:
             outputs = model(**inputs)
@@ -78,12 +79,12 @@ def redirected(head: Head, fused: Callable[[Tensor], Tensor]) -> Iterator[Redire
 
     Args:
         head: from `find_head`.
-        fused: hidden [B, K, H] -> a tensor of any shape. It runs as the module's forward, so that head.weight and
-            head.bias are gathered, and again in its backward. For the latter it must keep the parameter itself
-            (save_for_backward(weight)) and no view, cast or slice of it, which would hold the gathered copy.
+        fused: takes hidden [B, K, H] and returns a tensor of any shape. It runs as the module's forward, so head.weight
+            and head.bias are gathered then, and again in its backward. For the backward it must save the parameter
+            itself (save_for_backward(weight)), not a view, cast or slice of it, which would hold the gathered copy.
 
     Raises:
-        HeadError: the module's forward is replaced already; it is called twice; a hook on it changes its result.
+        HeadError: the module's forward is already replaced; it is called twice; a hook on it changes its result.
     """
     redirect = Redirect(head)
 
@@ -107,16 +108,16 @@ def redirected(head: Head, fused: Callable[[Tensor], Tensor]) -> Iterator[Redire
 def replaced(
     module: nn.Linear, forward: Callable[[Tensor], Tensor], give: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """The module computes `forward`, and its caller gets `give` of the result, after all other hooks of the module.
+    """Replace the module's forward while open. Its caller gets `give(result)`, called after the module's other hooks.
 
-    Under ZeRO-3 the gather before the module's backward hangs on the tensor that DeepSpeed's own hook returns: `give`
-    must see that one.
+    Under ZeRO-3, the gather before the module's backward depends on the tensor that DeepSpeed's own hook returns, so
+    `give` must get that tensor.
     """
     check_forward(module)
     results: list[tuple[Tensor, int]] = []
 
     def version(tensor: Tensor) -> int:
-        return 0 if tensor.is_inference() else tensor._version  # inference tensors count none
+        return 0 if tensor.is_inference() else tensor._version  # inference tensors have no version
 
     @torch.compiler.disable
     def once(input: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def replaced(
         before, counted = results[0]
         if result.data_ptr() != before.data_ptr() or result.shape != before.shape or version(result) != counted:
             raise HeadError(
-                "A forward hook on the output head changes what it gives, and so log-probabilities, in a way that "
+                "A forward hook on the output head changes its result, and so the log-probabilities, in a way that "
                 "refkl cannot see. Remove the hook, or score through the logits."
             )
         return give(result)
@@ -154,10 +155,10 @@ def check_forward(module: nn.Linear) -> None:
 
 
 class _Leaving(torch.autograd.Function):
-    """The head's end: (stats, probe) -> stats for us, and the probe for the model to take for its logits.
+    """The output of the head: (stats, probe) -> stats for refkl, and the probe that the model takes for its logits.
 
-    Gradients of both meet here again. What came through the model and its wrappers is 1·s, unless a wrapper scaled it:
-    the gradient of stats, which did not take that way, is scaled alike.
+    The backward gets the gradients of both. The probe's gradient came through the model and its wrappers: it is 1·s,
+    unless a wrapper scaled it. The gradient of stats bypassed them, so it is scaled by the same factor.
     """
 
     @staticmethod
@@ -173,7 +174,8 @@ class _Leaving(torch.autograd.Function):
 
 
 class _Tied(torch.autograd.Function):
-    """stats, with a gradient of 1 in one place of the model's output, so that backward enters the model through it."""
+    """The identity on stats. Its backward also sends a gradient of 1 into one element of the model's output, so that
+    backward enters the model there."""
 
     @staticmethod
     def forward(ctx: Any, stats: Tensor, logits: Tensor) -> Tensor:

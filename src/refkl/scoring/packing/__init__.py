@@ -1,1 +1,1 @@
-"""Batches without padding: completions of one prompt share it, where the model allows it."""
+"""Packed batches: no padding, and completions of one prompt share it, if the model allows it."""

@@ -1,10 +1,10 @@
-"""Hooks that give a model's attention the masks of shared prompts.
+"""Attention functions that accept the masks of shared prompts.
 
-transformers looks a model's attention up by its name each time that a layer is called. What it finds there is put
-behind a function which leaves tokens under a `SharedMask` to that mask, which computes their attention in blocks of
-torch's (prefix_mask.py), and everything else to what was there before. So flash and flex attention, which take no such
-masks, share prompts; keys and values are not copied for each head of the queries, as they are for torch's; and it
-holds for what gradient checkpointing computes again, policy and reference alike.
+transformers looks up a model's attention function by name at each call of a layer. refkl registers a wrapper under that
+name. If the mask is a `SharedMask`, the wrapper lets it compute the attention in blocks with torch's attention
+(prefix_mask.py); otherwise the wrapper calls the original function. Prompts are thus shared under flash and flex
+attention too, which take no such masks, and keys and values are not copied for each query head, as transformers' "sdpa"
+does. The wrapper also applies when gradient checkpointing recomputes a layer, in policy and reference alike.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from refkl.scoring.packing.prefix_mask import SharedMask, UnknownAttention
 
 Attention = Callable[..., tuple[Tensor, Any]]
 KNOWN = (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
-"""Attention functions that are put behind a mask, under whatever name they are found."""
+"""Attention functions that get a wrapper, under any name."""
 BEYOND = ("softcap", "s_aux", "position_bias")
-"""Arguments that attention may be given beside its mask, and that torch's cannot compute."""
+"""Further arguments of an attention function that torch's attention does not support."""
 
 
 def no_masks(base: nn.Module) -> str | None:
-    """Why a model's attention cannot be given masks of shared prompts; None if it can."""
+    """Return why a model's attention cannot take masks of shared prompts; None if it can."""
     config: Any = base.config
     name = config._attn_implementation
     if name in ("sdpa", "eager"):
@@ -50,7 +50,7 @@ def no_masks(base: nn.Module) -> str | None:
 
 
 def give_masks(base: nn.Module) -> None:
-    """See to it that the attention of a model, of which `no_masks` says that it can, knows them."""
+    """Make a model's attention accept masks of shared prompts. `no_masks` has returned None for the model."""
     config: Any = base.config
     name = config._attn_implementation
     if (kernel := ALL_ATTENTION_FUNCTIONS.get(name)) in KNOWN:
@@ -73,10 +73,10 @@ def _or_mask(kernel: Attention) -> Attention:
             return kernel(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if beyond := [name for name in BEYOND if kwargs.get(name) is not None]:
             raise UnknownAttention(
-                f"{type(module).__name__} gives its attention {', '.join(beyond)}, which a mask that several rows "
-                "share a prompt under cannot compute. Pass prefix='off' (scoring.prefix: 'off')."
+                f"{type(module).__name__} passes {', '.join(beyond)} to its attention, which a mask of shared prompts "
+                "does not support. Pass prefix='off' (scoring.prefix: 'off')."
             )
-        # Norms kept in float32 leave queries and keys in it, which flash attention takes.
+        # Norms in float32 return queries and keys in float32, which flash attention accepts and torch's does not.
         query, key = query.to(value.dtype), key.to(value.dtype)
         found = attention_mask.attend(query, key, value, dropout_p=dropout, scale=scaling)
         return found.transpose(1, 2).contiguous(), None

@@ -1,4 +1,4 @@
-"""The models that may be given a packed batch: those whose scores and gradients stay what they are without packing."""
+"""Models that may get a packed batch: those whose scores and gradients do not change under packing."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ EXACT = frozenset(
 
 
 def why_not(model: nn.Module, base: nn.Module) -> str | None:
-    """Return why a model, as it is wrapped, cannot be given its rows' tokens in one row; None if it can.
+    """Return why a model, with its wrappers and adapters, cannot get a packed row; None if it can.
 
-    EXACT lists the classes, because only a model's code says whether it can. The list leaves out models with a state
-    (Mamba, hybrids), with a bias by distance (ALiBi), with chunked or sparse attention, and encoder-decoders.
+    EXACT lists the classes, because only a model's code shows this. The list leaves out models with a state (Mamba,
+    hybrids), with a bias by distance (ALiBi), with chunked or sparse attention, and encoder-decoders.
     """
     if not is_listed(base):
         return f"{own_class(base).__name__} is not among the models for which that is known to be exact"
@@ -67,7 +67,7 @@ def is_listed(base: nn.Module) -> bool:
 
 
 def _by_row(model: nn.Module) -> str | None:
-    """Return why an active adapter cannot be given a packed row: it treats a row by what the row holds."""
+    """Return why an active adapter cannot get a packed row: it depends on the content of each row. None if it can."""
     inner = unwrap(model)
     if not isinstance(inner, PeftModel):
         return None
@@ -81,6 +81,6 @@ def _by_row(model: nn.Module) -> str | None:
 
 
 def rope_settings(config: Any) -> list[dict[str, Any]]:
-    """Return the RoPE settings of all layers; they may be told apart by the layer's kind."""
+    """Return the RoPE settings of all layers, which may differ between types of layers."""
     settings = getattr(config, "rope_parameters", None) or {}
     return [settings, *(x for x in settings.values() if isinstance(x, dict))]

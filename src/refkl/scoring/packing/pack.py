@@ -1,4 +1,4 @@
-"""The one door to packing: a batch as one row for a model, or None where that is not exact or not quicker."""
+"""Entry points of packing: a batch as one packed row for a model, or None if that is not exact or not cheaper."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed batch, and the attention mask to give the model with it."""
+    """A packed batch, and the attention mask that the model gets with it."""
 
     batch: PackedBatch
     mask: Any
-    """A tensor, or one for each type of layer."""
+    """A tensor, or a dict with one for each type of layer."""
 
 
 def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
-    """Pack a batch for a model, as it is wrapped.
+    """Pack a batch for a model with its wrappers.
 
-    Returns None if the model must be given the batch as it is: it has other inputs than text, the model has a learned
-    prompt or is not known to be exact under packing, or packing would cost more.
+    Returns None if the model must get the batch unpacked: packing is off, the batch has other inputs than text, the
+    model has a learned prompt or is not known to be exact under packing, or packing would not cost less.
     """
     base = base_model(model)
     if not _is_text(model, batch) or active_prompt(model) is not None or not may_gain(base, batch):
@@ -47,8 +47,8 @@ def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
     if (why := why_not(model, base)) is not None:
         if packed.tokens < 0.8 * batch.input_ids.numel():
             logger.warning_once(
-                f"Rows have prompts in common, or much padding, and the model is run on all of it: {why}. "
-                "prefix 'off' says that this is meant."
+                f"Rows share prompts or have much padding, and the model computes all of it, because {why}. To accept "
+                "this without a warning, pass prefix='off' (scoring.prefix: 'off')."
             )
         return None
     seen = work.seen(packed, pairs_per_token(base))
@@ -59,9 +59,9 @@ def pack(model: nn.Module, batch: TokenBatch) -> Packed | None:
 
 
 def pack_for_proof(model: nn.Module, batch: TokenBatch) -> Packed | None:
-    """Pack a batch whatever it costs, for a model of which `why_not` gives no reason against it.
+    """Pack a batch regardless of the cost. `why_not` has returned None for the model.
 
-    Returns None if the model's attention window is shorter than a row, and not known by its layers' types.
+    Returns None if the model's attention window is shorter than a row, and its configuration has no layer types.
     """
     base, packed = base_model(model), pack_tokens(batch)
     assert packed is not None, "its rows have scored tokens and no holes"
@@ -70,20 +70,20 @@ def pack_for_proof(model: nn.Module, batch: TokenBatch) -> Packed | None:
 
 
 def can_pack(model: nn.Module, batch: TokenBatch) -> bool:
-    """Return True if rows of this batch may share their prompts in this model, whatever it costs."""
+    """Return True if the batch may be packed for this model, regardless of the cost."""
     return _is_text(model, batch) and why_not(model, base_model(model)) is None
 
 
 def _is_text(model: nn.Module, batch: TokenBatch) -> bool:
-    """Return True if the batch may be packed: the model gets only its tokens. A learned prompt's own input is not its
-    base's."""
+    """Return True if the batch may be packed: `prefix` is "auto", and the base model gets only tokens. The input of a
+    learned prompt does not reach the base model."""
     own = set() if learned_prompt(model) is None else {OF_PROMPTS}
     return batch.prefix == "auto" and not batch.model_inputs.keys() - own
 
 
 @contextmanager
 def packed_once(batch: TokenBatch) -> Iterator[None]:
-    """Lay the batch out once while open, for all models that score it. Its tensors must not change meanwhile."""
+    """Pack the batch only once while open, for all models that score it. Its tensors must not change meanwhile."""
     first = batch not in _ONCE
     _ONCE.setdefault(batch, _Work())
     try:
@@ -95,7 +95,7 @@ def packed_once(batch: TokenBatch) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Work:
-    """The parts of packing that do not depend on the model, or only on its size."""
+    """The parts of packing that do not depend on the model, or depend only on its size."""
 
     _packed: list[PackedBatch | None] = field(default_factory=list)
     _seen: dict[int, Seen] = field(default_factory=dict)
@@ -116,13 +116,13 @@ _ONCE: WeakKeyDictionary[TokenBatch, _Work] = WeakKeyDictionary()
 
 
 def _dense(base: nn.Module) -> bool:
-    """Return True if the model's attention is given masks in full, [N, N]."""
+    """Return True if the model's attention gets full masks [N, N]."""
     config: Any = base.config
     return bool(config._attn_implementation == "eager")
 
 
 def _mask(base: nn.Module, packed: PackedBatch, seen: Seen) -> Any:
-    """Return the attention mask to give the model, or None if it has no way to tell the model of its window."""
+    """Return the model's attention mask; None if its window is shorter than a row and no layer types are given."""
     config: Any = base.config
     dense = _dense(base)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -1,6 +1,6 @@
-"""The tokens of a batch in one row: each different prompt once, then each row's completion, and no padding.
+"""The tokens of a batch in one packed row: each distinct prompt once, then each row's completion, without padding.
 
-Notation: B rows of T tokens, N tokens in the one row, M of them that predict, K columns that hold scored tokens.
+Notation: B rows of T tokens, N tokens in the packed row, M of them that predict, K columns that hold scored tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from refkl.types import TokenBatch
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of the one row."""
+    """Contiguous tokens of the packed row."""
 
     start: int
     length: int
@@ -25,32 +25,35 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A batch's tokens in one row, and which of them predicts each scored token."""
+    """The tokens of a batch in one row, and the token that predicts each scored token."""
 
     input_ids: Tensor
     """[1, N]"""
     position_ids: Tensor
     """[1, N]"""
     keep: Tensor
-    """[M] the tokens that predict: the last of each prompt, then all of the completions."""
+    """[M] indices of the tokens that predict: the last of each prompt, then all of the completions."""
     at: Tensor
-    """[B, K] which of `keep` predicts the token in column k; 0 where none is scored."""
+    """[B, K] index into `keep` of the token that predicts the one in column k; 0 where not scored."""
     prompts: list[Segment]
     completions: list[Segment]
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """The number N of tokens in the packed row."""
         return self.input_ids.shape[1]
 
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Return the number of tokens of the longest row."""
         ends = [self.prompts[c.parent].length + c.length for c in self.completions]
         return max([*ends, *(p.length for p in self.prompts)])
 
 
 def scored_columns(batch: TokenBatch) -> Tensor:
-    """[K] the columns in which some row has a scored token, or one other: every rank must run the forward."""
+    """Return the columns [K] in which some row has a scored token.
+
+    If there are none, one column is returned, because every rank must run the forward.
+    """
     columns = batch.completion_mask.any(0).nonzero()[:, 0]
     if columns.numel():
         return columns
@@ -58,7 +61,7 @@ def scored_columns(batch: TokenBatch) -> Tensor:
 
 
 def pack_tokens(batch: TokenBatch) -> PackedBatch | None:
-    """Pack the tokens of a batch of text into one row; None if rows have holes, or nothing is scored."""
+    """Pack the tokens of a batch of text into one row; None if a row has padding inside, or nothing is scored."""
     real, scored, columns = batch.attention_mask.bool(), batch.completion_mask, scored_columns(batch)
     rows = scored.any(1).nonzero()[:, 0]
     if not len(rows):
@@ -79,7 +82,7 @@ def pack_tokens(batch: TokenBatch) -> PackedBatch | None:
     prompts, completions, source, column = _segments(torch.stack([begin, first, last, parent], 1).tolist())
     source, column = order[source.to(ids.device)], column.to(ids.device)
 
-    # keep: prompts' ends, then completions' tokens; `own[r]` is where those of row r begin.
+    # keep: the last token of each prompt, then the completions' tokens. `own[r]` is the first of those of row r.
     tokens, count = len(source), len(prompts)
     after = prompts[-1].start + prompts[-1].length
     ends = torch.tensor([p.start + p.length - 1 for p in prompts], device=ids.device)
@@ -93,14 +96,14 @@ def pack_tokens(batch: TokenBatch) -> PackedBatch | None:
 
 
 def _same_prompts(values: tuple[Tensor, ...], begin: Tensor, first: Tensor) -> Tensor:
-    """[B] the number of each row's prompt, equal where the prompts are.
+    """Return the number [B] of each row's prompt. Equal prompts have the same number.
 
     Args:
-        values: [B, T] each, what is to be equal: tokens, positions.
-        begin, first: [B] where the prompt and the scored tokens begin.
+        values: [B, T] each; tokens and positions, which are equal if the prompts are.
+        begin, first: [B] columns where the prompt and the scored tokens begin.
     """
     width = values[0].shape[1]
-    # Prompts to the right edge, so that equal ones are equal rows whatever is around them.
+    # Shift prompts to the right edge, so that equal prompts are equal rows whatever surrounds them.
     shifted = torch.arange(width, device=first.device)[None] + first[:, None] - width
     there = shifted >= begin[:, None]
     shift = shifted.clamp(min=0)
@@ -109,11 +112,11 @@ def _same_prompts(values: tuple[Tensor, ...], begin: Tensor, first: Tensor) -> T
 
 
 def _segments(spans: list[list[int]]) -> tuple[list[Segment], list[Segment], Tensor, Tensor]:
-    """Prompts and completions in their order, and for each token of the one row its row and column, [N] each.
+    """Return prompts and completions in their order, and for each token its row and column in the batch, [N] each.
 
     Args:
-        spans: of each row where it begins, where its first and last scored tokens are, and the number of its prompt,
-            which rises from 0.
+        spans: for each row, the columns of its first token and of its first and last scored tokens, and the number of
+            its prompt, which increases from 0.
     """
     prompts: list[Segment] = []
     completions: list[Segment] = []

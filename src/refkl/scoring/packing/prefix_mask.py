@@ -1,17 +1,16 @@
-"""Prompts that several rows of a batch share run once, and padding not at all.
+"""Attention mask of a packed row, in which a prompt that several rows share is computed once and padding is skipped.
 
-The tokens that matter go through the model as one row [1, N] (packed_batch.py): each different prompt once, then every
-row's completion as far as its last input. All that a decoder does beside attention it does token by token. Attention
-is told who sees whom by the mask, and the mask is of a tensor class of its own: where torch would apply it, it
-computes the attention of each prompt to itself, and of each completion to its prompt and itself, in blocks. No mask
-[N, N] is made, nothing is computed that is masked away between one row and another, and a model, its wrappers and
-gradient checkpointing carry it about like any mask. Models that form their attention by hand ("eager") get that dense
-mask.
+The packed row [1, N] (packed_batch.py) holds each distinct prompt once, then every row's completion up to its last
+input. Outside attention, a decoder processes each token separately. The mask defines which tokens attend to which. It
+is a tensor subclass: where torch would apply it, it computes in blocks the attention of each prompt to itself, and of
+each completion to its prompt and itself. No mask [N, N] is stored, and no attention between unrelated rows is computed.
+A model, its wrappers and gradient checkpointing pass the mask on like any other. Models that compute their attention by
+hand ("eager") get a dense mask [N, N].
 
 J. Juravsky et al. (2024), "Hydragen: High-Throughput LLM Inference with Shared Prefixes" (arXiv 2402.05099), splits
 attention over a shared prefix for inference; here gradients flow too.
 
-Notation: B rows of T tokens, N tokens in the one row, U different prompts, P and C lengths of prompt and completion.
+Notation: N tokens in the packed row, n segments of a block, L and P the longest of them and of their prompts.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from refkl.scoring.packing.packed_batch import PackedBatch, Segment
 
 BLOCK = 24.0
-"""The cost of a further block of attention, in tokens that pass the model: some small operations a layer."""
+"""Cost of one more block of attention, in tokens run through the model: a few small operations per layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +36,7 @@ class Tokens:
     index: Tensor
     """[n, L]"""
     start: int | None = None
-    """The first place if they lie one after the other as they are: then they are a view, and nothing is copied."""
+    """The first index if the tokens are contiguous in the packed row without padding, so that `take` returns a view."""
 
     @classmethod
     def of(cls, segments: list[Segment], device: torch.device) -> Tokens:
@@ -50,11 +49,11 @@ class Tokens:
         return cls(index.to(device), start if in_a_row else None)
 
     def then(self, other: Tokens) -> Tokens:
-        """[n, L + M] these, and then those of the other."""
+        """Return these tokens followed by those of `other`, [n, L + M]."""
         return Tokens(torch.cat([self.index, other.index], 1))
 
     def take(self, rows: Tensor) -> Tensor:
-        """[N, heads, width] -> [n, L, heads, width]."""
+        """Take these tokens from `rows`: [N, heads, width] -> [n, L, heads, width]."""
         if self.start is None:
             return rows.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
         return rows.narrow(0, self.start, self.index.numel()).unflatten(0, self.index.shape)
@@ -62,17 +61,18 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Segments of like length that are attended to in one call."""
+    """Segments of similar length whose attention is computed in one call."""
 
     queries: Tokens
     """[n, L]"""
     keys: Tokens
-    """[n, P + L] the queries, and before them those of a completion's prompt."""
+    """[n, P + L] the queries' tokens; for completions, preceded by those of their prompts."""
     ahead: Tensor | None = None
-    """For completions, the lengths [n] of their prompts, which are filled up to P, or [1] if all are equally long."""
+    """For completions, the lengths of their prompts: [n], padded to P, or [1] if all are equally long. For prompts,
+    None."""
 
     def allowed(self, window: int | None) -> Tensor | None:
-        """[n or 1, 1, L, P + L] True = seen; None where causality says all."""
+        """Return the mask [n or 1, 1, L, P + L], True = attended to; None if a causal mask is enough."""
         size = self.queries.index.shape[1]
         steps = torch.arange(size, device=self.queries.index.device)
         distance = steps[:, None] - steps[None]
@@ -89,10 +89,11 @@ class Block:
 
 
 class Seen:
-    """Who sees whom in a packed batch.
+    """The tokens of a packed batch that each of its tokens attends to.
 
     Args:
-        scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
+        packed: the packed batch.
+        scale: number of query-key pairs that cost as much as one token does outside attention.
     """
 
     def __init__(self, packed: PackedBatch, scale: int) -> None:
@@ -109,7 +110,7 @@ class Seen:
             own = Tokens.of(part, device)
             keys = Tokens.of(parents, device).then(own)
             self.blocks.append(Block(own, keys, lengths[:1] if even else lengths))
-        # Where the blocks' outputs, one after the other with their filling, hold each token of the one row.
+        # The index of each token of the packed row in the concatenated outputs of the blocks, which include padding.
         place = torch.empty(packed.tokens, dtype=torch.long)
         done = 0
         for part in (*alone, *following):
@@ -123,7 +124,7 @@ class Seen:
         self._allowed: dict[tuple[int | None, int], list[Tensor | None]] = {}
 
     def pairs(self) -> int:
-        """Query-key pairs that the blocks compute."""
+        """Return the number of query-key pairs that the blocks compute."""
         total = 0
         for block in self.blocks:
             count, size = block.queries.index.shape
@@ -131,9 +132,9 @@ class Seen:
         return total
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any) -> Tensor:
-        """[1, heads, N, width] each, as torch's attention takes them, and what it gives.
+        """Compute attention, [1, heads, N, width] for each tensor and the result, as torch's attention does.
 
-        Keys and values may have fewer heads, each for so many heads of queries, one after the other.
+        Keys and values may have fewer heads. Each of these serves several consecutive query heads.
         """
         fold = query.shape[1] // key.shape[1]
         if (window, fold) not in self._allowed:
@@ -147,7 +148,7 @@ class Seen:
             if allowed is None:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=fold > 1, **options)
             else:
-                # Not enable_gqa, which with a mask copies keys and values for each head of the queries on CUDA.
+                # No enable_gqa: on CUDA, with a mask, it copies keys and values for each query head.
                 heads = q.unflatten(1, (-1, fold)).flatten(2, 3)
                 out = F.scaled_dot_product_attention(heads, k, v, attn_mask=allowed, **options)
                 out = out.unflatten(2, (fold, -1)).flatten(1, 2)
@@ -156,7 +157,7 @@ class Seen:
         return (together if self.place is None else together.index_select(0, self.place)).transpose(0, 1)[None]
 
     def dense(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[1, 1, N, N] what is added to the products of queries and keys: 0, or the least number where not seen."""
+        """Return the additive mask [1, 1, N, N]: 0 where attended to, else the lowest number of `dtype`."""
         packed = self.packed
         prompt, place = (torch.empty(packed.tokens, dtype=torch.long) for _ in range(2))
         own = torch.full_like(prompt, -1)
@@ -177,30 +178,31 @@ class Seen:
 
 
 class SharedMask(Tensor):
-    """An attention mask [1, 1, N, N] that says who sees whom without being made: it computes the attention itself."""
+    """An attention mask [1, 1, N, N] whose elements are never stored: it computes the attention itself."""
 
     seen: Seen
     window: int | None
 
     @classmethod
     def of(cls, seen: Seen, window: int | None) -> SharedMask:
-        """For the layers that see `window` tokens back, or all of them."""
+        """Return the mask for layers that attend to the last `window` tokens; None means all of them."""
         tokens, device = seen.packed.tokens, seen.packed.input_ids.device
         mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens).as_subclass(cls)
         mask.seen, mask.window = seen, window
         return mask
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Attention under this mask, as `Seen.attend`.
+        """Compute attention under this mask; see `Seen.attend`.
 
         Raises:
-            UnknownAttention: the tokens are not those of the mask.
+            UnknownAttention: the number of tokens is not that of the mask.
         """
         tokens = self.seen.packed.tokens
         if query.shape[0] != 1 or query.shape[-2] != tokens or key.shape[-2] != tokens:
             raise UnknownAttention(
-                f"Attention of {query.shape[-2]} queries to {key.shape[-2]} keys of {query.shape[0]} rows, where "
-                f"{tokens} tokens of one row were given."
+                f"The model computes attention of {query.shape[-2]} queries to {key.shape[-2]} keys in "
+                f"{query.shape[0]} rows, but it was given {tokens} tokens in one packed row. Pass prefix='off' "
+                "(scoring.prefix: 'off')."
             )
         return self.seen.attend(query, key, value, self.window, **options)
 
@@ -218,20 +220,20 @@ class SharedMask(Tensor):
         if isinstance(args[0], cls) and func in _SAME and result.shape == args[0].shape:
             return args[0]
         raise UnknownAttention(
-            f"The model does {getattr(func, '__name__', func)} with its attention mask, which a mask that several rows "
-            "share a prompt under does not know. Pass prefix='off' (scoring.prefix: 'off')."
+            f"The model applies {getattr(func, '__name__', func)} to its attention mask, which a mask of shared "
+            "prompts does not support. Pass prefix='off' (scoring.prefix: 'off')."
         )
 
 
 class UnknownAttention(RuntimeError):
-    """A model computes its attention in a way that a `SharedMask` cannot stand in for."""
+    """Error for a model that computes its attention in a way that a `SharedMask` does not support."""
 
 
 _SAME = {Tensor.__getitem__, Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.expand, Tensor.bool, Tensor.view_as}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Return True if two masks let the same tokens see each other."""
+    """Return True if under both masks the same tokens attend to each other."""
     if not isinstance(one, SharedMask) or not isinstance(other, SharedMask):
         return False
     mine, theirs = one.seen.packed, other.seen.packed
@@ -246,18 +248,23 @@ def _attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # which the numbers of heads say
+    enable_gqa: bool = False,  # not needed: the numbers of heads show it
 ) -> Tensor:
     if not isinstance(attn_mask, SharedMask) or is_causal:
-        raise UnknownAttention("A mask with shared prompts was given to attention as something else than its mask.")
+        raise UnknownAttention(
+            "The model passes a mask of shared prompts to torch's attention, but not as its only mask. Pass "
+            "prefix='off' (scoring.prefix: 'off')."
+        )
     return attn_mask.attend(query, key, value, dropout_p=dropout_p, scale=scale)
 
 
 def _alike(segments: list[Segment], size: Callable[[Segment], int], scale: int) -> list[list[Segment]]:
-    """Cut into groups of like size, where filling up to the largest would cost more than a further group.
+    """Split segments into groups of similar size. A new group begins if padding to the largest would cost more than it.
 
     Args:
-        scale: pairs of a query and a key that cost as much as a token in all layers beside attention.
+        segments: the segments to split.
+        size: returns the size of a segment.
+        scale: number of query-key pairs that cost as much as one token does outside attention.
     """
     ordered = sorted(segments, key=size, reverse=True)
     parts: list[list[Segment]] = []

@@ -1,4 +1,4 @@
-"""The cost of a batch, packed and as it is, in tokens that pass the model. Packing is used only if it costs less."""
+"""Cost of a batch, packed and unpacked, in tokens run through the model. A batch is packed only if that costs less."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from refkl.scoring.packing.prefix_mask import BLOCK, Seen
 from refkl.types import TokenBatch
 
 GAIN = 0.93
-"""The packed row is taken if its cost is at most this share of the batch's: the estimate is not exact."""
+"""A batch is packed if that costs at most this share of the unpacked cost. It is below 1 because the costs are
+estimates."""
 
 
 def may_gain(base: nn.Module, batch: TokenBatch) -> bool:
-    """Return True if a packed row could cost less, even if all prompts were the same. Takes few operations, before
+    """Return True if packing would cost less in the best case, in which all prompts are the same. A quick check before
     packing."""
     scored = batch.completion_mask.long()
     run = batch.attention_mask.bool() & (scored.flip(1).cumsum(1).flip(1) > 0)  # no further than the last scored token
@@ -26,25 +27,28 @@ def may_gain(base: nn.Module, batch: TokenBatch) -> bool:
 
 
 def plain_cost(base: nn.Module, batch: TokenBatch) -> float:
-    """Return the cost of the batch as it is, in tokens that pass the model."""
+    """Return the cost of the unpacked batch, in tokens run through the model."""
     config: Any = getattr(base, "config", None)
     rows, size = batch.input_ids.shape
     attention = getattr(config, "_attn_implementation", None)
-    # Torch's attention computes what a mask hides; other kernels do not.
+    # Torch's attention also computes masked pairs; other kernels do not.
     whole = attention == "eager" or (attention == "sdpa" and not bool(batch.attention_mask.bool().all()))
     return rows * size + rows * size**2 * (1.0 if whole else 0.5) / pairs_per_token(base)
 
 
 def pairs_per_token(base: nn.Module) -> int:
-    """Pairs of a query and a key that cost as much as a token in all else that a layer does."""
+    """Return the number of query-key pairs that cost as much as one token does in the rest of a layer."""
     return 6 * (getattr(getattr(base, "config", None), "hidden_size", None) or 1)
 
 
 def saves(base: nn.Module, packed: PackedBatch, seen: Seen, batch: TokenBatch, *, dense: bool) -> bool:
-    """Return True if the packed row costs less than the batch as it is.
+    """Return True if the packed row costs less than the unpacked batch.
 
     Args:
-        dense: the mask is computed in full, [N, N].
+        base: the model without wrappers.
+        packed, seen: the packed row and its attention.
+        batch: the unpacked batch.
+        dense: True if the model computes attention with a full mask [N, N].
     """
     blocks, pairs = (0.0, packed.tokens**2) if dense else (BLOCK / 8 * len(seen.blocks), seen.pairs())
     return packed.tokens + blocks + pairs / pairs_per_token(base) <= GAIN * plain_cost(base, batch)
