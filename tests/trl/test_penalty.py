@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_controller(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert resumed("initial", **dual) == 0.25
     transformers.utils.logging.disable_propagation()
-    assert "is not there: the 'dual' KL controller begins at coefficient 0.25" in caplog.text
+    assert "is missing: the 'dual' KL controller begins at coefficient 0.25" in caplog.text
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -180,7 +180,7 @@ def test_a_penalty_that_a_trainer_cannot_apply_is_refused(tmp_path: Path) -> Non
             make(cls, llama(), tmp_path, kl=KLConfig(estimator="exact"), reference=cached)
         with pytest.raises(ValueError, match=rf"{cls.__name__} holds one reference, and kl.reference_weights"):
             make(cls, llama(), tmp_path, kl=KLConfig(reference_weights=[0.5, 0.5]))
-    with pytest.raises(ValueError, match=r"KLDPOTrainer has no rewards of tokens for kl.placement 'reward'.*'loss'"):
+    with pytest.raises(ValueError, match=r"KLDPOTrainer has no rewards to which kl.placement 'reward'.*'loss'"):
         dpo(KLDPOTrainer, llama(), tmp_path, kl=KLConfig(placement="reward"))
     for options in ({"top_entropy_quantile": 0.5}, {"off_policy_mask_threshold": 0.5}):
         with pytest.raises(

@@ -33,7 +33,7 @@ class PenaltyCallback(TrainerCallback):
         """Check before the first step, when the optimizer exists, which tensors policy, reference and optimizer share.
 
         Raises:
-            ValueError: the policy trains, or the optimizer holds, weights of the reference.
+            ValueError: the policy trains weights of the reference, or the optimizer holds them.
         """
         reference = self.kl.reference
         if reference.freed:
@@ -47,15 +47,15 @@ class PenaltyCallback(TrainerCallback):
             if finding.verdict == "fault":
                 raise ValueError(f"{finding.check}: {finding.found}; {finding.advice}.")
         if vocabulary is not None and (finding := check_vocabulary(model, reference, vocabulary)).verdict == "fault":
-            # Some tokenizers have a token that occurs in no text.
+            # A warning only, because some tokenizers have tokens that occur in no text.
             logger.warning(f"{finding.found}: if such a token comes up, {finding.advice}.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.kl.measured:
             raise ValueError(
-                f"A step of {self.kl.trainer} is over and no KL was measured: its compute_loss does not call "
-                "_compute_loss, where TRL has its loss and refkl adds to it. Override _compute_loss instead, or call "
-                "it."
+                f"{self.kl.trainer} finished a step and no KL was measured: its compute_loss does not call "
+                "_compute_loss, where TRL computes its loss and refkl adds the penalty. Override _compute_loss "
+                "instead, or call it."
             )
         self.kl.step()
         if state.global_step % VERIFY_EVERY == 0:

@@ -89,19 +89,18 @@ class Checkpointing(Trainer):
                 raise unknown(name, value, known)
         if self.args.save_on_each_node:
             raise ValueError(
-                "save_on_each_node keeps a checkpoint on each node, and the reference is written by the first alone. "
-                "Save to a disk that all nodes share, and leave it out."
+                "save_on_each_node keeps a checkpoint on each node, but only the first node writes the reference. Save "
+                "to a disk that all nodes share, and leave save_on_each_node out."
             )
         if on_checkpoint_error == "continue" and (why := self._saves_together()) is not None:
             raise ValueError(
-                f"on_checkpoint_error 'continue' needs ranks that tell each other of a failed write, and {why} they "
-                "wait inside the save for the one that failed. Use 'stop': the last whole checkpoint stays."
+                f"on_checkpoint_error 'continue' needs ranks that tell each other of a failed write, but {why} they "
+                "wait inside the save for the rank that failed. Use 'stop': the last whole checkpoint stays."
             )
         self.resume_reference, self.on_checkpoint_error = resume_reference, on_checkpoint_error
 
     def _saves_together(self) -> str | None:
-        """Return why the other ranks would wait for a rank that fails while transformers saves; None if they would
-        not."""
+        """Return why ranks would wait for a rank that fails while transformers saves; None if they would not."""
         if self.accelerator.num_processes == 1:
             return None
         if self.is_deepspeed_enabled:
@@ -115,7 +114,8 @@ class Checkpointing(Trainer):
 
         Raises:
             ValueError: the reference changed without a recorded update.
-            CheckpointError: it could not be written, as on a full disk, and `on_checkpoint_error` is "stop".
+            CheckpointError: the checkpoint could not be written, as on a full disk, and `on_checkpoint_error` is
+                "stop".
         """
         folder = Path(self._get_output_dir(trial))
         checkpoint, first = folder / f"checkpoint-{self.state.global_step}", self.args.should_save
@@ -146,7 +146,7 @@ class Checkpointing(Trainer):
         """Run a part of a save. Return the disk's error message from any rank, the same on all ranks; None if it
         worked.
 
-        `alone` says why a failed rank cannot wait for the others: it ends, and its launcher ends them.
+        `alone` is the reason why a failed rank cannot tell the others: it ends, and its launcher ends them.
         """
         own: str | None = None
         try:
@@ -165,7 +165,7 @@ class Checkpointing(Trainer):
             try:
                 discard(checkpoint)
             except OSError as error:
-                logger.warning(f"What there is of {checkpoint} could not be deleted: {error}")
+                logger.warning(f"The incomplete {checkpoint} could not be deleted: {error}")
         message = self._unwritten(checkpoint, failure)
         if self.on_checkpoint_error == "stop":
             raise CheckpointError(message)
@@ -219,8 +219,8 @@ class Checkpointing(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """Return the checkpoint to resume from, the same on every rank. The first rank looks; every rank must call
-        this.
+        """Return the checkpoint to resume from, the same on every rank. The first rank chooses it; every rank must
+        call.
 
         Raises:
             ValueError: there is no complete checkpoint, or the given one is not complete.
@@ -289,7 +289,7 @@ class Checkpointing(Trainer):
         if not path.is_file():
             if kind != "fixed":
                 logger.warning(
-                    f"{path} is not there: the {kind!r} KL controller begins at coefficient {self.penalty.coef}."
+                    f"{path} is missing: the {kind!r} KL controller begins at coefficient {self.penalty.coef}."
                 )
             return
         coef = self.penalty.coef

@@ -44,7 +44,7 @@ def changed_methods(trainer: type, methods: Mapping[str, tuple[str, ...]]) -> li
             continue
         taken = inspect.signature(function).parameters.values()
         has = tuple(p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))[1 : len(parameters) + 1]
-        # A wrapper that another package has put around the method takes the rest by **kwargs.
+        # If another package has wrapped the method, the wrapper takes the other parameters by **kwargs.
         expected = parameters[: len(has)] if any(p.kind is p.VAR_KEYWORD for p in taken) else parameters
         if has != expected:
             found.append(f"{trainer.__name__}.{method} takes {', '.join(has)} where it took {', '.join(parameters)}")

@@ -32,7 +32,7 @@ class KLState:
     metric: str
     """The name under which the KL per token is logged."""
     metrics: dict[str, defaultdict[str, list[float]]]
-    """The trainer's own, for "train" and "eval". Its log shows the mean of each list and clears them."""
+    """The trainer's own metrics, for "train" and "eval". Its log shows the mean of each list and clears them."""
     temperature: float = 1.0
     """The divisor of the logits."""
     measured: bool = False

@@ -87,8 +87,8 @@ class Watch:
         own = self.batch.input_ids
         if ids is not own and not (isinstance(ids, Tensor) and ids.shape == own.shape and torch.equal(ids, own)):
             raise ValueError(
-                "The first call of the policy in this loss is not on the micro-batch's input_ids, so that its KL to "
-                "the reference on them is not known. Call the policy on these first."
+                "The first call of the policy in this loss is not on the micro-batch's input_ids, so its KL to the "
+                "reference on them is not known. Call the policy on these first."
             )
 
 
@@ -97,8 +97,8 @@ def _logits(outputs: list[Any]) -> Tensor:
     if not isinstance(logits, Tensor):
         found = "gave no logits" if outputs else "was not called"
         raise ValueError(
-            f"The policy {found} in this loss, and the exact KL is computed from its logits. Call it once, without a "
-            "kernel that keeps the logits to itself (skip_logits)."
+            f"The policy {found} in this loss, but the exact KL is computed from its logits. Call it once, without a "
+            "kernel that does not return the logits (skip_logits)."
         )
     return logits
 
@@ -120,15 +120,15 @@ class CrossEntropy:
 
 
 def labelled(labels: Tensor) -> Tensor:
-    """Return the [B, T] mask of tokens in a causal language model's loss. A first token has nothing before it: never in
-    it."""
+    """Return the mask [B, T], True = in a causal language model's loss. A first token is never in it, because nothing
+    precedes it."""
     mask = labels != IGNORED
     mask[:, 0] = False
     return mask
 
 
 def predicts_its_labels(inputs: dict[str, Any], batch: TokenBatch) -> bool:
-    """Return True if the labels are the batch's own scored tokens: none is padding, or follows padding."""
+    """Return True if the labels are the batch's own scored tokens: none of them is padding or follows padding."""
     labels = inputs["labels"]
     beyond = ~batch.completion_mask | (labels != inputs["input_ids"])
     return not bool((labelled(labels) & beyond).any())

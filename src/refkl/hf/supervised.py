@@ -1,8 +1,8 @@
 """KL-regularised supervised fine-tuning: the loss of a Trainer, plus coef · KL(policy ‖ reference).
 
 The texts are given, not sampled from the policy. k1, k2 and k3 estimate the KL only on tokens that the policy sampled.
-On given text their means are another quantity; that of k1 is the reference's loss minus the policy's. The KL here is
-therefore exact, over the whole vocabulary at each position of the texts.
+On given text, their means are another quantity: the mean of k1 is the reference's loss minus the policy's. The KL here
+is therefore exact, over the whole vocabulary at each position of the texts.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class SupervisedKL(KLTrainerMixin):
     """Base class of KLTrainer and KLSFTTrainer."""
 
     kl_on: KLOn = "labels"
-    """Tokens at which the KL is computed: "labels", those with a label; "all", all that are attended to, including
-    prompts."""
+    """Tokens at which the KL is computed: "labels" for those with a label; "all" for every token that is attended to,
+    including prompts."""
     _count: Tensor | None = None
     """Divisor of each micro-batch's KL in this optimizer step."""
 
@@ -68,12 +68,12 @@ class SupervisedKL(KLTrainerMixin):
         kind = type(inner).__name__
         if vars(self)["model_init"] is not None:
             raise ValueError(
-                f"{name} builds its reference from the policy, and model_init makes another policy when training "
+                f"{name} builds its reference from the policy, but model_init makes another policy when training "
                 "begins. Pass model=."
             )
         if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
             raise ValueError(
-                f"{name} compares the next-token distributions of causal language models, and {kind} is none. Use "
+                f"{name} compares the next-token distributions of causal language models, and {kind} is not one. Use "
                 "AutoModelForCausalLM."
             )
         if self.args.n_gpu > 1:
@@ -104,8 +104,8 @@ class SupervisedKL(KLTrainerMixin):
         if attention is None:
             if flat := sorted(inputs.keys() & {"position_ids", "cu_seq_lens_q", "seq_idx", "shift_labels"}):
                 raise ValueError(
-                    f"The batch has {', '.join(flat)} and no attention_mask: its sequences are laid in a row, and "
-                    f"{name} tells them apart by their padding. Use a collator that pads."
+                    f"The batch has {', '.join(flat)} and no attention_mask: its sequences are packed, but {name} "
+                    "separates sequences by their padding. Use a collator that pads."
                 )
             attention = torch.ones_like(ids)
         real = attention.bool()
@@ -125,7 +125,7 @@ class SupervisedKL(KLTrainerMixin):
         return batches, items
 
     def _begin_step(self, batches: list[dict[str, Any]], parts: list[TokenBatch]) -> None:
-        """Score all micro-batches with the reference, if it scores in one sweep, and store each one's scores in it."""
+        """Score all micro-batches with the reference if it scores in one sweep, and store the scores in them."""
         plain = all(not part.model_inputs and part.position_ids is None for part in parts)
         if not (self.reference.one_sweep and plain and self._fused()):
             return
@@ -160,7 +160,7 @@ class SupervisedKL(KLTrainerMixin):
         """Compute the trainer's own loss plus coef · KL, from one forward of the policy.
 
         Raises:
-            ValueError: as `_batch_of`; or a loss whose first forward is not on the batch.
+            ValueError: see `_batch_of`; the first forward of the loss is not on the batch.
         """
         ready = inputs.pop(_SCORED, None)
         batch = self._batch_of(inputs)
@@ -217,15 +217,16 @@ class KLTrainer(SupervisedKL, Trainer):
 
     The policy runs once. If the loss is the model's own cross-entropy, loss and KL come from the fused output head, and
     the logits are never stored. Any other loss (label smoothing, compute_loss_func, a compute_loss of a subclass, an
-    auxiliary loss of the model) is computed as without the penalty, and the KL from the logits that it uses.
+    auxiliary loss of the model) is computed as without the penalty, and the KL comes from the logits that it uses.
 
     If a batch has padding on the left and no position_ids, positions are counted from the attention mask.
 
-    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+    Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
-        kl: the penalty; exact. The default coefficient is 0.05; 0 only measures the KL.
-        kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
+        kl: the penalty, with the exact KL. The default coefficient is 0.05; 0 only measures the KL.
+        kl_on: tokens at which the KL is computed: "labels" for those with a label; "all" for every token that is
+            attended to, including prompts.
 
     Raises:
         ValueError: an estimator for sampled tokens; a model that is not a causal language model; an option of the
@@ -248,8 +249,8 @@ class KLTrainer(SupervisedKL, Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Predict as transformers does. It asks for the outputs even if it drops them, which is noted for
-        `_compared`."""
+        """Predict as transformers does. transformers asks for the outputs even if it drops them; `_compared` needs to
+        know that."""
         self._shows_outputs = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -280,8 +281,8 @@ class KLTrainer(SupervisedKL, Trainer):
             self._plain = self._fused() and self._shows_plain(model)
             if not self._plain:
                 logger.warning(
-                    "The loss is not the model's cross-entropy alone, so it is computed as it is, and the KL from the "
-                    "logits of policy and reference in full, which takes memory for both."
+                    "The loss is not only the model's cross-entropy, so it is computed unchanged, and the KL is "
+                    "computed from the full logits of policy and reference, which takes memory for both."
                 )
         return self._plain
 
@@ -347,7 +348,7 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
         ValueError: any other class.
     """
     if not isinstance(trainer, type) or not issubclass(trainer, Trainer):
-        raise ValueError(f"with_reference takes transformers.Trainer or a subclass, and was given {trainer!r}.")
+        raise ValueError(f"with_reference takes transformers.Trainer or a subclass, but was given {trainer!r}.")
     if issubclass(trainer, KLTrainerMixin):
         return trainer
     if any(cls.__module__.split(".")[0] == "trl" for cls in trainer.__mro__):

@@ -64,7 +64,7 @@ _TRACKERS: dict[type, Callable[[Any, Histogram, int], None]] = {
 
 
 def _drawn(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts and edges. The bin of 0 gets some width, since a tracker would not show it otherwise."""
+    """Return counts and edges. The bin of 0 gets some width, because trackers do not show it otherwise."""
     found = histogram.trimmed()
     counts, edges = np.array(found["counts"]), np.array(found["edges"])
     half = min(x for x in Histogram.edges if x > 0) / 2

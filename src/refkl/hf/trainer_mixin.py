@@ -38,7 +38,7 @@ def check_given(kl: Any, sync: Any, scoring: Any) -> None:
 
 @dataclass
 class Given:
-    """Arguments of a trainer that its `__init__` settles with those of the trainer that it extends."""
+    """Arguments of a trainer that its `__init__` settles together with those of the extended trainer."""
 
     kl: KLConfig | None
     sync: SyncConfig | None
@@ -76,7 +76,8 @@ class KLTrainerMixin(Checkpointing):
             reference: "auto", a strategy's name, a ReferenceConfig, or a Reference built from this policy.
             kl: the penalty. The default differs between trainers: see each.
             sync: when to update the reference. Default: never; in TRL's trainers, as `args.sync_ref_model` says.
-            scoring: whether a prompt that several rows share is computed once. Default: if that is exact and cheaper.
+            scoring: settings of prompt sharing. Default: compute a prompt that several rows share once, if that is
+                exact and costs less.
             resume_reference: on resume, "recorded" uses the checkpoint's reference, "initial" the one of this trainer.
             on_checkpoint_error: "stop" or "continue" when a checkpoint cannot be written, for example on a full disk.
 
@@ -95,7 +96,7 @@ class KLTrainerMixin(Checkpointing):
         """Raise ValueError for an argument that this trainer does not support, before the trainer is made."""
 
     def _as_it_is_made(self) -> AbstractContextManager[None]:
-        """Return a context to open while the `__init__` of the extended trainer runs."""
+        """Return a context that is open while the `__init__` of the extended trainer runs."""
         return nullcontext()
 
     def _check_made(self) -> None:
@@ -155,8 +156,8 @@ class KLTrainerMixin(Checkpointing):
         if sync is not None:
             if self.args.restore_callback_states_from_checkpoint:
                 raise ValueError(
-                    "restore_callback_states_from_checkpoint makes callbacks anew, the sync's without its reference. "
-                    "Leave it False: a resumed run takes up the sync's counters without it."
+                    "restore_callback_states_from_checkpoint creates new callbacks, the sync's without its reference. "
+                    "Leave it False: a resumed run restores the sync's counters without it."
                 )
             self.sync = SyncReferenceCallback(
                 reference,
@@ -176,7 +177,7 @@ class KLTrainerMixin(Checkpointing):
         name = type(self).__name__
         if kl.placement not in self.placements:
             raise ValueError(
-                f"{name} has no rewards of tokens for kl.placement {kl.placement!r} to add to. Use placement 'loss'."
+                f"{name} has no rewards to which kl.placement {kl.placement!r} could add the KL. Use placement 'loss'."
             )
         if kl.reference_weights is not None and len(kl.reference_weights) != 1:
             raise ValueError(
@@ -194,13 +195,13 @@ class KLTrainerMixin(Checkpointing):
                 raise ValueError(
                     f"{name} does not support {meaning} parallelism (parallelism_config.{size} is "
                     f"{getattr(parallel, size)}): a rank holds a part of each layer or sequence there, and the "
-                    f"log-probabilities of a token need all of it. Set {size} 1; FSDP2 and ZeRO-3 shard weights alone."
+                    f"log-probabilities of a token need all of it. Set {size} 1; FSDP2 and ZeRO-3 shard only weights."
                 )
         if self.args.use_liger_kernel:
             raise ValueError(
                 f"use_liger_kernel replaces the policy's layers when training begins, after {name} has built the "
-                "reference, which would then compute with others: the KL would not start at 0. Leave it False, or load "
-                "the policy with such kernels, so that the reference has them too."
+                "reference. The reference would then have other layers, and the KL would not start at 0. Leave it "
+                "False, or load the policy with such kernels, so that the reference has them too."
             )
 
     def _penalise(
@@ -216,9 +217,9 @@ class KLTrainerMixin(Checkpointing):
         count: bool = True,
         fingerprint: str | None = None,
     ) -> KLOutput:
-        """Compute the penalty of a micro-batch. With `count` it is part of the step's KL, or of the evaluation's.
+        """Compute the penalty of a micro-batch. With `count`, it is part of the KL of the step or of the evaluation.
 
-        `fingerprint` is what the reference's scores carry.
+        `fingerprint` is the fingerprint of the reference's scores.
         """
         output = self.penalty(
             TokenScores(logp, temperature=temperature),
@@ -263,13 +264,13 @@ class KLTrainerMixin(Checkpointing):
         mixed = self.accelerator.mixed_precision != "no"
         if float(kl.abs().mean()) > (_ROUNDING if exact and not mixed else _ROUNDING_16):
             logger.warning(
-                f"The KL of the first step is {float(kl.mean()):.3g} nats per token, and the policy has not trained "
-                f"yet: {CHANGED}. `refkl check` and refkl.check_reference look closer."
+                f"The KL of the first step is {float(kl.mean()):.3g} nats per token, but the policy has not trained "
+                f"yet: {CHANGED}. To find the cause, run `refkl check` or refkl.check_reference."
             )
 
 
 def joined(ours: type[KLTrainerMixin], trainer: type) -> type:
-    """Return a class of a user's trainer with `ours` in front, which keeps the overrides of both."""
+    """Return a subclass of `ours` and a user's trainer, in this order. The overrides of both stay in force."""
     body: dict[str, Any] = {"__module__": trainer.__module__, "__doc__": trainer.__doc__}
     return type(f"KL{trainer.__name__}", (ours, trainer), body)
 
@@ -278,4 +279,4 @@ _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 _ROUNDING, _ROUNDING_16 = 1e-4, 0.05
 """Limits of the first KL in nats per token, in 32 and in 16 bits, if policy and reference are scored in batches of
-different size. In 16 bits it is an estimate of rounding errors."""
+different size. The limit for 16 bits is an estimate of rounding errors."""
