@@ -258,7 +258,7 @@ def test_with_reference_is_for_trls_four(tmp_path: Path) -> None:
     assert with_reference(GRPOTrainer) is KLGRPOTrainer
     assert with_reference(KLDPOTrainer) is KLDPOTrainer
     with pytest.raises(
-        ValueError, match=r"GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer, SFTTrainer of trl .* dict is none"
+        ValueError, match=r"GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer, SFTTrainer of trl .* dict is not one"
     ):
         with_reference(dict)
     with pytest.raises(ValueError, match="takes a trainer's class"):

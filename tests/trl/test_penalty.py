@@ -184,6 +184,6 @@ def test_a_penalty_that_a_trainer_cannot_apply_is_refused(tmp_path: Path) -> Non
         dpo(KLDPOTrainer, llama(), tmp_path, kl=KLConfig(placement="reward"))
     for options in ({"top_entropy_quantile": 0.5}, {"off_policy_mask_threshold": 0.5}):
         with pytest.raises(
-            ValueError, match=f"{next(iter(options))} drops tokens from TRL's loss, and the KL of these"
+            ValueError, match=f"{next(iter(options))} drops tokens from TRL's loss, and with them their KL"
         ):
             grpo(KLGRPOTrainer, llama(), tmp_path, options, kl=KLConfig(placement="reward"))

@@ -206,5 +206,5 @@ def test_a_loss_that_asks_the_reference_first(tmp_path: Path) -> None:
 
 def test_trls_moving_of_its_own_reference_is_refused(tmp_path: Path) -> None:
     callback = bema_for_ref_model.BEMACallback(update_ref_model=True)
-    with pytest.raises(ValueError, match=r"BEMACallback.update_ref_model=True. moves a reference of TRL's"):
+    with pytest.raises(ValueError, match=r"BEMACallback.update_ref_model=True. updates TRL's reference"):
         dpo(with_reference(bema_for_ref_model.DPOTrainer), llama(), tmp_path, callbacks=[callback])

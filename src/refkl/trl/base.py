@@ -1,4 +1,4 @@
-"""Base class of the trainers that switch off a reference of TRL's: TRL reads settled arguments."""
+"""Base class of the trainers that switch off TRL's own reference: TRL reads arguments that refkl has settled."""
 
 from __future__ import annotations
 

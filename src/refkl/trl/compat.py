@@ -1,7 +1,7 @@
-"""TRL's internals: all that refkl uses of them is here, and is checked once, when refkl.trl is imported.
+"""TRL internals that refkl uses. They are listed here and checked once, when refkl.trl is imported.
 
-The plugin overrides methods that TRL does not promise to keep. They are listed here, so that a changed TRL gives one
-message instead of an AttributeError at step 40.
+The plugin overrides methods that TRL does not promise to keep. If TRL changes them, the check gives one message instead
+of an AttributeError at step 40.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from refkl.hf.compat import changed_methods
 
 TESTED = ("1.16", "1.17")
-"""The first tested version, and the first that is not. docs/versions.md lists which were tested, and how."""
+"""The first tested version, and the first later one that is not. docs/versions.md lists the tests of each version."""
 
 _SCORING = (
     "model",
@@ -72,13 +72,13 @@ def check_trl() -> None:
     if not Version(TESTED[0]) <= Version(installed) < Version(TESTED[1]):
         raise ImportError(
             f"refkl.trl was tested with trl >={TESTED[0]},<{TESTED[1]} and found {installed}, whose trainers may "
-            f"differ where refkl joins them. Install 'trl>={TESTED[0]},<{TESTED[1]}', or use refkl without its TRL "
+            f"differ where refkl overrides them. Install 'trl>={TESTED[0]},<{TESTED[1]}', or use refkl without its TRL "
             "plugin."
         )
     if changed := _changes():
         raise ImportError(
             f"This trl, {installed}, is not as released, or a package has changed it: {'; '.join(changed)}. refkl.trl "
-            f"joins TRL's trainers there. Install 'trl>={TESTED[0]},<{TESTED[1]}' afresh, or use refkl without its TRL "
+            f"needs these unchanged. Install 'trl>={TESTED[0]},<{TESTED[1]}' again, or use refkl without its TRL "
             "plugin."
         )
 
@@ -111,11 +111,11 @@ def answer(**fields: Any) -> Any:
 
 @contextmanager
 def no_reference_of_trl(trainer: type, model: Any) -> Iterator[None]:
-    """Run TRL's __init__ without the reference that it makes there; TRL has no option for that.
+    """Keep TRL's __init__ from making a reference while open. TRL has no option for that.
 
-    For a full policy TRL loads the model's folder a second time: that call returns None here. To a PeftModel it adds a
-    copy of the adapter called "ref", which for PiSSA or OLoRA rewrites the base once more. Here no adapter is made, and
-    TRL's copying finds the policy's own.
+    For a full policy, TRL loads the model's folder a second time; here that call returns None. To a PeftModel, TRL adds
+    a copy of the adapter called "ref", which for PiSSA or OLoRA changes the base once more; here no adapter is added,
+    and TRL copies the policy's adapter onto itself.
     """
     module = sys.modules[trainer.__module__]
     create: Any = vars(module)["create_model_from_path"]

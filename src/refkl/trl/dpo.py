@@ -10,9 +10,9 @@ from refkl.trl.preference import PreferenceKL
 class KLDPOTrainer(PreferenceKL, DPOTrainer):
     """trl.DPOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's, including `beta`.
 
-    It logs `kl`, which DPO does not: the KL estimate on the preference data's completions.
+    It also logs `kl`, which DPO does not: the KL estimate on the completions of the preference data.
 
-    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+    Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
         kl: a penalty added to DPO's loss; by default the KL is only measured.

@@ -14,16 +14,16 @@ from refkl.trl.online import OnlineKL
 class KLGRPOTrainer(OnlineKL, GRPOTrainer):
     """trl.GRPOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's.
 
-    With the KL in the reward, it is added to the advantages after TRL has scaled them: per token, or ("sequence") the
-    same for all tokens of a completion. It is then the KL of the policy that sampled, and `loss_type` treats it like
-    any advantage.
+    If the KL is in the reward, it is added to the advantages after TRL has scaled them: per token, or with reward
+    "sequence" the same for all tokens of a completion. It is then the KL of the policy that sampled, and `loss_type`
+    treats it like any advantage.
 
-    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+    Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
         kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 only measures),
             aggregated as TRL does for `args.loss_type`. If `args.use_bias_correction_kl` is False, the gradient is
-            "autograd" instead, which is a different one.
+            "autograd" instead, which is not the gradient of the KL.
 
     Raises:
         ValueError: `kl` and `args.beta` are both given; an option of TRL that refkl does not support; with the KL in
@@ -54,8 +54,8 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
             owner = next(c for c in type(self).__mro__ if "_compute_loss" in vars(c) and not issubclass(c, OnlineKL))
             if owner is not GRPOTrainer:
                 raise ValueError(
-                    f"{owner.__name__} has a loss of its own, which may not take advantages of each token, as the KL "
-                    "in the reward makes them. Use kl.placement 'loss'."
+                    f"{owner.__name__} has a loss of its own, which may not support advantages per token, but the KL "
+                    "in the reward needs them. Use kl.placement 'loss'."
                 )
         uncorrected = not self.args.use_bias_correction_kl and kl.placement == "loss" and kl.estimator != "exact"
         if uncorrected and kl.coef and (kl.gradient != "autograd" or kl.ratio == "prefix"):
@@ -71,7 +71,7 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
         for name, given in drops.items():
             if given and kl.placement == "reward":
                 raise ValueError(
-                    f"{name} drops tokens from TRL's loss, and the KL of these with them if it is in their reward. Use "
+                    f"{name} drops tokens from TRL's loss, and with them their KL if it is in the reward. Use "
                     f"kl.placement 'loss', or leave {name} out."
                 )
 
@@ -117,4 +117,4 @@ TRL_AGGREGATION: dict[str, Any] = {
     "luspo": "seq-mean-token-sum",
     "dr_grpo": "seq-mean-token-sum-norm",
 }
-"""The aggregation of the KL for each of TRL's loss types; the others take a mean over tokens."""
+"""The aggregation of the KL for TRL's loss types; for any other type, it is a mean over tokens."""

@@ -13,7 +13,7 @@ class KLKTOTrainer(PreferenceKL, KTOTrainer):
     TRL logs KTO's own `kl`: the mean log-ratio of mismatched completions, per sequence, clamped at 0. refkl logs the KL
     estimate on the data's own completions as `kl/token` and `kl/sequence`.
 
-    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+    Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
         kl: a penalty added to KTO's loss; by default the KL is only measured.

@@ -61,8 +61,8 @@ class OnlineKL(RolloutScoring):
         if self.beta != 0.0:
             name = type(self).__name__
             raise ValueError(
-                f"{name} was not given TRL's configuration, so that TRL has made one (beta {self.beta}), and a "
-                f"reference of its own. Pass args=."
+                f"{name} was not given TRL's configuration, so TRL has made one (beta {self.beta}), and its own "
+                f"reference. Pass args=."
             )
 
     def _penalty(self) -> KLConfig:
@@ -74,7 +74,7 @@ class OnlineKL(RolloutScoring):
 
     def _attach(self, *args: Any, **kwargs: Any) -> None:
         if self.use_vllm:
-            # It merges a LoRA adapter and unmerges it, which rounds the base that the reference shares.
+            # The sync merges and unmerges a LoRA adapter, which rounds the base that the reference shares.
             self.vllm_generation.sync_weights = keeping_base(self.model, self.vllm_generation.sync_weights)
         super()._attach(*args, **kwargs)
 
@@ -151,7 +151,7 @@ class OnlineKL(RolloutScoring):
             if not calls.batches:
                 raise ValueError(
                     f"{type(self).__name__} scores its policy without calling it as TRL does (labels= and "
-                    "fused_lm_head=True), so there is nothing to take the KL of."
+                    "fused_lm_head=True), so there are no scores to compute the KL from."
                 )
             self._calls = calls
             if self.model.training:
@@ -195,7 +195,7 @@ class OnlineKL(RolloutScoring):
             if self._calls is None:
                 raise ValueError(
                     f"The loss of {type(self).__name__} did not score the policy on its micro-batch, so there is no KL "
-                    "to add: it has to call _get_per_token_logps_and_entropies, with the model and the tokens it is "
+                    "to add. It must call _get_per_token_logps_and_entropies with the model and the tokens that it is "
                     "given."
                 )
             return loss + self._of_kl(self._calls, self._inputs)
@@ -207,7 +207,7 @@ class OnlineKL(RolloutScoring):
         return inputs
 
     def _of_kl(self, calls: PolicyScorer, inputs: dict[str, Any]) -> Tensor | float:
-        """Return the term to add to TRL's loss, after that has scored the policy."""
+        """Return the term to add to TRL's loss, after TRL has scored the policy."""
         if self.penalty.config.placement == "reward":
             return 0.0
         keep = inputs["completion_ids"].shape[1]
@@ -251,7 +251,7 @@ class OnlineKL(RolloutScoring):
         if aggregation == "token-sum":
             return torch.tensor(steps / (self.current_gradient_accumulation_steps * processes))
         if aggregation != "token-mean":
-            # Count every row as TRL does, also one that is masked as truncated: equal on each rank and micro-batch.
+            # Count every row as TRL does, even one masked as truncated: the count is equal on all ranks.
             return torch.tensor(float(inputs["completion_ids"].shape[0] * steps))
         # TRL counts the tokens of the whole generation batch, over all ranks.
         return inputs["num_items_in_batch"].clamp(min=1.0) * steps / self.args.steps_per_generation / processes
@@ -262,6 +262,6 @@ class OnlineKL(RolloutScoring):
 
 
 def scored_tokens(inputs: dict[str, Any]) -> Tensor:
-    """Return the mask [B, C], 1 = a token that the policy sampled, which excludes a tool's output."""
+    """Return the mask [B, C], 1 = a token that the policy sampled. A tool's output is not sampled."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -49,7 +49,7 @@ class PreferenceKL(TRLTrainer):
         if given["ref_model"] is not None:
             raise ValueError(
                 f"{type(self).__name__} holds the reference itself. Instead of ref_model=, pass "
-                "reference=ReferenceConfig(source='folder of that model'), or none for the policy as it stands."
+                "reference=ReferenceConfig(source='folder of that model'), or nothing for the policy as it is now."
             )
         config = given["args"]
         if config is not None and config.precompute_ref_log_probs:
@@ -66,7 +66,7 @@ class PreferenceKL(TRLTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, BEMACallback) and vars(callback).get("update_ref_model"):
                 raise ValueError(
-                    "BEMACallback(update_ref_model=True) moves a reference of TRL's, and without one the policy. Use "
+                    "BEMACallback(update_ref_model=True) updates TRL's reference, or the policy if there is none. Use "
                     "sync=SyncConfig(average='bema', every=...)."
                 )
 
@@ -75,7 +75,7 @@ class PreferenceKL(TRLTrainer):
         raise NotImplementedError
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Keep the masks of the optimizer step's micro-batches: a token mean is over all of them."""
+        """Keep the masks of the optimizer step's micro-batches, because a token mean is over all of them."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._window = [_tokens(batch).completion_mask for batch in batches] if self.penalty.coef else []
         if self.reference.one_sweep and batches and all(_is_text(batch) for batch in batches):
@@ -83,7 +83,7 @@ class PreferenceKL(TRLTrainer):
         return batches, items
 
     def _score_together(self, batches: list[dict[str, Any]]) -> None:
-        """Score all micro-batches with the reference in one sweep, and store each one's scores in it."""
+        """Score all micro-batches with the reference in one sweep, and store the scores in them."""
         parts = [(batch, prefix) for batch in batches for prefix in _PARTS if f"{prefix}input_ids" in batch]
         widths = [batch[f"{prefix}input_ids"].shape[1] for batch, prefix in parts]
         ids, attention, scored = (
@@ -121,7 +121,7 @@ class PreferenceKL(TRLTrainer):
             at = calls.call_of(batch.input_ids, batch.attention_mask)
             return self.reference.score(batch) if at is None else calls.references[at]
 
-        # TRL calls it on the batches on which it calls the policy.
+        # TRL calls the reference on the same batches as the policy.
         self.ref_model = ScoredModel(scored, prefix=prefix)
         try:
             result = super()._compute_loss(policy, inputs, return_outputs)  # type: ignore[misc]

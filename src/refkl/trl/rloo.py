@@ -18,14 +18,13 @@ from refkl.trl.scored_model import PolicyScorer
 class KLRLOOTrainer(OnlineKL, RLOOTrainer):
     """trl.RLOOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's.
 
-    With the KL in the loss, it is added to TRL's loss. With the KL in the reward and reward "sequence", it is
-    subtracted from the completion's reward before the leave-one-out baseline. With "return_to_go" or "token" it is an
-    advantage of each token, in a second term of the loss, weighted and clipped by that token's ratio; it has no
-    baseline, and `normalize_advantages` does not scale it. In the reward, it is the KL of the policy that sampled, with
-    the reference and the coefficient of that time. The log, a controller and `sync.max_kl` get the present policy's KL
-    at each step.
+    If the KL is in the loss, it is added to TRL's loss. If it is in the reward, reward "sequence" subtracts it from the
+    completion's reward before the leave-one-out baseline. "return_to_go" and "token" make it an advantage of each
+    token, in a second term of the loss, weighted and clipped by that token's ratio; this term has no baseline, and
+    `normalize_advantages` does not scale it. In the reward, it is the KL of the policy that sampled, with the reference
+    and the coefficient of that time. The log, a controller and `sync.max_kl` get the present policy's KL at each step.
 
-    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+    Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
         kl: the penalty. By default TRL's: k1, summed over each completion, subtracted from its reward at coefficient
@@ -110,7 +109,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         ):
             raise ValueError(
                 f"The rollouts of {type(self).__name__} are not of the completions that it has scored, or not in their "
-                "order, so it is not known which KL is whose. Choose or sort them before super() scores them."
+                "order, so refkl cannot assign their KL. Choose or sort completions before super() scores them."
             )
         tokens = self.accelerator.reduce(scored.sum().float(), reduction="sum")
         rollout |= {"old_per_token_logps": sampled, "num_items_in_batch": tokens}

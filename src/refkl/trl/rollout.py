@@ -47,7 +47,7 @@ class RolloutScoring(TRLTrainer):
         if any(_ROW not in part for part in found):
             return inputs  # a subclass makes its own rollouts
         if getattr(self, "loss_type", None) == "bnpo":
-            return inputs  # a mean over each micro-batch's own tokens: its rows matter
+            return inputs  # the loss is a mean over each micro-batch's own tokens, so its rows must not change
         window = self.args.gradient_accumulation_steps
         if len(found) % window or any(x is not None for x in self._media(found[0]).values()):
             return inputs
@@ -107,8 +107,8 @@ class RolloutScoring(TRLTrainer):
         return {name: rollout.get(name) for name in names if name not in (*_TEXT, *_FLAGS)}
 
     def _present(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return a micro-batch with the reference's scores, renewed if it was updated: TRL keeps rollouts over several
-        steps."""
+        """Return a micro-batch with the reference's scores. They are renewed if the reference was updated, because TRL
+        keeps rollouts over several steps."""
         if bool((inputs["reference_updates"] == self.reference.updates).all()):
             return inputs
         kept = self._buffered_inputs or []

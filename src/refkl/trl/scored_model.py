@@ -39,9 +39,9 @@ class ScoredModel:
 
         Args:
             score: called with the batch, and with `observe` and `output_router_logits` as keywords if TRL asks for
-                what they give. It returns a Scored then, and may return TokenScores otherwise.
-            model: the model that this one stands in for: its attributes are this one's. None for a reference.
-            plain: called for anything but log-probabilities. Default: `model`; a reference refuses.
+                their results. It then returns a Scored; otherwise it may return TokenScores.
+            model: the model that this one stands in for; other attributes are read from it. None for a reference.
+            plain: called for anything but log-probabilities. Default: `model`; a reference raises ValueError.
             statistics: TRL's per-token statistics of the logits to return: "mean_logits", "is_top1",
                 "log_sum_sq_probs".
             prefix: prefix sharing of the batches, as in TokenBatch.
@@ -56,8 +56,8 @@ class ScoredModel:
         if not fused_lm_head:
             if self.plain is None:
                 raise ValueError(
-                    "The reference was called for more than the log-probabilities of tokens, which is all that a refkl "
-                    "reference gives: fused_lm_head=True and labels= were not passed."
+                    "The reference was called without fused_lm_head=True and labels=, but a refkl reference returns "
+                    "only the log-probabilities of tokens. Pass both."
                 )
             return self.plain(*args, **({} if labels is None else {"labels": labels}), **inputs)
         assert labels is not None, "TRL passes labels with fused_lm_head"
@@ -92,17 +92,17 @@ class PolicyScorer:
         ready: Callable[[TokenBatch], TokenScores | None] | None = None,
         before: Callable[[Any, TokenBatch], None] | None = None,
     ) -> None:
-        """Score `model` as it is wrapped.
+        """Score `model` through its wrappers.
 
         Args:
-            model: called once for each call of this.
+            model: called once for each call of this object.
             temperature: divides the logits.
             entropy: as in `score_model`.
-            reference: scored with the policy, call by call, so that the two can share work.
-            exact: also compute the exact divergence from it.
+            reference: scored with the policy in each call, so that the two can share work.
+            exact: if True, also compute the exact divergence from the reference.
             ready: returns the reference's scores of a batch if they are already computed; for an exact divergence with
                 `hidden`.
-            before: called with the model and the batch before these are scored with grad.
+            before: called with the model and the batch before each score with grad.
         """
         self.model = model
         self.options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}

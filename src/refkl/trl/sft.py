@@ -18,14 +18,15 @@ from refkl.types import TokenBatch, TokenScores
 class KLSFTTrainer(SupervisedKL, SFTTrainer):
     """trl.SFTTrainer with `reference=`, `kl=`, `kl_on=` and `sync=`; everything else is TRL's.
 
-    Loss and `eval_loss` are TRL's own plus coef · KL(policy ‖ reference), exact, a mean over the tokens of the
+    Loss and `eval_loss` are TRL's own plus coef · KL(policy ‖ reference), the exact KL as a mean over the tokens of the
     optimizer step; see refkl.hf.KLTrainer. The policy runs once, except where TRL itself runs it twice.
 
-    The arguments beside the extended trainer's are those of `refkl.hf.KLTrainerMixin`. Here:
+    Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
-        kl: the penalty; exact. The default coefficient is 0.05; 0 only measures the KL.
-        kl_on: "labels": at tokens that have a label. "all": at every token that is attended to, including prompts.
+        kl: the penalty, with the exact KL. The default coefficient is 0.05; 0 only measures the KL.
+        kl_on: tokens at which the KL is computed: "labels" for those with a label; "all" for every token that is
+            attended to, including prompts.
 
     Raises:
         ValueError: an estimator for sampled tokens; packed sequences (padding_free, or packing other than "wrapped"),
@@ -38,8 +39,8 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
         super()._check_made()
         if self.padding_free:
             raise ValueError(
-                f"{type(self).__name__} tells sequences apart by their padding, and packing with packing_strategy "
-                f"{self.args.packing_strategy!r}, or padding_free, lays them in a row. Leave both out, or pack with "
+                f"{type(self).__name__} separates sequences by their padding, but packing with packing_strategy "
+                f"{self.args.packing_strategy!r}, or padding_free, leaves no padding. Leave both out, or pack with "
                 "packing_strategy 'wrapped'."
             )
 
@@ -58,9 +59,9 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
     ) -> tuple[Any, Compared]:
         if not predicts_its_labels(inputs, batch):
             raise ValueError(
-                f"{type(self).__name__} scores the tokens of input_ids, and the batch has labels that are others, or "
-                "on padding, or right after it. Make labels of input_ids, with -100 where none is to be, and pad on "
-                "the right."
+                f"{type(self).__name__} scores the tokens of input_ids, but the batch has labels that differ from them "
+                "or are on padding or right after it. Make labels from input_ids, with -100 where there is no label, "
+                "and pad on the right."
             )
         watch = Watch(self.reference, batch)
 

@@ -42,7 +42,7 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
         ValueError: any other class.
     """
     if not isinstance(trainer, type):
-        raise ValueError(f"with_reference takes a trainer's class, and was given {trainer!r}.")
+        raise ValueError(f"with_reference takes a trainer's class, but was given {trainer!r}.")
     if issubclass(trainer, KLTrainerMixin):
         return trainer
     for known, ours in _TRAINERS.items():
@@ -53,4 +53,4 @@ def with_reference(trainer: type[_Trainer]) -> type[_Trainer]:
     if issubclass(trainer, Trainer) and not any(cls.__module__.split(".")[0] == "trl" for cls in trainer.__mro__):
         return hf.with_reference(trainer)
     names = ", ".join(known.__name__ for known in _TRAINERS)
-    raise ValueError(f"with_reference is for {names} of trl and their subclasses, and {trainer.__name__} is none.")
+    raise ValueError(f"with_reference is for {names} of trl and their subclasses, and {trainer.__name__} is not one.")
