@@ -204,7 +204,8 @@ class Checkpointing(Trainer):
         Args:
             resume_from_checkpoint: True for the newest complete checkpoint of `args.output_dir`, or a checkpoint's
                 folder.
-            trial, ignore_keys_for_eval: as in transformers.
+            trial: as in transformers.
+            ignore_keys_for_eval: as in transformers.
 
         Raises:
             ValueError: there is no complete checkpoint, or the given one is not complete.

@@ -110,7 +110,8 @@ def in_parts(
     Args:
         score: scores a part.
         batch: the B rows to score.
-        max_tokens, shares: as in `parts`.
+        max_tokens: as in `parts`.
+        shares: as in `parts`.
         rounds: takes this rank's number of parts and returns the number of calls of `score`; if weights are sharded, it
             is the largest number of parts on any rank. In the additional calls, the last part is scored again.
     """

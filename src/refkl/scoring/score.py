@@ -82,7 +82,9 @@ def score_model(
     """Run one forward of the model through its wrappers, and score the batch's tokens.
 
     Args:
-        model, batch, temperature: as in `score_tokens`.
+        model: as in `score_tokens`.
+        batch: as in `score_tokens`.
+        temperature: as in `score_tokens`.
         entropy: also compute the entropy: True with grad, "detached" without.
         hidden: if True, also return the states that enter the output head.
         against: also compute the exact divergence from this reference. `find_head` must find the policy's head.

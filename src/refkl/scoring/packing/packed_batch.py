@@ -100,7 +100,8 @@ def _same_prompts(values: tuple[Tensor, ...], begin: Tensor, first: Tensor) -> T
 
     Args:
         values: [B, T] each; tokens and positions, which are equal if the prompts are.
-        begin, first: [B] columns where the prompt and the scored tokens begin.
+        begin: [B] columns in which the prompts begin.
+        first: [B] columns of the first scored tokens.
     """
     width = values[0].shape[1]
     # Shift prompts to the right edge, so that equal prompts are equal rows whatever surrounds them.

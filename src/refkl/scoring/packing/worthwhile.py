@@ -46,7 +46,8 @@ def saves(base: nn.Module, packed: PackedBatch, seen: Seen, batch: TokenBatch, *
 
     Args:
         base: the model without wrappers.
-        packed, seen: the packed row and its attention.
+        packed: the packed row.
+        seen: the attention of the packed row.
         batch: the unpacked batch.
         dense: True if the model computes attention with a full mask [N, N].
     """
