@@ -187,6 +187,19 @@ def test_a_model_scaled_by_the_longest_row_is_scored_together(
             reference.score(batch)
 
 
+@pytest.mark.parametrize("kind", LONG)
+def test_rows_seen_before_change_no_score(kind: str) -> None:
+    """transformers keeps the scale of the longest row ever seen; a policy has generated, its reference has not."""
+    model, batch = LONG[kind](), uneven()
+    reference = build_reference(model, "clone")
+    middle = TokenBatch(*(x[:1, :14] for x in (batch.input_ids, batch.attention_mask, batch.completion_mask)))
+    with torch.no_grad():
+        first = score_tokens(model, middle).logp
+        model(input_ids=torch.arange(3, 63)[None])
+        assert torch.equal(score_tokens(model, middle).logp, first)
+        assert torch.equal(reference.score(middle).logp, first)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", ["max_tokens", "cache"])
 def test_rows_that_see_one_another_are_scored_together(family: str, way: str, tmp_path: Path) -> None:

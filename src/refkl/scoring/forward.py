@@ -18,6 +18,7 @@ from refkl.backend.exclusive import use_of
 from refkl.scoring.call import Call, packed_call, plain_call
 from refkl.scoring.packing.exact_models import is_listed
 from refkl.scoring.packing.pack import can_pack, pack
+from refkl.scoring.rope import forget_longest
 from refkl.scoring.row_proof import row_proof
 from refkl.types import TokenBatch
 
@@ -54,6 +55,7 @@ def prepare(model: nn.Module, batch: TokenBatch, **forward: Any) -> Call:
     """
     call = plain_call(model, batch, **forward)
     _check_rows(model, batch)
+    forget_longest(base_model(model))
     if forward:
         return call
     packed = pack(model, batch)

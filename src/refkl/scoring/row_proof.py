@@ -24,8 +24,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from refkl.backend import base_model, submodules, unwrap
 from refkl.backend.modules import dropout_rates
 from refkl.scoring.call import Call, packed_call, plain_call
-from refkl.scoring.packing.exact_models import rope_settings, why_not
+from refkl.scoring.packing.exact_models import why_not
 from refkl.scoring.packing.pack import pack_for_proof
+from refkl.scoring.rope import scaled_from
 from refkl.types import TokenBatch
 
 _PROMPT, _ENDS = 4, (5, 2)
@@ -103,18 +104,7 @@ class Apart:
 def rows_apart(model: nn.Module, batch: TokenBatch) -> Apart:
     """Return the conditions for scoring rows in several batches. If weights are sharded, every rank must call."""
     config: Any = getattr(base_model(model), "config", None)
-    return Apart(row_proof(model, batch), None if config is None else _scaled_from(config))
-
-
-def _scaled_from(config: Any) -> int | None:
-    """Return the length from which on a model's RoPE depends on the longest row of a batch; None if it never does."""
-    text = config.get_text_config()
-    lengths = []
-    for settings in rope_settings(text):
-        if settings.get("rope_type") in ("dynamic", "longrope"):
-            original = settings.get("original_max_position_embeddings")
-            lengths.append(int(original or text.max_position_embeddings))
-    return min(lengths, default=None)
+    return Apart(row_proof(model, batch), None if config is None else scaled_from(config))
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, RowProof]] = WeakKeyDictionary()

@@ -10,6 +10,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from refkl.backend import own_class, submodules, unwrap
 from refkl.scoring.packing.attention_kernels import no_masks
+from refkl.scoring.rope import rope_settings
 
 # fmt: off
 EXACT = frozenset(
@@ -78,9 +79,3 @@ def _by_row(model: nn.Module) -> str | None:
         if config.peft_type == PeftType.XLORA:
             return f"its adapter {name!r} (X-LoRA) weights its experts by the row"
     return None
-
-
-def rope_settings(config: Any) -> list[dict[str, Any]]:
-    """Return the RoPE settings of all layers, which may differ between types of layers."""
-    settings = getattr(config, "rope_parameters", None) or {}
-    return [settings, *(x for x in settings.values() if isinstance(x, dict))]
