@@ -1,4 +1,4 @@
-"""Policy and reference on the same tokens, in one call."""
+"""Scores of policy and reference on the same tokens, in one call."""
 
 from __future__ import annotations
 
@@ -45,20 +45,22 @@ def score_pair(
     order: float | None = None,
     top_k: int | None = None,
 ) -> PairScores:
-    """Score a batch under both: the policy with grad, the reference under no_grad.
+    """Score a batch under both: the policy with grad, the reference without.
 
     Args:
-        policy: as it is wrapped; called once.
-        reference: from build_reference.
-        batch: what to score.
+        policy: a causal language model, bare or wrapped; called once.
+        reference: the result of `build_reference`.
+        batch: the sequences to score.
         temperature: divides the logits of both.
-        entropy: also the policy's and the reference's entropies.
-        divergence: one of kl.DIVERGENCES: also the exact divergence per scored token, with `jsd_weight`, `order` and
-            `top_k` as in kl.divergence.
+        entropy: True to return the entropies of both, too.
+        divergence: one of kl.DIVERGENCES, to return the exact divergence of each scored token, too.
+        jsd_weight: as `weight` in kl.divergence.
+        order: as in kl.divergence.
+        top_k: as in kl.divergence.
 
     Raises:
-        ValueError: an unknown divergence; one from a reference with a cache; vocabularies of different size; as
-            `score_tokens`.
+        ValueError: an unknown divergence; a divergence from a reference with a cache; vocabularies of different size;
+            see also `score_tokens`.
     """
     if divergence is None:
         with scored_together(policy, reference, batch):
@@ -71,7 +73,7 @@ def score_pair(
 
 @contextmanager
 def scored_together(policy: nn.Module, reference: Reference, batch: TokenBatch) -> Iterator[None]:
-    """Open around the scores of one batch by a policy and its reference: work that both need is done once."""
+    """Share the work that both scores of a batch need, the policy's and the reference's, while this is open."""
     with packed_once(batch), reference.sharing_work_with(policy, batch):
         yield
 
@@ -79,10 +81,17 @@ def scored_together(policy: nn.Module, reference: Reference, batch: TokenBatch) 
 def measure_pair(
     policy: nn.Module, reference: Reference, batch: TokenBatch, *, temperature: float = 1.0, exact: bool = False
 ) -> PairScores:
-    """Both as they stand: no grad, dropout off in the policy too; `exact`: with KL(policy ‖ reference) of each token.
+    """Score a batch under both without grad, with dropout off in the policy too.
+
+    Args:
+        policy: as in `score_pair`.
+        reference: as in `score_pair`.
+        batch: as in `score_pair`.
+        temperature: as in `score_pair`.
+        exact: True to return the exact KL(policy ‖ reference) of each token, too.
 
     Raises:
-        ValueError: as `score_pair`.
+        ValueError: see `score_pair`.
     """
     divergence = "reverse_kl" if exact else None
     with torch.no_grad(), evaluating(unwrap(policy)):
@@ -91,11 +100,12 @@ def measure_pair(
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """One forward of the policy, and how far the reference is from it."""
+    """One forward pass of the policy, and the divergence from its reference."""
 
     scored: Scored
-    """The policy's, with grad."""
+    """The policy's scores, with grad."""
     reference: TokenScores
+    """The reference's scores, without grad."""
     divergence: Tensor
     """[B, T] nats, exact, with grad to the policy."""
 
@@ -112,16 +122,21 @@ def compare(
     ref_scores: TokenScores | None = None,
     **forward: Any,
 ) -> Compared:
-    """`score_pair` with an exact divergence, and the policy's own outputs.
+    """Score as `score_pair` does with an exact divergence, and return the policy's own outputs, too.
 
     Args:
-        policy, reference, batch, temperature: as in `score_pair`.
+        policy: as in `score_pair`.
+        reference: as in `score_pair`.
+        batch: as in `score_pair`.
         how: the divergence.
-        entropy, observe, forward: as in `score_model`, for the policy.
-        ref_scores: the reference's, with `hidden`, where they are at hand already.
+        temperature: as in `score_pair`.
+        entropy: as in `score_model`.
+        observe: as in `score_model`, for the policy.
+        ref_scores: the reference's scores with `hidden`, if they were computed before.
+        **forward: further arguments for the policy's forward.
 
     Raises:
-        ValueError: as `score_pair`.
+        ValueError: see `score_pair`.
     """
     reference.check_exact()
     with scored_together(policy, reference, batch):
@@ -143,7 +158,7 @@ def compare(
 
 
 def _common_head(policy: nn.Module, reference: Reference) -> Head | None:
-    """The reference's head, if the two heads' logits can be compared inside the policy's forward."""
+    """Return the reference's head if the two heads' logits can be compared inside the policy's forward, else None."""
     try:
         own, other = find_head(policy), reference.head()
     except HeadError:
@@ -162,10 +177,10 @@ def compare_logits(
     entropy: Entropies = False,
     observe: Observer | None = None,
 ) -> Compared:
-    """`compare`, from logits of the policy that are at hand; the reference's are made in full too.
+    """Return what `compare` does, from the policy's logits. The reference's logits are computed in full, too.
 
-    For a head that is adapted, sharded, or on another device, and for a forward that was not ours. Open
-    `scored_together` around the forward that gave them and this.
+    This is for a head that is adapted, sharded, or on another device, and for a forward pass that refkl did not run.
+    Open `scored_together` around that forward pass and this call.
     """
     scored = scored_through_logits(logits, temperature=temperature, entropy=entropy, observe=observe)
     batch = scored.call.batch
