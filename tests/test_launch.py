@@ -46,6 +46,7 @@ LAUNCHES: dict[str, tuple[str, int, Callable[..., str]]] = {
 MARKS: dict[str, list[Any]] = {
     "two processes": [pytest.mark.slow],  # by default those of the matrix
     "zero2": [pytest.mark.slow],
+    "zero3": [pytest.mark.slow],  # the printed command is launched so in test_printed_commands.py
     "fsdp2": [pytest.mark.slow],
     "deepspeed zero3": [pytest.mark.slow],  # a configuration is launched so in test_configs.py
     "deepspeed zero3, offloaded": [pytest.mark.slow, pytest.mark.timeout(1300)],

@@ -14,7 +14,7 @@ from refkl import KLConfig, ReferenceConfig
 from refkl.trl import KLGRPOTrainer, KLRLOOTrainer
 
 
-@pytest.mark.parametrize("max_tokens", [None, 16])
+@pytest.mark.parametrize("max_tokens", [pytest.param(None, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize("model", [longrope, dynamic_rope])
 @pytest.mark.parametrize("make, cls", [(grpo, KLGRPOTrainer), (rloo, KLRLOOTrainer)])
 def test_rows_that_depend_on_their_batch_are_scored_with_it(
