@@ -22,8 +22,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
+from refkl.files import write_json
 from refkl.messages import RunError
-from refkl.reference.weights.saved import write_json
 
 MARK = "refkl_complete.json"
 """File in a checkpoint: marks it as complete, and lists its files."""

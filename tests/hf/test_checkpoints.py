@@ -248,7 +248,7 @@ def test_each_kind_of_full_disk_is_one(name: str, small_disk: Path) -> None:
     """safetensors and torch.save do not raise OSError."""
     from safetensors.torch import save_file
 
-    from refkl.reference.weights.saved import write_json
+    from refkl.files import write_json
 
     big = torch.randn(1_000_000)
     writers = {

@@ -63,7 +63,7 @@ def test_the_controller_is_saved_before_older_checkpoints_are_removed(
     trainer = dpo(KLDPOTrainer, llama(), tmp_path, options, kl=KLConfig(controller="linear", **CONTROLLERS["linear"]))
     trainer.train()
     assert found == [{"controller": {"controller": "linear", "step": step}} for step in (1, 2)]
-    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not list((tmp_path / "run").rglob("*tmp"))
 
 
 def test_a_checkpoint_of_another_controller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -112,5 +112,5 @@ def _value(text: str) -> Any:
     """Parse an environment variable's value as JSON: "3" as 3, "true" as True. Other words stay text."""
     try:
         return json.loads(text.lower())
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

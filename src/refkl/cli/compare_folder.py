@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refkl.checkpoint import disk_failure
 from refkl.compare import Comparison, Texts
+from refkl.files import folder_written_whole
 from refkl.messages import RunError
 from refkl.versions import library_versions
 
@@ -82,24 +81,20 @@ def write_comparison(
         RunError: the disk is full, or fails.
     """
     check_free(output)
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
-        (temporary / "compare.json").write_text(text + "\n")
-        with (temporary / "tokens.jsonl").open("w") as file:
-            for number in range(len(found.texts)):
-                line = json.dumps(_finite(_line(found, number, tokenizer)), ensure_ascii=False, allow_nan=False)
-                file.write(line + "\n")
-        _draw(found, temporary / "compare.png")
-        os.replace(temporary, output)
+        with folder_written_whole(output) as temporary:
+            temporary.mkdir(parents=True)
+            text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+            (temporary / "compare.json").write_text(text + "\n")
+            with (temporary / "tokens.jsonl").open("w") as file:
+                for number in range(len(found.texts)):
+                    line = json.dumps(_finite(_line(found, number, tokenizer)), ensure_ascii=False, allow_nan=False)
+                    file.write(line + "\n")
+            _draw(found, temporary / "compare.png")
     except OSError as error:
         if (failure := disk_failure(error)) is None:
             raise
         raise RunError(f"{output} could not be written ({failure}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _line(found: Comparison, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

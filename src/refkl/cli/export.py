@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
+from refkl.compare.load import model_section
+from refkl.files import folder_written_whole
 from refkl.loading import load_causal_lm
 
 TOLERANCE = 1e-5
@@ -56,12 +56,16 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
     if output.exists():
         raise ValueError(f"{output} already exists. Remove it or choose another --output.")
     adapter = (trained / "adapter_config.json").is_file()
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     if adapter and not merge:
-        shutil.copytree(trained, temporary)
-        os.replace(temporary, output)
+        with folder_written_whole(output) as temporary:
+            shutil.copytree(trained, temporary)
         return None
+    with folder_written_whole(output) as temporary:
+        return _write_plain(run, trained, temporary)
+
+
+def _write_plain(run: Path, trained: Path, temporary: Path) -> float:
+    """Write the trained policy as a plain model, and return the difference of its logits."""
     model = _load(run, trained)
     before = _probe(model)
     plain: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
@@ -70,17 +74,15 @@ def export(run: Path, output: Path, *, merge: bool = False) -> float | None:
     after = _probe(load_causal_lm(str(temporary), "The exported model cannot be loaded again", dtype=plain.dtype))
     difference = ((before - after).abs().max() / before.abs().max()).item()
     if not difference <= TOLERANCE:
-        shutil.rmtree(temporary)
         raise ValueError(
             f"Merged, the policy's logits differ by {difference:.1e} of the largest, more than {TOLERANCE:.0e}: this "
             "adapter does not merge exactly. Export it without --merge."
         )
-    os.replace(temporary, output)
     return difference
 
 
 def _load(run: Path, trained: Path) -> PreTrainedModel | PeftModel:
-    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    config = model_section(run / "config.yaml")
     dtype = getattr(torch, config["dtype"])
     if not (trained / "adapter_config.json").is_file():
         return load_causal_lm(str(trained), f"The trained policy {trained} cannot be loaded", dtype=dtype).eval()

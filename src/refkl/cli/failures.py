@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -20,6 +21,8 @@ from types import TracebackType
 import psutil  # type: ignore[import-untyped]
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_OURS = re.compile(r"\d+-\d+\.\d+")
+"""Names that `_name` gives."""
 
 
 def print_failure(message: str) -> None:
@@ -77,7 +80,7 @@ def _mark() -> Path:
     folder = Path(tempfile.gettempdir()) / f"refkl-failed-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     for left in folder.iterdir():
-        if not _alive(left.name):
+        if _OURS.fullmatch(left.name) and not _alive(left.name):
             left.unlink(missing_ok=True)
     return folder / _name(psutil.Process(os.getppid()))
 

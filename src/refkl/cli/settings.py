@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
@@ -21,6 +21,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 from refkl.backend import given_once, watch_compile_locks
 from refkl.config import RunConfig, choices
 from refkl.messages import nearest, unknown
+from refkl.yaml_files import YamlRefused, parse_yaml, read_yaml
 
 TRAINER_CONFIGS: dict[str, type] = {
     "grpo": GRPOConfig,
@@ -92,6 +93,8 @@ def parse_run(arguments: list[str]) -> ParsedRun:
         built = parser.instantiate_classes(namespace)
     except ArgumentError as error:
         raise ValueError(f"{path}: {error}") from None
+    except YamlRefused as error:
+        raise ValueError(f"A value on the command line, or a file that one names: {error}") from None
     fields = [f.name for f in dataclasses.fields(RunConfig) if f.name != "trainer"]
     config = RunConfig(**{name: built[name] for name in fields})
     peft_config(config.peft)
@@ -123,11 +126,24 @@ def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:
 def _parser(method: str) -> ArgumentParser:
     # --help shows the docstring under each field of a configuration.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="refkl train CONFIG.yaml", exit_on_error=False, allow_abbrev=False)
+    set_loader(_CHECKED_YAML, _checked_yaml, (yaml.YAMLError,))
+    parser = ArgumentParser(
+        prog="refkl train CONFIG.yaml", exit_on_error=False, allow_abbrev=False, parser_mode=_CHECKED_YAML
+    )
     parser.add_argument("--config", action="config", help="The YAML file; also without the option's name.")
     parser.add_class_arguments(RunConfig, skip={"trainer"})
     parser.add_class_arguments(TRAINER_CONFIGS[method], "trainer", fail_untyped=False, instantiate=False)
     return parser
+
+
+_CHECKED_YAML = "refkl"
+"""jsonargparse's name for YAML that `parse_yaml` accepts."""
+
+
+def _checked_yaml(text: str) -> Any:
+    """Load a value as jsonargparse does, and raise YamlRefused where `parse_yaml` does."""
+    parse_yaml(text)
+    return get_loader("yaml")(text)
 
 
 def _settle_beta(namespace: Any, given: set[str]) -> None:
@@ -177,11 +193,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ValueError(f"There is no configuration file {path}.{nearest(str(path), beside)}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values := read_yaml(path), dict):
         raise ValueError(f"{path} must hold keys and values (model:, data:, …); it holds a {type(values).__name__}.")
     return values
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from refkl.config import ReferenceConfig
 from refkl.loading import find_tokenizer, load_causal_lm, token_maps_differ
 from refkl.reference import Reference, build_reference
 from refkl.reference.weights.fingerprint import combined, digests
+from refkl.yaml_files import read_yaml
 
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -142,8 +142,22 @@ def _resolve(path: str) -> tuple[str, dict[str, Any]]:
             f"({folder / 'model'}). Check the path, and that the run has ended."
         )
     config = folder / "config.yaml"
-    options = yaml.safe_load(config.read_text())["model"]["init_kwargs"] if config.is_file() else {}
-    return str(folder / "model"), options
+    return str(folder / "model"), model_section(config)["init_kwargs"] if config.is_file() else {}
+
+
+def model_section(config: Path) -> dict[str, Any]:
+    """Return the section `model` of a run's config.yaml, with `dtype` and `init_kwargs`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    values = read_yaml(config)
+    found = values.get("model") if isinstance(values, dict) else None
+    if not (
+        isinstance(found, dict) and isinstance(found.get("dtype"), str) and isinstance(found.get("init_kwargs"), dict)
+    ):
+        raise ValueError(f"{config} is damaged: it has no section `model` with dtype and init_kwargs.")
+    return found
 
 
 def _holds_model(folder: Path) -> bool:

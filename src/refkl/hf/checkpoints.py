@@ -31,10 +31,10 @@ from refkl.checkpoint import (
     why_not_whole,
 )
 from refkl.config import OnCheckpointError, ResumedReference
+from refkl.files import write_json
 from refkl.messages import size, unknown
 from refkl.penalty import KLPenalty
 from refkl.reference import Reference
-from refkl.reference.weights.saved import write_json
 from refkl.sync import SyncReferenceCallback
 
 logger = logging.get_logger(__name__)

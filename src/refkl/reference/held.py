@@ -20,7 +20,7 @@ from refkl.reference.contract import Reference
 from refkl.reference.moving.average import Move
 from refkl.reference.moving.mover import Mover
 from refkl.reference.request import BuildRequest
-from refkl.reference.saving import load_held, save_held
+from refkl.reference.saving import AroundLoad, load_held, save_held
 from refkl.reference.score import Conditions, prepared, score_held
 from refkl.reference.weights.identity import Identity
 from refkl.reference.weights.pairing import Pair
@@ -30,7 +30,7 @@ from refkl.scoring.row_proof import Apart, rows_apart
 from refkl.types import MemoryReport, TokenBatch, TokenScores
 
 
-class HeldReference(Reference):
+class HeldReference(AroundLoad, Reference):
     """A reference whose weights are in this process: scored, fingerprinted, moved and saved by refkl.
 
     A strategy provides the module to run (`activate`) and lists its weights (`weights`). If it can move, it also pairs

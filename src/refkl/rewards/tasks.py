@@ -148,7 +148,7 @@ class TaskReward:
             raise ValueError(self._no_entry("a row has none"))
         try:
             entry = _unpacked(json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(self._no_entry(f"a row has {str(text)[:60]!r}, which is no JSON ({error})")) from None
         fields = ("task", "config", "answer", "metadata")
         if not isinstance(entry, dict) or not all(field in entry for field in fields):

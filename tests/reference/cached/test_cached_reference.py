@@ -418,7 +418,7 @@ def test_a_process_that_is_killed_while_it_writes(tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path / "model")
     cache = tmp_path / "cache"
     assert _fill(cache, tmp_path / "model", 0, 2, "killed", fails=True) == (-1, -1)
-    (left,) = cache.rglob("*.tmp")
+    (left,) = cache.rglob("*.refkl-tmp")
     assert not files(cache)
     assert _fill(cache, tmp_path / "model", 0, 2) == (6, 0)
     assert _fill(cache, tmp_path / "model", 0, 2) == (0, 6)

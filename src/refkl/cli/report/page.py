@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from refkl.cli.report.facts import config_differences, overview, provenance, war
 from refkl.cli.report.plots import COLOURS, MARKS, POINTS, Plot, at_zero, plots
 from refkl.cli.report.runs import Run, read_runs
 from refkl.cli.report.texts import LEVELS, texts
+from refkl.files import file_written_whole
 
 _HERE = Path(__file__).parent
 
@@ -30,9 +30,9 @@ def write_page(run: str | Path, *others: str | Path, output: str | Path | None =
     """
     runs = read_runs([Path(run), *map(Path, others)])
     path = Path(output) if output is not None else runs[0].path / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page(runs), encoding="utf-8")
-    os.replace(temporary, path)
+    text = page(runs)
+    with file_written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

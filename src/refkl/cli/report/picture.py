@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from refkl.cli.report.runs import read_runs, running_mean
+from refkl.files import file_written_whole
 
 _PANELS = (
     ("reward", "mean reward"),
@@ -44,8 +44,7 @@ def draw_report(run: str | Path, *others: str | Path, output: str | Path | None 
         axes[0][0].legend(lines, [run.name for run in runs], frameon=False)
     figure.tight_layout()
     path = Path(output) if output is not None else runs[0].path / "report.png"
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
+    with file_written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from refkl.cli.run_folder import read_lines
+from refkl.files import read_json
+from refkl.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -160,20 +159,9 @@ def _text(path: Path) -> str:
 
 
 def _reference(path: Path) -> dict[str, Any]:
-    if not (text := _text(path)):
-        return {}
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object.")
-    return found
+    return read_json(path) if _text(path) else {}
 
 
 def _settings(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(text) if text else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
+    found = read_yaml(path) if text else {}
     return found if isinstance(found, dict) else {}

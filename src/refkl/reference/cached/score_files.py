@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import uuid
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from refkl.files import temporaries_of, temporary_beside
+
 KEY_BYTES = 16
 WRITE_BYTES = 16 << 20
 """Bytes of values that are collected before a file is written."""
@@ -30,6 +31,8 @@ WRITE_SECONDS = 30.0
 computed again."""
 SCAN_SECONDS = 5.0
 """The shortest time between two listings of the folder for files that other processes have written."""
+_STEM = "scores"
+"""Part of the names of temporary files: only files with such names are deleted."""
 ABANDONED_SECONDS = 24 * 3600.0
 """Age at which a temporary file counts as left behind by a killed process."""
 
@@ -56,9 +59,9 @@ class ScoreStore:
         self.bytes = 0
         """Bytes of the files that were read."""
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.tmp"):
+        for left in temporaries_of(folder / _STEM):
             with suppress(FileNotFoundError):  # renamed since it was listed
-                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                if left.is_file() and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink()
         self._about = json.dumps(about, sort_keys=True)
         self._rows: dict[bytes, Row] = {}
@@ -147,7 +150,7 @@ class _Unwritten:
             return None
         data = _file_of(self.rows, self.about)
         path = self.folder / _name_of(data)
-        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+        temporary = temporary_beside(self.folder / _STEM)
         try:
             temporary.write_bytes(data)
             temporary.replace(path)

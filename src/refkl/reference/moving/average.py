@@ -139,15 +139,16 @@ class Averages:
                 # A LoRA layer may have another rank now than at first.
                 yield Weight(f"{kind}:{name}", local, layout if layout.sharded else Whole(local.shape))
 
-    def load(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> None:
-        """Load tensors under the names that `weights` yields; `devices` says where the reference's weights are."""
-        self.mean, self.start, self.first = {}, {}, {}
+    def loaded(self, saved: Iterable[Weight], devices: dict[str, torch.device]) -> Averages:
+        """Return averages with tensors under the names that `weights` yields, in the same place as these; `devices`
+        says where the reference's weights are."""
+        new = Averages(on_host=self.on_host)
         home = next(iter(devices.values()))  # a quantised weight's bytes have other names than its average
         for full_name, local, layout in saved:
             kind, name = full_name.split(":", 1)
-            self.layouts[name] = layout
-            held = self.place(local if self.on_host else local.to(devices.get(name, home)))
-            self._kinds()[kind][name] = held
+            new.layouts[name] = layout
+            new._kinds()[kind][name] = new.place(local if self.on_host else local.to(devices.get(name, home)))
+        return new
 
     def memory(self, home: torch.device) -> MemoryReport:
         """Return the bytes of the kept tensors; `home` is the device on which the model runs."""

@@ -107,15 +107,22 @@ class QuantizationKLMeter:
 
     def _settle(self, floor: KLFloor) -> None:
         self.floor, self.loaded, self._recorded = floor, None, None
+        try:
+            self.check(floor)
+        except ValueError as error:
+            self._refusal = str(error)
+            raise
+
+    def check(self, floor: KLFloor) -> None:
+        """Raise ValueError if a floor is above `reference.max_kl_floor`."""
         limit, kind = self._config.max_kl_floor, self._config.quantize
         if not floor.mean <= limit:  # NaN is no floor either
             other = "" if kind == "int8" else "reference.quantize 'int8', "
-            self._refusal = (
+            raise ValueError(
                 f"The reference quantised to {kind} is {floor.mean:.3g} nats per token from full precision (at most "
                 f"{floor.max:.3g}, over {floor.tokens} tokens), but reference.max_kl_floor is {limit:g}: a KL below "
                 f"the floor is rounding error. Use {other}reference.offload, or a higher reference.max_kl_floor."
             )
-            raise ValueError(self._refusal)
 
     def _full_precision(self) -> nn.Module:
         if self.loaded is not None:

@@ -228,7 +228,7 @@ class AdapterReference(OnSnapshot):
 
     def load(self, folder: str | Path) -> None:
         with self._idle("be loaded into"):
-            if self.snapshot is not None or not Saved(Path(folder)).provenance["updates"]:
+            if self.snapshot is not None or not Saved(Path(folder)).record.updates:
                 return super().load(folder)
             with self.known.restored_on_error():
                 self.take_snapshot()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from refkl.reference.quantized.layers import FORMATS, SMALLEST_GROUP, QuantizedL
 from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.whole_copy import SharingCopy
 from refkl.reference.weights.pairing import Pair, paired_weights
-from refkl.reference.weights.saved import Saved
+from refkl.reference.weights.record import Record
 from refkl.types import KLFloor, MemoryReport, TokenBatch
 
 
@@ -96,10 +96,18 @@ class QuantizedClone(SharingCopy):
         with self.activated() as model, self.autocast():
             self._meter.measure(model, batches, says=says)
 
-    def load(self, folder: str | Path) -> None:
-        super().load(folder)
-        if (found := Saved(Path(folder)).provenance["kl_floor"]) is not None:
-            self._meter.recall(found)
+    def check_saved(self, record: Record) -> None:
+        if record.kl_floor is not None:
+            self._meter.check(KLFloor(**record.kl_floor))
+
+    def after_load(self, record: Record) -> None:
+        if record.kl_floor is not None:
+            self._meter.recall(record.kl_floor)
+
+    def average_shapes(self) -> dict[str, torch.Size]:
+        return super().average_shapes() | {
+            f"{n}.weight": torch.Size(m.numbers_shape) for n, m in self._packed().items()
+        }
 
     def provenance(self) -> dict[str, Any]:
         return {**super().provenance(), "quantize": self.config.quantize, "kl_floor": self._meter.record()}

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from refkl.backend import Layout, Weight, Whole
+from refkl.files import (
+    FolderLock,
+    replaced_beside,
+    replaced_of,
+    temporaries_of,
+    temporary_beside,
+    write_json,
+)
 from refkl.reference.weights.fingerprint import digests
+from refkl.reference.weights.record import Record, read_record
 from refkl.reference.weights.shard_files import Files, write_parts
 
 WEIGHTS_FILE = "reference.safetensors"
 """File of the weights that every rank holds whole."""
 PROVENANCE_FILE = "reference.json"
-_OURS = re.compile(rf"{PROVENANCE_FILE}|{WEIGHTS_FILE}|shard-\d+-model-\d+-of-\d+\.safetensors")
+_WRITER = ".refkl_writer"
+"""File in a temporary folder that the process that writes the folder holds locked."""
+_OURS = re.compile(rf"{PROVENANCE_FILE}|{re.escape(_WRITER)}|{WEIGHTS_FILE}|shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[], dict[str, Any]]) -> None:
     """Write a reference completely or not at all: into a temporary folder, which replaces `folder` at the end.
 
-    Collective if a weight is sharded: then each rank writes its own parts. `provenance` may be collective too.
+    Temporary folders of saves that were killed are deleted, and nothing else beside `folder`. Collective if a weight is sharded: then each rank writes its own parts. `provenance` may be collective too.
 
     Raises:
         ValueError: the folder holds other files, or is not on a disk that all ranks share.
@@ -38,13 +47,15 @@ def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[]
     record = provenance()
     if not sharded and dist.is_initialized() and dist.get_rank() != 0:
         return
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary = _on_first(lambda: temporary_beside(folder), together=bool(sharded))
     shapes = {w.name: w.layout.shape for w in found}
+    locks: list[FolderLock] = []
 
     def begin() -> None:
         check_replaceable(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _delete_abandoned(folder)
         temporary.mkdir(parents=True)
+        locks.append(FolderLock(temporary / _WRITER))
 
     def finish() -> None:
         whole = {w.name: w.local.detach().to("cpu", copy=True).contiguous() for w in found if not w.layout.sharded}
@@ -58,6 +69,7 @@ def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[]
         contents = {"files": names, "shapes": {name: list(shape) for name, shape in shapes.items()}}
         write_json(temporary / PROVENANCE_FILE, {**record, **contents})
         replace_folder(temporary, folder)
+        (folder / _WRITER).unlink()
 
     try:
         _on_first(begin, together=bool(sharded))
@@ -68,63 +80,86 @@ def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[]
         if not dist.is_initialized() or dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        for lock in locks:
+            lock.release()
 
 
-def _on_first(step: Callable[[], None], *, together: bool) -> None:
-    """Run `step` on rank 0. With `together`, all ranks call this, wait for rank 0, and raise its error."""
+_Result = TypeVar("_Result")
+
+
+def _on_first(step: Callable[[], _Result], *, together: bool) -> _Result:
+    """Run `step` on rank 0. With `together`, all ranks call this, wait for rank 0, and return its result or raise its
+    error."""
     if not together:
-        step()
-        return
-    outcome: list[Exception | None] = [None]
+        return step()
+    outcome: list[Any] = [None, None]
+    own: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            step()
+            outcome[0] = step()
         except Exception as error:  # any error: the other ranks wait for it
-            outcome = [error]
-    own = outcome[0]
+            own = error
     if own is not None:  # sent as text: not every exception can be sent
         kind = ValueError if isinstance(own, ValueError) else OSError
-        outcome = [kind(str(own)) if not isinstance(own, OSError) else OSError(own.errno, own.strerror)]
+        outcome[1] = kind(str(own)) if not isinstance(own, OSError) else OSError(own.errno, own.strerror)
     dist.broadcast_object_list(outcome, src=0)
-    if own is not None or outcome[0] is not None:
-        raise own or outcome[0]  # type: ignore[misc]
+    if own is not None or outcome[1] is not None:
+        raise own or outcome[1]
+    result: _Result = outcome[0]
+    return result
 
 
 def check_replaceable(folder: Path) -> None:
     """Raise ValueError if a folder holds other files than a saved reference: these would be lost."""
-    others = [entry.name for entry in folder.iterdir() if not _OURS.fullmatch(entry.name)] if folder.is_dir() else []
-    if others:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a reference is saved as a folder. Name another folder.")
+    if others := _others(folder):
         raise ValueError(
             f"{folder} holds {sorted(others)[0]!r} ({len(others)} other files), but a saved reference replaces the "
             "whole folder. Name a folder for the reference only."
         )
 
 
+def _others(folder: Path) -> list[str]:
+    """List what is in a folder besides the files of a saved reference."""
+    if not folder.is_dir():
+        return []
+    return [entry.name for entry in folder.iterdir() if not (_OURS.fullmatch(entry.name) and entry.is_file())]
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Replace a folder by another. If the process is killed in between, `_settled` still finds the old one."""
-    old = folder.with_name(f"{folder.name}.old")
     if folder.exists() and any(folder.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
+        os.rename(folder, replaced_beside(folder))
     os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for old in _set_aside(folder):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> list[Path]:
+    """List the references that `replace_folder` renamed while it replaced them, the newest last."""
+    found = [p for p in replaced_of(folder) if not p.is_symlink() and (p / PROVENANCE_FILE).is_file()]
+    return sorted((p for p in found if not _others(p)), key=lambda p: p.stat().st_ctime_ns)
+
+
+def _delete_abandoned(folder: Path) -> None:
+    """Delete the temporary folders of saves that were killed: refkl's names and files, and no process writes there."""
+    for left in temporaries_of(folder):
+        if left.is_symlink() or not (left / _WRITER).is_file() or _others(left):
+            continue
+        try:
+            lock = FolderLock(left / _WRITER)
+        except OSError:
+            continue  # its process is alive, or the folder is gone
+        shutil.rmtree(left, ignore_errors=True)
+        lock.release()
 
 
 def _settled(folder: Path) -> Path:
     """Return the folder that holds the reference saved as `folder`."""
     folder = folder.resolve()
-    old = folder.with_name(f"{folder.name}.old")
-    return old if not folder.exists() and (old / PROVENANCE_FILE).is_file() else folder
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file completely or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return folder if folder.exists() else next(reversed(_set_aside(folder)), folder)
 
 
 class Saved:
@@ -139,22 +174,11 @@ class Saved:
         path = self.folder / PROVENANCE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no saved reference ({PROVENANCE_FILE} and its weights).")
-        try:
-            self.provenance: dict[str, Any] = json.loads(path.read_text())
-            shapes = {name: torch.Size(shape) for name, shape in self.provenance["shapes"].items()}
-            files = list(self.provenance["files"])
-            self.averaged: dict[str, str] = self.provenance["averages"]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}") from None
-        self._files = Files(self.folder, files, shapes)
+        self.record: Record = read_record(path)
+        self.digests, self.averaged = self.record.weights, self.record.averages
+        self._files = Files(self.folder, self.record.files, self.record.shapes)
         # Shapes of the weights that are in the files; weights shared with the policy have only a digest.
-        self.shapes = {name: shape for name, shape in shapes.items() if name not in self.averaged}
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """The digest of every weight, by name."""
-        found: dict[str, str] = self.provenance["weights"]
-        return found
+        self.shapes = {name: shape for name, shape in self.record.shapes.items() if name not in self.averaged}
 
     def changed(self, own: dict[str, str], owns: Callable[[str], bool], layouts: dict[str, Layout]) -> set[str]:
         """Return the names of the weights that differ from a reference's, given its digests and layouts.

@@ -122,7 +122,7 @@ class Files:
                 (name, offsets[name]["saved_offsets"] if offsets else [0] * len(shape), shape)
                 for name, shape in shapes.items()
             ]
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read, so it is damaged or cut short: {error}") from None
 
     def read(self, name: str, layout: Layout) -> Tensor:
