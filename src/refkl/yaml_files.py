@@ -1,4 +1,4 @@
-"""YAML in which nothing is lost silently: a key that is given twice, and aliases that expand without limit, are errors."""
+"""YAML in which nothing is lost silently: a key that is given twice is an error, and so is expansion without limit."""
 
 from __future__ import annotations
 

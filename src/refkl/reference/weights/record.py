@@ -86,16 +86,6 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def check_floor(found: Any, where: Path) -> dict[str, Any]:
-    """Return the KL floor of a record; raise ValueError if it is none."""
-    if not _floor(found):
-        raise ValueError(
-            f"{where} is damaged: 'kl_floor' is {str(found)[:80]!r}, not mean and max in nats, and tokens."
-        )
-    checked: dict[str, Any] = found
-    return checked
-
-
 def _digests(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) and _DIGEST.fullmatch(v) for v in value.values())
 

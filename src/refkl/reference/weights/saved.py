@@ -36,7 +36,9 @@ _OURS = re.compile(rf"{PROVENANCE_FILE}|{re.escape(_WRITER)}|{WEIGHTS_FILE}|shar
 def write_saved(folder: Path, weights: Iterable[Weight], provenance: Callable[[], dict[str, Any]]) -> None:
     """Write a reference completely or not at all: into a temporary folder, which replaces `folder` at the end.
 
-    Temporary folders of saves that were killed are deleted, and nothing else beside `folder`. Collective if a weight is sharded: then each rank writes its own parts. `provenance` may be collective too.
+    Temporary folders of saves that were killed are deleted, and nothing else beside `folder`.
+
+    Collective if a weight is sharded: then each rank writes its own parts. `provenance` may be collective too.
 
     Raises:
         ValueError: the folder holds other files, or is not on a disk that all ranks share.
