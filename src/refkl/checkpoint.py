@@ -2,19 +2,19 @@
 
 A trainer writes a checkpoint file by file, on all ranks, and can be killed between any two files. Therefore one file
 marks the start of writing, and another, which is written last, marks the checkpoint as complete. The latter lists every
-other file with its size, and the content's CRC-32 for files that policy and reference are loaded from. A checkpoint
-without this mark, or one that differs from it, is never resumed from and never counts as one to keep.
+other file with its size and SHA-256. A checkpoint without this mark, or one that differs from it, is never resumed from
+and never counts as one to keep. Marks of earlier versions of refkl, without SHA-256, are still accepted.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
+import threading
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
-from refkl.files import write_json
+from refkl.files import inside, read_json, sha256_of_each, write_json
 from refkl.messages import RunError
 
 MARK = "refkl_complete.json"
@@ -33,7 +33,12 @@ RECORD = "reference.json"
 """File in a checkpoint: the reference that it was trained against, and each update of it."""
 REFERENCE = "reference"
 """Folder in a checkpoint: a reference that cannot be rebuilt from the run's initial model."""
-_CHECKED = re.compile(rf".*\.safetensors|{RECORD}|{REFERENCE}/.*|kl_penalty\.json")
+_FORMAT = 2
+"""Format of the mark. The first had no "format", and for some files a CRC-32 instead of a SHA-256."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CORES = os.cpu_count() or 1
+_WHILE_TRAINING, _BEFORE_TRAINING = max(1, min(8, _CORES // 4)), min(8, _CORES)
+"""Threads that compute digests: few beside training, more where training waits for them."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 24
 
@@ -44,24 +49,79 @@ class CheckpointError(RunError):
 
 
 def begin(checkpoint: Path) -> None:
-    """Make the folder, and delete what an interrupted save has left there."""
-    if checkpoint.is_dir():
+    """Make the folder. If it exists, delete refkl's earlier checkpoint there, or what an interrupted save has left.
+
+    A folder with any file that refkl did not list there is renamed instead.
+    """
+    if _is_ours(checkpoint):
         discard(checkpoint)
-    checkpoint.mkdir(parents=True, exist_ok=True)
+    elif os.path.lexists(checkpoint):
+        os.replace(checkpoint, _name_aside(checkpoint))
+    checkpoint.mkdir(parents=True)
     write_json(checkpoint / BEGUN, {"complete": False})
 
 
-def complete(checkpoint: Path) -> None:
-    """Mark the checkpoint as complete. Call it when all ranks have written all of their files."""
-    found: dict[str, dict[str, int]] = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        name = path.relative_to(checkpoint).as_posix()
-        if name not in (MARK, BEGUN):
-            found[name] = {"bytes": path.stat().st_size}
-            if _CHECKED.fullmatch(name):
-                found[name]["crc32"] = _crc32(path)
-    write_json(checkpoint / MARK, {"files": found})
+def _is_ours(checkpoint: Path) -> bool:
+    """Return True for a folder that refkl made, and that holds nothing besides what it listed in its mark."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return False
+    if not (checkpoint / MARK).is_file():
+        return (checkpoint / BEGUN).is_file()
+    try:
+        return _files_in(checkpoint).keys() <= _marked(checkpoint).keys()
+    except ValueError:
+        return False
+
+
+def _files_in(checkpoint: Path) -> dict[str, Path]:
+    """Return the files of a checkpoint besides its marks, by their names in it."""
+    found = {p.relative_to(checkpoint).as_posix(): p for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    return {name: path for name, path in found.items() if name not in (MARK, BEGUN)}
+
+
+def complete(checkpoint: Path, *, threads: int = _BEFORE_TRAINING) -> None:
+    """Mark the checkpoint as complete. Call it on one rank, when all ranks have written all of their files.
+
+    Args:
+        checkpoint: its folder, on a disk that all ranks share.
+        threads: number of files that are read at once.
+    """
+    files = _files_in(checkpoint)
+    digests = sha256_of_each(files.values(), threads)
+    listed = {name: {"bytes": path.stat().st_size, "sha256": digests[path]} for name, path in files.items()}
+    write_json(checkpoint / MARK, {"format": _FORMAT, "files": listed})
     (checkpoint / BEGUN).unlink(missing_ok=True)
+
+
+class Completion:
+    """The completion of a checkpoint while training goes on: a thread reads its files, and then marks it.
+
+    Until the mark is there, the checkpoint does not count, and the older ones are kept.
+
+    Args:
+        checkpoint: its folder, in which nothing is written any more.
+        then: called after the checkpoint is marked, for example to delete old ones.
+    """
+
+    def __init__(self, checkpoint: Path, then: Callable[[], None]) -> None:
+        self._checkpoint, self._then = checkpoint, then
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"completes {checkpoint.name}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            complete(self._checkpoint, threads=_WHILE_TRAINING)
+            self._then()
+        except BaseException as error:  # any error: `wait` raises it in the thread that trains
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until it has ended, and raise its error."""
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def why_not_whole(checkpoint: Path, *, without_reference: bool = False, contents: bool = True) -> str | None:
@@ -70,7 +130,7 @@ def why_not_whole(checkpoint: Path, *, without_reference: bool = False, contents
     Args:
         checkpoint: its folder.
         without_reference: ignore the files of the reference.
-        contents: also compare contents; otherwise only names and sizes, which reads no weights.
+        contents: also compare contents; otherwise only names and sizes, which reads none of the files.
     """
     if not checkpoint.is_dir():
         return "is not there"
@@ -78,21 +138,52 @@ def why_not_whole(checkpoint: Path, *, without_reference: bool = False, contents
         began = (checkpoint / BEGUN).is_file()
         return f"was not written to its end (no {MARK})" if began else f"is not marked as complete (no {MARK})"
     try:
-        files: dict[str, dict[str, int]] = json.loads((checkpoint / MARK).read_text())["files"]
-        items = [(name, about["bytes"], about.get("crc32")) for name, about in files.items()]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        listed = _marked(checkpoint)
+    except ValueError:
         return f"has a damaged {MARK}"
-    for name, size, crc in items:
+    if without_reference:
+        listed = {n: about for n, about in listed.items() if n != RECORD and not n.startswith(f"{REFERENCE}/")}
+    for name, about in listed.items():
         path = checkpoint / name
-        if without_reference and (name == RECORD or name.startswith(f"{REFERENCE}/")):
-            continue
         if not path.is_file():
             return f"lacks {name}"
-        if path.stat().st_size != size:
-            return f"has {path.stat().st_size} of the {size} bytes of {name}"
-        if contents and crc is not None and _crc32(path) != crc:
-            return f"has an altered {name}"
+        if path.stat().st_size != about["bytes"]:
+            return f"has {path.stat().st_size} of the {about['bytes']} bytes of {name}"
+    if contents:
+        hashed = [checkpoint / name for name, about in listed.items() if "sha256" in about]
+        digests = sha256_of_each(hashed, _BEFORE_TRAINING)
+        for name, about in listed.items():
+            path = checkpoint / name
+            if about.get("sha256") != digests.get(path) or ("crc32" in about and _crc32(path) != about["crc32"]):
+                return f"has an altered {name}"
     return None
+
+
+def _marked(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return what the mark lists: size, and SHA-256 or in older marks CRC-32 or neither, of each file by its name.
+
+    Raises:
+        ValueError: the mark is damaged: it holds anything else.
+    """
+    mark = read_json(checkpoint / MARK)
+    files = mark.get("files")
+    old = mark.keys() == {"files"}
+    if not isinstance(files, dict) or not (old or (mark.keys() == {"files", "format"} and mark["format"] == _FORMAT)):
+        raise ValueError(f"{checkpoint / MARK} is damaged.")
+    for name, about in files.items():
+        if not inside(name, nested=True) or not isinstance(about, dict) or not _is_entry(about, old):
+            raise ValueError(f"{checkpoint / MARK} is damaged: {name!r}.")
+    return files
+
+
+def _is_entry(about: dict[str, Any], old: bool) -> bool:
+    numbers = [about.get("bytes"), *([about["crc32"]] if "crc32" in about else [])]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return False
+    if old:
+        return about.keys() <= {"bytes", "crc32"}
+    digest = about.get("sha256")
+    return about.keys() == {"bytes", "sha256"} and isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
 
 
 def is_whole(checkpoint: str | Path) -> bool:
@@ -129,16 +220,18 @@ def newest_whole(folder: Path, *, without_reference: bool = False, contents: boo
 def rotate(folder: Path, limit: int | None, keep: Collection[str | Path | None]) -> None:
     """Delete interrupted saves, and the oldest marked checkpoints until `limit` are left.
 
-    Unlike transformers' own rotation it counts only marked checkpoints and leaves those written by others. Call it when
-    nothing is being written. `keep` lists checkpoints not to delete, including the one completed last.
+    Unlike transformers' own rotation it counts only marked checkpoints and leaves those written by others, and links.
+    Whatever was added to a marked checkpoint is deleted with it. Call it when nothing is being written. `keep` lists
+    checkpoints not to delete, including the one completed last.
     """
     if limit is None or limit <= 0:
         return
     for path in checkpoints(folder):
-        if (path / BEGUN).is_file() and not (path / MARK).is_file():
+        if (path / BEGUN).is_file() and not (path / MARK).is_file() and not path.is_symlink():
             discard(path)
     kept = {Path(path).resolve() for path in keep if path is not None}
-    oldest = [Path(path).resolve() for path in sort_checkpoints(str(folder), use_mtime=True)]
+    oldest = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
+    oldest = [path.resolve() for path in oldest if not path.is_symlink()]
     marked = [path for path in oldest if (path / MARK).is_file()]
     surplus = len(marked) - max(limit, len(kept.intersection(marked)))
     for path in [p for p in marked if p not in kept][: max(surplus, 0)]:
@@ -154,12 +247,17 @@ def set_later_aside(checkpoint: Path) -> list[Path]:
     for path in checkpoints(checkpoint.parent):
         later = int(path.name.split("-")[1]) > int(checkpoint.name.split("-")[1])
         if later and (path / MARK).is_file():
-            number = 1
-            while (aside := path.with_name(f"abandoned-{number}-{path.name}")).exists():
-                number += 1
-            os.replace(path, aside)
+            os.replace(path, aside := _name_aside(path))
             moved.append(aside)
     return moved
+
+
+def _name_aside(path: Path) -> Path:
+    """Return the name for a checkpoint that gives way to another: `abandoned-1-checkpoint-5`."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"abandoned-{number}-{path.name}")):
+        number += 1
+    return aside
 
 
 def discard(checkpoint: Path) -> None:
@@ -202,15 +300,3 @@ def _crc32(path: Path) -> int:
         while part := file.read(_CHUNK):
             value = zlib.crc32(part, value)
     return value
-
-
-def state_of(path: Path) -> Any:
-    """Read a JSON file of a checkpoint.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None

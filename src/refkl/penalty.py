@@ -228,11 +228,14 @@ class KLPenalty:
         Raises:
             ValueError: it is not the state of a KLPenalty, or it is of one with another controller.
         """
-        if "controller" not in state:
+        if not isinstance(controller := state.get("controller"), dict):
             raise ValueError(f"This is no state of a KLPenalty: it holds {sorted(state)} and no 'controller'.")
-        self.controller.load_state_dict(state["controller"])
+        steps = state.get("steps", 0)  # missing in the state of a run without kl.exact_every
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"This state of a KLPenalty is damaged: its steps are {steps!r}, not a whole number.")
+        self.controller.load_state_dict(controller)
         self._origins.forget()
-        self._steps = int(state.get("steps", 0))  # missing in the state of a run without kl.exact_every
+        self._steps = steps
 
     def _exact(self, divergences: list[Tensor], logp: Tensor, mask: Tensor, references: int) -> Tensor:
         """Return the KL that the caller computed, [B, T] in nats."""

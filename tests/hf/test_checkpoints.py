@@ -21,6 +21,7 @@ from support.trl_runs import dpo
 from transformers import Trainer, TrainingArguments
 
 import refkl.checkpoint
+import refkl.hf.checkpoint_writing
 import refkl.hf.checkpoints
 from refkl import SyncConfig, SyncReferenceCallback, build_reference
 from refkl.checkpoint import BEGUN, MARK, CheckpointError, disk_failure, is_whole, newest_whole, why_not_whole
@@ -114,12 +115,12 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int, 
 
 
 KILLS = {
-    "before it begins": (refkl.hf.checkpoints, "begin", False),
+    "before it begins": (refkl.hf.checkpoint_writing, "begin", False),
     "before the reference": (refkl.hf.checkpoints, "write_json", False),
     "within transformers' part": (torch, "save", False),
-    "before the mark": (refkl.hf.checkpoints, "complete", False),
-    "after the mark": (refkl.hf.checkpoints, "complete", True),
-    "after the rotation": (refkl.hf.checkpoints, "rotate", True),
+    "before the mark": (refkl.checkpoint, "complete", False),
+    "after the mark": (refkl.checkpoint, "complete", True),
+    "after the rotation": (refkl.hf.checkpoint_writing, "rotate", True),
 }
 
 
@@ -232,11 +233,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_whole_checkpoint(small_dis
 def test_a_run_may_go_on_without_a_checkpoint(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = run(small_disk, {"max_steps": 8}, sync=SYNC, on_checkpoint_error="continue")
     warned: list[str] = []
-    refkl.hf.checkpoints.logger.warning = warned.append  # type: ignore[method-assign,assignment]
+    refkl.hf.checkpoint_writing.logger.warning = warned.append  # type: ignore[method-assign,assignment]
     try:
         trainer.train()
     finally:
-        del refkl.hf.checkpoints.logger.warning
+        del refkl.hf.checkpoint_writing.logger.warning
     assert trainer.state.global_step == 8
     assert any("could not be written" in text and text.endswith("Training goes on without it.") for text in warned)
     left = list((small_disk / "run").glob("checkpoint-*"))

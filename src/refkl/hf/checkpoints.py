@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
 from transformers.utils import logging
 
-from refkl.checkpoint import (
-    BEGUN,
-    MARK,
-    RECORD,
-    REFERENCE,
-    CheckpointError,
-    begin,
-    complete,
-    discard,
-    disk_failure,
-    newest_whole,
-    rotate,
-    state_of,
-    why_not_whole,
-)
+from refkl.checkpoint import BEGUN, MARK, RECORD, REFERENCE, newest_whole, why_not_whole
 from refkl.config import OnCheckpointError, ResumedReference
-from refkl.files import write_json
-from refkl.messages import size, unknown
+from refkl.files import read_json, write_json
+from refkl.hf.checkpoint_writing import CheckpointWriting
+from refkl.messages import unknown
 from refkl.penalty import KLPenalty
-from refkl.reference import Reference
+from refkl.reference.weights.record import read_description
 from refkl.sync import SyncReferenceCallback
 
 logger = logging.get_logger(__name__)
@@ -47,28 +29,9 @@ _INITIAL = (
 )
 
 
-def _nothing() -> None:
-    """Do nothing, on a rank that has no part in a step of the save."""
-
-
-@contextmanager
-def overridden(args: Any, **values: Any) -> Iterator[None]:
-    """Override arguments of the trainer, for example while TRL's __init__ reads them."""
-    if args is None:
-        yield
-        return
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(before)
-
-
-class Checkpointing(Trainer):
+class Checkpointing(CheckpointWriting):
     """A trainer whose checkpoints include its reference and its penalty. Incomplete checkpoints do not count."""
 
-    reference: Reference
     penalty: KLPenalty
     sync: SyncReferenceCallback | None = None
     model: nn.Module  # Trainer's type allows None; here it is always a model
@@ -77,8 +40,6 @@ class Checkpointing(Trainer):
     resume_reference: ResumedReference = "recorded"
     """On resume: "recorded" uses the reference that the checkpoint was trained against, "initial" the one this trainer
     built."""
-    on_checkpoint_error: OnCheckpointError = "stop"
-    """The reaction to a checkpoint that cannot be written, as on a full disk."""
 
     def _settle_checkpoints(self, resume_reference: ResumedReference, on_checkpoint_error: OnCheckpointError) -> None:
         for name, value, known in (
@@ -98,83 +59,6 @@ class Checkpointing(Trainer):
                 "wait inside the save for the rank that failed. Use 'stop': the last whole checkpoint stays."
             )
         self.resume_reference, self.on_checkpoint_error = resume_reference, on_checkpoint_error
-
-    def _saves_together(self) -> str | None:
-        """Return why ranks would wait for a rank that fails while transformers saves; None if they would not."""
-        if self.accelerator.num_processes == 1:
-            return None
-        if self.is_deepspeed_enabled:
-            return "with DeepSpeed"
-        if self.is_fsdp_enabled:
-            return "with FSDP"
-        return "with metric_for_best_model" if self.args.metric_for_best_model is not None else None
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a complete checkpoint, and then delete old ones.
-
-        Raises:
-            ValueError: the reference changed without a recorded update.
-            CheckpointError: the checkpoint could not be written, as on a full disk, and `on_checkpoint_error` is
-                "stop".
-        """
-        folder = Path(self._get_output_dir(trial))
-        checkpoint, first = folder / f"checkpoint-{self.state.global_step}", self.args.should_save
-        best, save = self.state.best_model_checkpoint, super()._save_checkpoint
-        self.reference.verify()
-
-        def transformers_part() -> None:
-            with overridden(self.args, save_total_limit=None):  # transformers deletes before all ranks have written
-                save(model, trial)
-
-        def closing() -> None:
-            complete(checkpoint)
-            rotate(folder, self.args.save_total_limit, (checkpoint, self.state.best_model_checkpoint))
-
-        steps: list[tuple[Callable[[], None], str | None]] = [
-            ((lambda: begin(checkpoint)) if first else _nothing, None),
-            (lambda: self._save_reference(checkpoint), None),
-            (transformers_part, self._saves_together()),
-            (closing if first else _nothing, None),
-        ]
-        for step, alone in steps:
-            if (failure := self._failure(step, checkpoint, alone)) is not None:
-                self.state.best_model_checkpoint = best
-                self._give_up(checkpoint, failure)
-                return
-
-    def _failure(self, step: Callable[[], None], checkpoint: Path, alone: str | None) -> str | None:
-        """Run a part of a save. Return the disk's error message from any rank, the same on all ranks; None if it
-        worked.
-
-        `alone` is the reason why a failed rank cannot tell the others: it ends, and its launcher ends them.
-        """
-        own: str | None = None
-        try:
-            step()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if (own := disk_failure(error)) is None:
-                raise
-            own = f"{own}; {size(shutil.disk_usage(checkpoint.parent).free)} free there"
-            if alone is not None:
-                raise CheckpointError(self._unwritten(checkpoint, own)) from error
-        found: list[str | None] = gather_object([own])
-        return next((failure for failure in found if failure is not None), None)
-
-    def _give_up(self, checkpoint: Path, failure: str) -> None:
-        if self.args.should_save:
-            try:
-                discard(checkpoint)
-            except OSError as error:
-                logger.warning(f"The incomplete {checkpoint} could not be deleted: {error}")
-        message = self._unwritten(checkpoint, failure)
-        if self.on_checkpoint_error == "stop":
-            raise CheckpointError(message)
-        logger.warning(f"{message} Training goes on without it.")
-
-    def _unwritten(self, checkpoint: Path, failure: str) -> str:
-        whole = newest_whole(checkpoint.parent, contents=False).path
-        last = "there is no whole checkpoint yet" if whole is None else f"the newest whole checkpoint is {whole}"
-        return f"{checkpoint} could not be written ({failure}); {last}."
 
     def _save_reference(self, checkpoint: Path) -> None:
         """Save the controller, and the reference if it cannot be rebuilt from the run's initial model."""
@@ -261,7 +145,7 @@ class Checkpointing(Trainer):
     def _load_reference(self, checkpoint: Path) -> None:
         if not (checkpoint / RECORD).is_file():
             raise ValueError(f"{checkpoint} has no {RECORD}, which says what its reference was. {_INITIAL}")
-        record = state_of(checkpoint / RECORD)
+        record = read_description(checkpoint / RECORD)
         if record["saved"] and not (checkpoint / REFERENCE).is_dir():
             moved = f"had moved {record['updates']} times" if record["updates"] else "is not in the model"
             raise ValueError(
@@ -282,7 +166,7 @@ class Checkpointing(Trainer):
                 f"{self.reference.source}). Give the trainer the model that the first run began with; its trained "
                 "weights come from the checkpoint."
             )
-        if record.get("kl_floor") is not None:
+        if record["kl_floor"] is not None:
             self.reference.recall_floor(record["kl_floor"])  # a trained policy can no longer give it
 
     def _load_controller(self, path: Path) -> None:
@@ -295,7 +179,7 @@ class Checkpointing(Trainer):
             return
         coef = self.penalty.coef
         try:
-            self.penalty.load_state_dict(state_of(path))
+            self.penalty.load_state_dict(read_json(path))
         except ValueError as error:
             raise ValueError(f"{error} The state is {path}.") from None
         if kind == "fixed":

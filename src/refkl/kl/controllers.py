@@ -67,6 +67,12 @@ class Controller:
                 f"This state is of the KL controller {state.get('controller')!r} and cannot be loaded by "
                 f"{self.name!r}. Use the controller that the state was saved from, or start without a state."
             )
+        for key in self._state().keys() - {"unit"}:
+            if type(state.get(key)) not in (int, float) or (key == "step" and not _is_count(state[key])):
+                raise ValueError(
+                    f"This state of the KL controller {self.name!r} is damaged: its {key} is {state.get(key)!r}. Load "
+                    "another copy of it, or start without a state."
+                )
         self._restore(state)
 
     def _state(self) -> dict[str, Any]:
@@ -274,6 +280,10 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "dual": DualKL,
 }
 """The controller class for each value of kl.controller."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _coefficient(name: str, value: float) -> float:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from refkl.backend import dropout_rates
 from refkl.backend.adapters import keeping_base
 from refkl.config import KLConfig
-from refkl.hf.checkpoints import overridden
+from refkl.hf.checkpoint_writing import overridden
 from refkl.trl.base import settled_sync
 from refkl.trl.rollout import RolloutScoring, completions
 from refkl.trl.scored_model import PolicyScorer, ScoredModel, same_tokens

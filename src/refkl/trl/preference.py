@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from trl import BEMACallback
 
 from refkl.config import KLConfig
-from refkl.hf.checkpoints import overridden
+from refkl.hf.checkpoint_writing import overridden
 from refkl.penalty import global_normalizer
 from refkl.trl.base import TRLTrainer, settled_sync
 from refkl.trl.compat import no_reference_of_trl

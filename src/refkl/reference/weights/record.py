@@ -47,20 +47,7 @@ def read_record(path: Path) -> Record:
     Raises:
         ValueError: it is damaged: a field is missing, or has a value that refkl does not write there.
     """
-    found = read_json(path)
-
-    def field(name: str, right: Callable[[Any], bool], expected: str, *default: Any) -> Any:
-        if name not in found and default:
-            return default[0]
-        value = found.get(name)
-        if name not in found or not right(value):
-            shown = f"is {str(value)[:80]!r}" if name in found else "is missing"
-            raise ValueError(
-                f"{path} is damaged: {name!r} {shown}, but must be {expected}. Use another copy of the folder, or save "
-                "the reference again."
-            )
-        return value
-
+    field = _fields_of(path)
     record = Record(
         weights=field("weights", _digests, "the digest of each weight"),
         averages=field(
@@ -72,7 +59,7 @@ def read_record(path: Path) -> Record:
         },
         files=field("files", _names, "names of safetensors files in the folder itself"),
         scalings=field("scalings", _numbers, "a finite number for each LoRA layer", {}),
-        updates=field("updates", lambda v: type(v) is int and v >= 0, "a whole number of at least 0"),
+        updates=field("updates", _count, "a whole number of at least 0"),
         fingerprint=field("fingerprint", _fingerprint, "64 hex digits"),
         first=field("first", lambda v: v is None or _fingerprint(v), "64 hex digits or null", None),
         kl_floor=field("kl_floor", lambda v: v is None or _floor(v), "mean and max in nats, and tokens", None),
@@ -84,6 +71,45 @@ def read_record(path: Path) -> Record:
     if record.fingerprint != combined(record.weights):
         raise ValueError(f"{path} is damaged: its fingerprint is not the one of the digests in it.")
     return record
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's description of its reference: `Reference.provenance`, and "saved" if the weights are there.
+
+    Raises:
+        ValueError: it is damaged: a field is missing, or has a value that refkl does not write there.
+    """
+    field = _fields_of(path)
+    return {
+        "saved": field("saved", lambda v: isinstance(v, bool), "true or false"),
+        "updates": field("updates", _count, "a whole number of at least 0"),
+        "fingerprint": field("fingerprint", _fingerprint, "64 hex digits"),
+        "strategy": field("strategy", lambda v: isinstance(v, str), "a strategy's name"),
+        "source": field("source", lambda v: isinstance(v, str), "the source of the weights"),
+        "kl_floor": field("kl_floor", lambda v: v is None or _floor(v), "mean and max in nats, and tokens", None),
+    }
+
+
+def _fields_of(path: Path) -> Callable[..., Any]:
+    found = read_json(path)
+
+    def field(name: str, right: Callable[[Any], bool], expected: str, *default: Any) -> Any:
+        if name not in found and default:
+            return default[0]
+        value = found.get(name)
+        if name not in found or not right(value):
+            shown = f"is {str(value)[:80]!r}" if name in found else "is missing"
+            raise ValueError(
+                f"{path} is damaged: {name!r} {shown}, but must be {expected}. Use another copy of the folder, or save "
+                "it again."
+            )
+        return value
+
+    return field
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _digests(value: Any) -> bool:
