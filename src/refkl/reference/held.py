@@ -11,16 +11,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from refkl.backend import Weight
-from refkl.backend.adapters import LoraFactors
 from refkl.backend.exclusive import Use, use_of
 from refkl.reference.contract import Reference
 from refkl.reference.moving.average import Move
 from refkl.reference.moving.mover import Mover
 from refkl.reference.request import BuildRequest
-from refkl.reference.saving import AroundLoad, load_held, save_held
+from refkl.reference.saving import WriteHooks, load_held, save_held
 from refkl.reference.score import Conditions, prepared, score_held
 from refkl.reference.weights.identity import Identity
 from refkl.reference.weights.pairing import Pair
@@ -30,7 +29,7 @@ from refkl.scoring.row_proof import Apart, rows_apart
 from refkl.types import MemoryReport, TokenBatch, TokenScores
 
 
-class HeldReference(AroundLoad, Reference):
+class HeldReference(WriteHooks, Reference):
     """A reference whose weights are in this process: scored, fingerprinted, moved and saved by refkl.
 
     A strategy provides the module to run (`activate`) and lists its weights (`weights`). If it can move, it also pairs
@@ -76,18 +75,6 @@ class HeldReference(AroundLoad, Reference):
             ValueError: names or shapes do not pair; the strategy cannot move.
         """
         self._refuse("cannot move")
-
-    def lora_layers(self) -> list[LoraFactors]:
-        """Return the LoRA layers that the reference can hold with another rank than the policy's. A strategy that
-        returns any must implement `replace_weights`."""
-        return []
-
-    def replace_weights(self, weights: dict[str, Tensor]) -> None:
-        """Replace weights by tensors of other shapes, which the reference owns from then on."""
-        self._refuse("cannot hold weights of other shapes than the policy's")
-
-    def before_writing(self) -> None:
-        """Drop gathered copies that would hide new weights from the next forward."""
 
     def drop_weights(self) -> bool:
         """Drop the weights that belong to the reference only; return False if there are none, so it can still run."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from refkl.backend import Whole
-from refkl.backend.adapters import check_scalings, rank_dims
+from refkl.backend.adapters import LoraFactors, check_scalings, rank_dims
 from refkl.reference.moving.mover import Mover
 from refkl.reference.offers import Offers
 from refkl.reference.weights.fingerprint import digests
@@ -20,8 +21,20 @@ if TYPE_CHECKING:
     from refkl.reference.held import HeldReference
 
 
-class AroundLoad(Offers):
-    """What a strategy may add to the load of a saved reference."""
+class WriteHooks(Offers):
+    """Methods that a strategy may write for moves, and for the load of a saved reference."""
+
+    def lora_layers(self) -> list[LoraFactors]:
+        """Return the LoRA layers that the reference can hold with another rank than the policy's. A strategy that
+        returns any must implement `replace_weights`."""
+        return []
+
+    def replace_weights(self, weights: dict[str, Tensor]) -> None:
+        """Replace weights by tensors of other shapes, which the reference owns from then on."""
+        self._refuse("cannot hold weights of other shapes than the policy's")
+
+    def before_writing(self) -> None:
+        """Drop gathered copies that would hide new weights from the next forward."""
 
     def average_shapes(self) -> dict[str, torch.Size]:
         """Return the whole shape of each weight that may have an average beside it, by name."""
