@@ -17,6 +17,7 @@ LAYERS = {
     "versions": set(),
     "files": set(),
     "yaml_files": set(),
+    "output_folder": {"files"},
     "types": set(),
     "kl": {"types", "messages"},
     "freeze": {"messages"},
@@ -32,6 +33,7 @@ LAYERS = {
     "sync": {"types", "kl", "config", "backend", "scoring", "reference", "checkpoint"},
     "hf": {
         "files",
+        "output_folder",
         "types",
         "kl",
         "config",
@@ -66,6 +68,7 @@ LAYERS = {
     "demo": {"rewards"},
     "cli": {
         "files",
+        "output_folder",
         "yaml_files",
         "rewards",
         "config",

@@ -16,7 +16,7 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -170,8 +170,9 @@ class FolderLock:
                     raise BlockingIOError(error.errno, holder or "another process") from None
                 raise
             os.close(self._descriptor)  # the file was deleted or renamed after it was opened: lock the present one
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: only the message to another process lacks this
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         os.register_at_fork(after_in_child=self._close)  # else a child that outlives this process would hold the lock
 
     def release(self) -> None:

@@ -23,9 +23,14 @@ from refkl.checkpoint import disk_failure
 from refkl.cli.samples import sample_texts
 from refkl.cli.tables import first_to_last
 from refkl.config import RunConfig
+from refkl.files import read_json, write_json, write_text
 from refkl.freeze import trainable_parameters
 from refkl.messages import RunError
+from refkl.output_folder import renamed
 from refkl.versions import library_versions
+
+_FILES = ("config.yaml", "samples.jsonl", "reference.json", "model", "report.html", "report.png")
+"""What a run writes into its folder besides metrics.jsonl, which says that there was a run, and checkpoints."""
 
 
 class RunFolder:
@@ -45,19 +50,36 @@ class RunFolder:
         A resumed run continues in the folder that it finds.
         """
         if resumed and (self.path / "reference.json").is_file():
-            self.resumed = json.loads((self.path / "reference.json").read_text())
+            self.resumed = _run_record(self.path / "reference.json")
         if not self.write:
             return
         if self.resumed:
-            (self.path / "config.yaml").write_text(resolved)
+            write_text(self.path / "config.yaml", resolved)
             return
         if (self.path / "metrics.jsonl").is_file() and (self.path / "metrics.jsonl").stat().st_size:
+            if resumed:
+                raise ValueError(
+                    f"{self.path} has a metrics.jsonl but no reference.json, so the run to resume is not known. Put "
+                    "reference.json back, or resume with another trainer.output_dir."
+                )
             self._set_aside()
+        self._check_free()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(resolved)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (self.path / name).write_text("")
+        # First, since it says that the other files are a run's.
         self._json("reference.json", {"versions": library_versions(), "status": "running"})
+        write_text(self.path / "config.yaml", resolved)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            write_text(self.path / name, "")
+
+    def _check_free(self) -> None:
+        """Raise ValueError if the run would overwrite files that are not an earlier run's."""
+        found = [name for name in _FILES if os.path.lexists(self.path / name)]
+        record = self.path / "reference.json"
+        if found and not (record.is_file() and {"versions", "status"} <= read_json(record).keys()):
+            raise ValueError(
+                f"{self.path} holds {found[0]!r}, which is of no earlier run and would be overwritten. Choose another "
+                "trainer.output_dir."
+            )
 
     def begin(self, reference: dict[str, Any], step: int, *, initial: bool = False) -> list[dict[str, Any]]:
         """Record the reference before the first step. Return the logged training steps that remain if resumed at
@@ -80,7 +102,7 @@ class RunFolder:
             )
         kept = self._trim(step) if self.resumed else []
         if self.write:
-            record = json.loads((self.path / "reference.json").read_text())
+            record = read_json(self.path / "reference.json")
             before = {} if initial else {"before": reference}
             after = {"before": reference} if initial else {}
             self._json("reference.json", {**before, **record, **after, "status": "running"})
@@ -90,25 +112,24 @@ class RunFolder:
         """Drop lines logged after the checkpoint, and return the training steps that remain."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             lines = read_lines(self.path / name)
-            lines = [line for line in lines if line.get("reference_update", line)["step"] <= step]
+            lines = [line for line in lines if _step_of(line, self.path / name) <= step]
             if name == "metrics.jsonl":
                 kept = [line for line in lines if "loss" in line]
             if self.write:
-                temporary = self.path / f"{name}.tmp"
-                temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                os.replace(temporary, self.path / name)
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                write_text(self.path / name, text)
         return kept
 
     def fail(self) -> None:
         """Record that training ended with an error."""
         if self.write:
-            record = json.loads((self.path / "reference.json").read_text())
+            record = read_json(self.path / "reference.json")
             self._json("reference.json", {**record, "status": "failed"})
 
     def finish(self, reference: dict[str, Any], updates: list[dict[str, Any]], *, stopped: bool) -> None:
         """Record the reference after training."""
         if self.write:
-            record = json.loads((self.path / "reference.json").read_text())
+            record = read_json(self.path / "reference.json")
             status = "stopped" if stopped else "finished"
             self._json("reference.json", {**record, "after": reference, "updates": updates, "status": status})
 
@@ -128,9 +149,7 @@ class RunFolder:
             warnings.warn(f"{message} Training goes on without that line.", stacklevel=2)
 
     def _json(self, name: str, record: dict[str, Any]) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, self.path / name)
+        write_json(self.path / name, record, ascii_only=False)
 
     def _set_aside(self) -> None:
         """Rename an earlier run of the same name, adding a number."""
@@ -138,6 +157,29 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.replace(self.path, aside)
+        renamed(self.path, aside)
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    """Read a run's reference.json.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    record = read_json(path)
+    if (before := record.get("before")) is not None:
+        fields = [before.get(name) for name in ("fingerprint", "source")] if isinstance(before, dict) else [None]
+        if not all(isinstance(value, str) for value in fields):
+            raise ValueError(f"{path} is damaged: 'before' has no fingerprint and source.")
+    return record
+
+
+def _step_of(line: Any, path: Path) -> int:
+    found = line.get("reference_update", line) if isinstance(line, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError(f"{path} is damaged: a line has no step.")
+    step: int = found["step"]
+    return step
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -152,7 +194,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(texts):
                 raise ValueError(f"{path} is damaged in line {number}.") from None
     return lines

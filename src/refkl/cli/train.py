@@ -18,6 +18,7 @@ from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
 from refkl.config import REWARDED, ResumeConfig
 from refkl.messages import RunError
+from refkl.output_folder import writing_into
 
 
 def train(run: ParsedRun) -> int:
@@ -49,7 +50,17 @@ def train(run: ParsedRun) -> int:
     checkpoint = trainer.checkpoint_to_resume(wanted)
     if main and checkpoint is not None:
         console.print(f"resumes from {checkpoint}")
-    folder = RunFolder(args.output_dir, write=main, forgiving=config.checkpoint.on_error == "continue")
+    with writing_into(Path(args.output_dir), accelerator):
+        return _train_in(args.output_dir, trainer, run, data, checkpoint, console)
+
+
+def _train_in(
+    output_dir: str, trainer: Any, run: ParsedRun, data: Any, checkpoint: str | None, console: Console
+) -> int:
+    """Train in a folder that is locked for this run; see `train`."""
+    accelerator, config = trainer.accelerator, run.config
+    main = accelerator.is_main_process
+    folder = RunFolder(output_dir, write=main, forgiving=config.checkpoint.on_error == "continue")
     _start(folder, run, checkpoint, console if main else None)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from refkl.checkpoint import BEGUN, MARK, RECORD, REFERENCE, newest_whole, why_not_whole
@@ -15,6 +17,7 @@ from refkl.config import OnCheckpointError, ResumedReference
 from refkl.files import read_json, write_json
 from refkl.hf.checkpoint_writing import CheckpointWriting
 from refkl.messages import unknown
+from refkl.output_folder import writing_into
 from refkl.penalty import KLPenalty
 from refkl.reference.weights.record import read_description
 from refkl.sync import SyncReferenceCallback
@@ -92,9 +95,20 @@ class Checkpointing(CheckpointWriting):
             ignore_keys_for_eval: as in transformers.
 
         Raises:
-            ValueError: there is no complete checkpoint, or the given one is not complete.
+            ValueError: there is no complete checkpoint, or the given one is not complete; another run saves
+                checkpoints into `args.output_dir` now.
         """
-        return super().train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
+        with self._output_locked():
+            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+            try:
+                return super().train(checkpoint, trial, ignore_keys_for_eval)
+            finally:
+                self._end_completion()
+
+    def _output_locked(self) -> AbstractContextManager[None]:
+        if self.args.save_strategy == SaveStrategy.NO:
+            return nullcontext()  # nothing is written there
+        return writing_into(Path(str(self.args.output_dir)), self.accelerator)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers checks max_steps after a step: resumed from the last step, it would take one more.
