@@ -232,5 +232,5 @@ def _chosen(wanted: str | bool, output_dir: str, initial: bool) -> str:
 
 
 def _others(checkpoint: Path) -> str:
-    whole = newest_whole(checkpoint.parent, contents=False).path
+    whole = newest_whole(checkpoint.parent).path
     return "" if whole is None else f"{whole} is the newest that is whole."
