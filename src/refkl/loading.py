@@ -89,6 +89,22 @@ def load_beside(policy: PreTrainedModel, folder: str, what: str, *, dtype: torch
         wanted = "an image-text model" if images else "a causal language model"
         config, kind = _class_named(folder, what, described, wanted, {"trust_remote_code": False})
         loader = _KINDS[wanted][0]
+    check_vocabulary(config, folder, policy, what)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if _has_attention(kind, attention := policy.config._attn_implementation):
+        options["attn_implementation"] = attention
+    return _loaded(loader, folder, what, _is_quantized(described, {}), dtype=dtype, **options)
+
+
+def check_vocabulary(config: PreTrainedConfig, folder: str, policy: PreTrainedModel, what: str) -> None:
+    """Raise ValueError if a model has another vocabulary size or token map than the policy.
+
+    Args:
+        config: the model's configuration.
+        folder: where the model was loaded from; token maps are compared if it and the policy's are folders.
+        policy: the model that it is compared with, without wrappers.
+        what: as for `load_causal_lm`.
+    """
     own, theirs = (found.get_text_config().vocab_size for found in (config, policy.config))
     if own != theirs:
         raise ValueError(
@@ -96,10 +112,6 @@ def load_beside(policy: PreTrainedModel, folder: str, what: str, *, dtype: torch
             "over the same tokens. Use a model with the policy's vocabulary."
         )
     _check_token_maps(folder, str(policy.config._name_or_path), what)
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if _has_attention(kind, attention := policy.config._attn_implementation):
-        options["attn_implementation"] = attention
-    return _loaded(loader, folder, what, _is_quantized(described, {}), dtype=dtype, **options)
 
 
 def load_again(policy: PreTrainedModel, what: str, *, dtype: torch.dtype) -> PreTrainedModel:

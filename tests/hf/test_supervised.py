@@ -391,7 +391,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "other tokens": ("hf", {}, {"kl_on": "label"}, "Did you mean 'labels'"),
     "a cache": ("hf", {}, {"reference": ReferenceConfig(cache="scores")}, "exact divergence needs"),
     "a policy made later": ("hf", {}, {"model_init": lambda trial: llama()}, "model_init makes another policy"),
-    "packing": ("sft", {"packing": True}, {}, "packing_strategy 'bfd'"),
 }
 
 

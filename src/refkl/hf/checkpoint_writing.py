@@ -144,7 +144,7 @@ class CheckpointWriting(Trainer):
         """Run a part of a save. Return the disk's error message from any rank, the same on all ranks; None if it
         worked.
 
-        `alone` says why a failed rank cannot wait for the others: it ends, and its launcher ends them.
+        `alone` is the reason why a failed rank cannot tell the others: it ends, and its launcher ends them.
         """
         own: str | None = None
         try:
@@ -163,7 +163,7 @@ class CheckpointWriting(Trainer):
             try:
                 discard(checkpoint)
             except OSError as error:
-                logger.warning(f"What there is of {checkpoint} could not be deleted: {error}")
+                logger.warning(f"The incomplete {checkpoint} could not be deleted: {error}")
         message = self._unwritten(checkpoint, failure)
         if self.on_checkpoint_error == "stop":
             raise CheckpointError(message)

@@ -42,6 +42,12 @@ class Given:
 
     kl: KLConfig | None
     sync: SyncConfig | None
+    reference: str | ReferenceConfig | Reference
+
+    @property
+    def asks(self) -> bool:
+        """True if an argument of refkl's was given that needs a reference."""
+        return self.kl is not None or self.sync is not None or self.reference != "auto"
 
 
 class KLTrainerMixin(Checkpointing):
@@ -56,6 +62,8 @@ class KLTrainerMixin(Checkpointing):
     """The name under which the KL per token is logged."""
     scoring: ScoringConfig
     """Settings for prompts that several rows share."""
+    _measures = True
+    """False if no KL was asked for, so that the reference is never scored."""
 
     def __init__(
         self,
@@ -85,12 +93,12 @@ class KLTrainerMixin(Checkpointing):
             ValueError: an argument or a setting that this trainer does not support, or two that contradict each other.
         """
         check_given(kl, sync, scoring)
-        self._given = Given(kl, sync)
+        self._given = Given(kl, sync, reference)
         self._check_arguments()
         with self._as_it_is_made():
             super().__init__(*args, **kwargs)
         self._check_made()
-        self._attach(reference, self._penalty(), self._given.sync, scoring, resume_reference, on_checkpoint_error)
+        self._attach(self._penalty(), self._given.sync, scoring, resume_reference, on_checkpoint_error)
 
     def _check_arguments(self) -> None:
         """Raise ValueError for an argument that this trainer does not support, before the trainer is made."""
@@ -118,7 +126,6 @@ class KLTrainerMixin(Checkpointing):
 
     def _attach(
         self,
-        reference: str | ReferenceConfig | Reference,
         kl: KLConfig,
         sync: SyncConfig | None,
         scoring: ScoringConfig | None,
@@ -131,8 +138,7 @@ class KLTrainerMixin(Checkpointing):
         self._check_kl(kl)
         self._check_settings()
         self._settle_checkpoints(resume_reference, on_checkpoint_error)
-        if not isinstance(reference, Reference):
-            reference = build_reference(self.model, reference, accelerator=self.accelerator)
+        reference = self._build(self._given.reference)
         if kl.settled().estimator == "exact" or kl.exact_every is not None:
             reference.check_exact()
         if not trainable_parameters(self.model):
@@ -151,8 +157,9 @@ class KLTrainerMixin(Checkpointing):
             metrics=self._metrics,
             temperature=self._temperature,
         )
-        self.add_callback(PenaltyCallback(state))
-        self.add_callback(HistogramCallback(state, self.callback_handler))
+        if self._measures:
+            self.add_callback(PenaltyCallback(state))
+            self.add_callback(HistogramCallback(state, self.callback_handler))
         if sync is not None:
             if self.args.restore_callback_states_from_checkpoint:
                 raise ValueError(
@@ -171,6 +178,12 @@ class KLTrainerMixin(Checkpointing):
             self.sync.saves = False
             self.add_callback(self.sync)
             self.add_callback(SyncMetrics(state))
+
+    def _build(self, reference: str | ReferenceConfig | Reference) -> Reference:
+        """Return the reference that was asked for."""
+        if isinstance(reference, Reference):
+            return reference
+        return build_reference(self.model, reference, accelerator=self.accelerator)
 
     def _check_kl(self, kl: KLConfig) -> None:
         """Raise ValueError if this trainer cannot apply the penalty as configured."""

@@ -19,6 +19,7 @@ from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.adapter import AdapterReference
 from refkl.reference.strategies.clone import CloneReference
 from refkl.reference.strategies.fsdp2 import FSDP2Reference
+from refkl.reference.strategies.given_model import GivenModel
 from refkl.reference.strategies.shared_trunk import SharedTrunkReference
 from refkl.reference.strategies.swap import SwapReference
 from refkl.reference.strategies.zero3 import Zero3Reference
@@ -65,6 +66,7 @@ def build_reference(
     config: str | ReferenceConfig = "auto",
     accelerator: Accelerator | None = None,
     *,
+    model: nn.Module | None = None,
     calibration: TokenBatch | Iterable[TokenBatch] | None = None,
 ) -> Reference:
     """Build a reference for `policy`: by default the policy as it is now, or the bare base under a learned prompt.
@@ -74,6 +76,8 @@ def build_reference(
         config: "auto", the name of a strategy, or a ReferenceConfig.
         accelerator: the accelerator that prepares the policy. Scores run under its autocast, and its DeepSpeed or FSDP
             settings apply even before it has prepared anything.
+        model: a model that you hold, to be the reference as it is: a causal language model with the policy's
+            vocabulary. It is not copied, but frozen, kept in eval mode and moved to the policy's device.
         calibration: with reference.quantize, tokens on which the KL floor (`Reference.kl_floor`) is measured now; each
             process gives its own. Without it, all processes together measure the floor on the first batch that is
             scored, with the policy as the full-precision side, which must not have trained by then. (With another
@@ -85,18 +89,23 @@ def build_reference(
     Raises:
         ValueError: the policy is no causal language model; the name is unknown; the strategy cannot work here (the
             message gives the reason and the strategy to use instead); the KL floor of a quantised reference is above
-            `reference.max_kl_floor`.
+            `reference.max_kl_floor`; `model` is the policy, shares weights that the policy trains, or cannot score the
+            policy's tokens.
     """
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
     if not isinstance(config, ReferenceConfig):
         raise ValueError(
             f"A reference is asked for by the name of a strategy or a ReferenceConfig, but a {type(config).__name__} "
-            "was given. To use other weights than the policy's, pass ReferenceConfig(source='folder of that model')."
+            "was given. To use a model that you hold, pass it as model= of build_reference, or as ref_model= of TRL's "
+            "trainers. For weights from a folder, use ReferenceConfig(source='folder of that model')."
         )
     if calibration is not None and config.quantize is None:
         raise ValueError("calibration was given, but reference.quantize is not set. Set it, or leave calibration out.")
     request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
+    if model is not None:
+        given = GivenModel.around(model, request)
+        return given if config.cache is None else CachedReference(given, config.cache)
     _check_source(request)
     check_causal(policy, accelerator.device if accelerator is not None and holds_shards(policy) else _device(policy))
     if config.strategy == "auto":

@@ -22,7 +22,8 @@ class TRLTrainer(KLTrainerMixin):
         return self._joining(self.trl_trainer, self._settled)
 
     def _settled(self, given: dict[str, Any]) -> AbstractContextManager[None]:
-        """Return a context that switches off TRL's own reference. `given` are the arguments of TRL's `__init__`.
+        """Return a context that switches off TRL's own reference. `given` are the arguments of TRL's `__init__`, which
+        it may replace.
 
         Raises:
             ValueError: an argument that refkl does not support.
@@ -35,8 +36,8 @@ class TRLTrainer(KLTrainerMixin):
     ) -> Iterator[None]:
         """Open `settle` around `trainer.__init__` while this trainer is made, with its arguments by name.
 
-        It is done there and not in refkl's own __init__, because a user's class between the two may rename arguments or
-        make some of them itself.
+        The context may change the arguments. It is opened there and not in refkl's own __init__, because a user's class
+        between the two may rename arguments or make some of them itself.
         """
         original = trainer.__init__  # type: ignore[misc]
         signature = inspect.signature(original)
@@ -49,7 +50,7 @@ class TRLTrainer(KLTrainerMixin):
             given = signature.bind(instance, *args, **kwargs)
             given.apply_defaults()
             with settle(given.arguments):
-                original(instance, *args, **kwargs)
+                original(*given.args, **given.kwargs)
 
         trainer.__init__ = settled  # type: ignore[misc]
         try:

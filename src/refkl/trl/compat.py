@@ -40,7 +40,14 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     }
     for name in ("GRPOTrainer", "RLOOTrainer")
 }
-_METHODS |= {name: {"_compute_loss": ("model", "inputs", "return_outputs")} for name in ("DPOTrainer", "KTOTrainer")}
+_METHODS |= {
+    name: {
+        "_compute_loss": ("model", "inputs", "return_outputs"),
+        "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+        "compute_ref_log_probs": ("model", "inputs"),
+    }
+    for name in ("DPOTrainer", "KTOTrainer")
+}
 _METHODS |= {"SFTTrainer": {"compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch")}}
 """The first parameters of each method, after self."""
 
@@ -49,11 +56,20 @@ _SAMPLING = (
     "_buffered_inputs",
     "self.ref_model",
     "self.beta",
+    'model.add_adapter("ref"',
+    "args = {config}(f",
     "self.temperature",
     '"advantages"',
     '"completion_mask"',
 )
-_PAIRS = ("self.ref_model", "fused_lm_head=True", "create_model_from_path", "self.precompute_ref_logps")
+_PAIRS = (
+    "self.ref_model",
+    "fused_lm_head=True",
+    "create_model_from_path",
+    "if self.precompute_ref_logps:",
+    "self._precompute_ref_logps(",
+    'model.add_adapter("ref"',
+)
 _USED: dict[str, tuple[str, ...]] = {
     "GRPOTrainer": (*_SAMPLING, '"old_per_token_logps"', '"num_items_in_batch"', "_entropy_bonus_enabled"),
     "RLOOTrainer": (*_SAMPLING, '"old_logps"', "self.epsilon_low", "old_per_token_logps - ref_per_token_logps"),
@@ -95,7 +111,8 @@ def _changes() -> list[str]:
             continue
         found += changed_methods(trainer, methods)
         source = inspect.getsource(inspect.getmodule(trainer) or trainer)
-        found += [f"{name} no longer uses {used}" for used in _USED[name] if used not in source]
+        texts = [used.replace("{config}", name.replace("Trainer", "Config")) for used in _USED[name]]
+        found += [f"{name} no longer uses {used}" for used in texts if used not in source]
     if (answer := getattr(utils, "FusedCausalLMOutput", None)) is None:
         return [*found, "trl.trainer.utils has no FusedCausalLMOutput"]
     fields = {field.name for field in dataclasses.fields(answer)}
@@ -109,13 +126,39 @@ def answer(**fields: Any) -> Any:
     return FusedCausalLMOutput(**fields)
 
 
+def default_config(kind: type, model: Any) -> Any:
+    """Return the configuration of class `kind` that a trainer of TRL makes if it is given none."""
+    from trl.trainer.utils import get_config_model_id
+
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return kind(f"{name.split('/')[-1]}-{kind.__name__.removesuffix('Config')}")
+
+
+@contextmanager
+def no_adapter_of_trl(model: Any) -> Iterator[None]:
+    """Run TRL's __init__ without the copy of a PeftModel's adapter that it adds there, called "ref".
+
+    For PiSSA or OLoRA, adding it would rewrite the base once more, and change the policy. Here no adapter is made, and
+    TRL's copying finds the policy's own.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    own = nn.Module.get_parameter
+    vars(model)["add_adapter"] = lambda name, config: None
+    vars(model)["get_parameter"] = lambda name: own(model, name.replace(".ref.", ".default."))
+    try:
+        yield
+    finally:
+        del vars(model)["add_adapter"], vars(model)["get_parameter"]
+
+
 @contextmanager
 def no_reference_of_trl(trainer: type, model: Any) -> Iterator[None]:
     """Keep TRL's __init__ from making a reference while open. TRL has no option for that.
 
-    For a full policy, TRL loads the model's folder a second time; here that call returns None. To a PeftModel, TRL adds
-    a copy of the adapter called "ref", which for PiSSA or OLoRA changes the base once more; here no adapter is added,
-    and TRL copies the policy's adapter onto itself.
+    For a full policy, TRL loads the model's folder a second time; here that call returns None. For a PeftModel, see
+    `no_adapter_of_trl`.
     """
     module = sys.modules[trainer.__module__]
     create: Any = vars(module)["create_model_from_path"]
@@ -128,15 +171,9 @@ def no_reference_of_trl(trainer: type, model: Any) -> Iterator[None]:
             return create(*args, **kwargs)
         return None
 
-    shadowed = isinstance(model, PeftModel)
     vars(module)["create_model_from_path"] = policy_only
-    if shadowed:
-        own = nn.Module.get_parameter
-        vars(model)["add_adapter"] = lambda name, config: None
-        vars(model)["get_parameter"] = lambda name: own(model, name.replace(".ref.", ".default."))
     try:
-        yield
+        with no_adapter_of_trl(model):
+            yield
     finally:
         vars(module)["create_model_from_path"] = create
-        if shadowed:
-            del vars(model)["add_adapter"], vars(model)["get_parameter"]

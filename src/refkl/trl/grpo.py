@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
@@ -32,13 +32,9 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
 
     args: GRPOConfig
     trl_trainer = GRPOTrainer
-
-    def _check_config(self, config: Any) -> None:
-        if config.cast_lm_head_to_fp32:
-            raise ValueError(
-                "cast_lm_head_to_fp32 replaces the policy's head by a function that a reference would share. Load the "
-                "policy in float32 instead."
-            )
+    trl_config = GRPOConfig
+    _switched_off: ClassVar = {"cast_lm_head_to_fp32": False}
+    """refkl's products of the output head are in fp32 for any dtype, so the head itself need not be cast."""
 
     def _as_trl(self, beta: float) -> KLConfig:
         return KLConfig(

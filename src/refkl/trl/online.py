@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from refkl.backend.adapters import keeping_base
 from refkl.config import KLConfig
 from refkl.hf.checkpoint_writing import overridden
 from refkl.trl.base import settled_sync
+from refkl.trl.compat import default_config, no_adapter_of_trl
+from refkl.trl.reference_model import ReferenceModel
 from refkl.trl.rollout import RolloutScoring, completions
 from refkl.trl.scored_model import PolicyScorer, ScoredModel, same_tokens
 from refkl.types import KLOutput, TokenBatch, TokenScores
@@ -37,6 +39,10 @@ class OnlineKL(RolloutScoring):
     use_vllm: bool
     vllm_generation: Any
     placements = ("loss", "reward")
+    trl_config: ClassVar[Any]
+    """The class of TRL's configuration."""
+    _switched_off: ClassVar[dict[str, Any]] = {}
+    """Further settings of TRL's configuration while TRL's `__init__` reads it."""
     _beta = 0.0
     """TRL's own coefficient, as the caller gave it."""
     _inputs: dict[str, Any] | None = None
@@ -48,22 +54,18 @@ class OnlineKL(RolloutScoring):
 
     @contextmanager
     def _settled(self, given: dict[str, Any]) -> Iterator[None]:
-        """Switch TRL's own KL off while TRL reads its arguments."""
+        """Switch TRL's own KL off while TRL reads its arguments. Without `args`, they are those that TRL would make."""
+        if given["args"] is None:
+            given["args"] = default_config(self.trl_config, given["model"])
         config = given["args"]
-        if config is not None:
-            self._check_config(config)
         self._beta = self._settled_beta(config, self._given.kl)
         self._given.sync = settled_sync(config, self._given.sync)
-        with overridden(config, beta=0.0, sync_ref_model=False):
+        self._measures = self._beta != 0.0 or self._given.asks
+        with (
+            overridden(config, beta=0.0, sync_ref_model=False, **self._switched_off),
+            no_adapter_of_trl(given["model"]),
+        ):
             yield
-
-    def _check_made(self) -> None:
-        if self.beta != 0.0:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} was not given TRL's configuration, so TRL has made one (beta {self.beta}), and its own "
-                f"reference. Pass args=."
-            )
 
     def _penalty(self) -> KLConfig:
         return self._given.kl or self._as_trl(self._beta)
@@ -77,6 +79,13 @@ class OnlineKL(RolloutScoring):
             # The sync merges and unmerges a LoRA adapter, which rounds the base that the reference shares.
             self.vllm_generation.sync_weights = keeping_base(self.model, self.vllm_generation.sync_weights)
         super()._attach(*args, **kwargs)
+        if self._measures:
+            self.ref_model = ReferenceModel(self.reference, prefix=self.scoring.prefix)
+            return
+        logger.warning(
+            f"{type(self).__name__} has beta 0 and no kl=, so no KL is measured and the reference is never scored. "
+            "Pass kl=KLConfig(coef=0.0) to measure the KL."
+        )
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -86,17 +95,12 @@ class OnlineKL(RolloutScoring):
                 "at zero. Set disable_dropout=True."
             )
 
-    def _check_config(self, config: Any) -> None:
-        """Raise ValueError for an option of TRL that this trainer does not support."""
-
     def _settled_beta(self, config: Any, kl: KLConfig | None) -> float:
         """Return TRL's coefficient.
 
         Raises:
             ValueError: both it and `kl` ask for a KL.
         """
-        if config is None:
-            return 0.0
         own = type(config).__dataclass_fields__["beta"].default
         # A configuration does not distinguish a default from a given value, and RLOO's default is not 0.
         if kl is not None and config.beta not in (0.0, own):
@@ -189,6 +193,8 @@ class OnlineKL(RolloutScoring):
         return lambda batch: padded
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if not self._measures:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
         self._inputs, self._trained = self._to_loss(inputs), model
         try:
             loss = super()._compute_loss(model, self._inputs)  # type: ignore[misc]

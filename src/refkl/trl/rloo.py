@@ -31,12 +31,13 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
             `args.beta`.
 
     Raises:
-        ValueError: `kl` and an `args.beta` other than TRL's default are both given; no `args`; an option of TRL that
-            refkl does not support.
+        ValueError: `kl` and an `args.beta` other than TRL's default are both given; an option of TRL that refkl does
+            not support.
     """
 
     args: RLOOConfig
     trl_trainer = RLOOTrainer
+    trl_config = RLOOConfig
     _sampled: Tensor | None = None
     """During a rollout: [B, C] log-probabilities of the policy that sampled."""
     _taken: dict[str, Tensor] | None = None
@@ -57,15 +58,16 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
 
     @contextmanager
     def _penalty_of_trl(self) -> Iterator[None]:
-        if self.penalty.settled.reward != "sequence":
+        if self.penalty.settled.reward != "sequence" or not self._measures:
             yield
             return
         # TRL then asks for the scores of `ref_model`, and subtracts beta · (log-ratio, summed) from the rewards.
+        shown = self.ref_model
         self.ref_model, self.beta = self.reference, self.penalty.coef
         try:
             yield
         finally:
-            self.ref_model, self.beta = None, 0.0
+            self.ref_model, self.beta = shown, 0.0
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -101,6 +103,8 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
         return self._sampled - self._reward_of(self._sampled, {**rollout, **self._taken}, count=False).per_token
 
     def _with_reference(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        if not self._measures:
+            return rollout
         sampled, scored = self._sampled, scored_tokens(rollout)
         if (
             sampled is None

@@ -61,7 +61,7 @@ class RolloutScoring(TRLTrainer):
         For an exact divergence the reference is scored with the policy at each loss, and here only if it scores in one
         sweep.
         """
-        if self._exact and not self.reference.one_sweep:
+        if not self._measures or (self._exact and not self.reference.one_sweep):
             return rollout
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size

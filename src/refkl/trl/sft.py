@@ -11,6 +11,7 @@ from refkl.hf.observed_loss import EXACT, Watch, predicts_its_labels
 from refkl.hf.supervised import SupervisedKL
 from refkl.reference.pair import Compared, compare
 from refkl.scoring import Scored, score_model
+from refkl.trl.documents import Documents
 from refkl.trl.scored_model import ScoredModel
 from refkl.types import TokenBatch, TokenScores
 
@@ -21,6 +22,9 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
     Loss and `eval_loss` are TRL's own plus coef · KL(policy ‖ reference), the exact KL as a mean over the tokens of the
     optimizer step; see refkl.hf.KLTrainer. The policy runs once, except where TRL itself runs it twice.
 
+    With `packing` or `padding_free`, documents that TRL lays in one row are scored apart, in policy and reference, with
+    any attention implementation.
+
     Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
@@ -29,8 +33,7 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
             attended to, including prompts.
 
     Raises:
-        ValueError: an estimator for sampled tokens; packed sequences (padding_free, or packing other than "wrapped"),
-            which refkl's scorer cannot separate.
+        ValueError: an estimator for sampled tokens; labels that are not the batch's own tokens.
     """
 
     args: SFTConfig
@@ -38,11 +41,7 @@ class KLSFTTrainer(SupervisedKL, SFTTrainer):
     def _check_made(self) -> None:
         super()._check_made()
         if self.padding_free:
-            raise ValueError(
-                f"{type(self).__name__} separates sequences by their padding, but packing with packing_strategy "
-                f"{self.args.packing_strategy!r}, or padding_free, leaves no padding. Leave both out, or pack with "
-                "packing_strategy 'wrapped'."
-            )
+            self.data_collator = Documents(self.data_collator, self._tokenizer.pad_token_id)
 
     def _fused(self) -> bool:
         smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
