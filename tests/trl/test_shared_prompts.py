@@ -139,7 +139,7 @@ def test_each_token_runs_once(method: str, scoring: ScoringConfig | None, tmp_pa
     with scoring.prefix "off" all there is."""
     make, cls = (TRAINERS | PAIRED)[method]
     policy = LlamaForCausalLM.from_pretrained(saved(tmp_path))
-    trainer = make(cls, policy, tmp_path, {"max_steps": 1}, scoring=scoring)
+    trainer = make(cls, policy, tmp_path, {"max_steps": 1}, scoring=scoring, kl=KLConfig(coef=0.0))
     counts: dict[str, list[int]] = {"policy": [], "reference": []}
 
     def watch(name: str, model: Any) -> None:

@@ -13,8 +13,18 @@ check_trl()
 from refkl.trl.dpo import KLDPOTrainer  # noqa: E402
 from refkl.trl.grpo import KLGRPOTrainer  # noqa: E402
 from refkl.trl.kto import KLKTOTrainer  # noqa: E402
+from refkl.trl.reference_model import ReferenceModel  # noqa: E402
 from refkl.trl.rloo import KLRLOOTrainer  # noqa: E402
 from refkl.trl.sft import KLSFTTrainer  # noqa: E402
 from refkl.trl.subclasses import with_reference  # noqa: E402
 
-__all__ = ["TESTED", "KLDPOTrainer", "KLGRPOTrainer", "KLKTOTrainer", "KLRLOOTrainer", "KLSFTTrainer", "with_reference"]
+__all__ = [
+    "TESTED",
+    "KLDPOTrainer",
+    "KLGRPOTrainer",
+    "KLKTOTrainer",
+    "KLRLOOTrainer",
+    "KLSFTTrainer",
+    "ReferenceModel",
+    "with_reference",
+]

@@ -10,6 +10,10 @@ from refkl.trl.preference import PreferenceKL
 class KLDPOTrainer(PreferenceKL, DPOTrainer):
     """trl.DPOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's, including `beta`.
 
+    A `ref_model` is the reference as it is: a model, or the name of its folder. With `precompute_ref_log_probs`, the
+    reference scores the data when training begins, into a cache in the output folder (`reference.cache`), and is freed
+    where TRL frees it. `trainer.ref_model` is a ReferenceModel: the reference, called like a model.
+
     It also logs `kl`, which DPO does not: the KL estimate on the completions of the preference data.
 
     Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
@@ -18,7 +22,8 @@ class KLDPOTrainer(PreferenceKL, DPOTrainer):
         kl: a penalty added to DPO's loss; by default the KL is only measured.
 
     Raises:
-        ValueError: `ref_model` is given, or an option of TRL that refkl does not support.
+        ValueError: `ref_model` cannot be the reference, or `reference` asks for other weights too; an option of TRL
+            that refkl does not support.
     """
 
     trl_trainer = DPOTrainer

@@ -21,9 +21,10 @@ class KLGRPOTrainer(OnlineKL, GRPOTrainer):
     Besides the extended trainer's arguments, it takes those of `refkl.hf.KLTrainerMixin`. Specific to this trainer:
 
     Args:
-        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta` (0 only measures),
-            aggregated as TRL does for `args.loss_type`. If `args.use_bias_correction_kl` is False, the gradient is
-            "autograd" instead, which is not the gradient of the KL.
+        kl: the penalty. By default k3 with the reverse-KL gradient at coefficient `args.beta`, aggregated as TRL does
+            for `args.loss_type`. If `args.use_bias_correction_kl` is False, the gradient is "autograd" instead, which
+            is not the gradient of the KL. With `beta` 0, no KL is measured and the reference is not scored, unless
+            `kl`, `reference` or `sync` is given; pass KLConfig(coef=0.0) to measure it.
 
     Raises:
         ValueError: `kl` and `args.beta` are both given; an option of TRL that refkl does not support; with the KL in

@@ -10,6 +10,8 @@ from refkl.trl.preference import PreferenceKL
 class KLKTOTrainer(PreferenceKL, KTOTrainer):
     """trl.KTOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's, including `beta`.
 
+    `ref_model`, `precompute_ref_log_probs` and `trainer.ref_model` are as in KLDPOTrainer.
+
     TRL logs KTO's own `kl`: the mean log-ratio of mismatched completions, per sequence, clamped at 0. refkl logs the KL
     estimate on the data's own completions as `kl/token` and `kl/sequence`.
 
@@ -19,7 +21,8 @@ class KLKTOTrainer(PreferenceKL, KTOTrainer):
         kl: a penalty added to KTO's loss; by default the KL is only measured.
 
     Raises:
-        ValueError: `ref_model` is given, or an option of TRL that refkl does not support.
+        ValueError: `ref_model` cannot be the reference, or `reference` asks for other weights too; an option of TRL
+            that refkl does not support.
     """
 
     trl_trainer = KTOTrainer

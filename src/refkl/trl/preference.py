@@ -103,7 +103,7 @@ class PreferenceKL(TRLTrainer):
 
     def _build(self, reference: str | ReferenceConfig | Reference) -> Reference:
         if self.precompute_ref_logps:
-            reference = with_cache(reference, self.args.output_dir)
+            reference = with_cache(reference, str(self.args.output_dir))
         if self._given_model is None or isinstance(reference, Reference):
             return super()._build(reference)
         return build_reference(self.model, reference, self.accelerator, model=self._given_model)
@@ -125,7 +125,8 @@ class PreferenceKL(TRLTrainer):
         for batch in batches_of(part, self.data_collator, self.args, self.accelerator):
             for prefix in _PARTS:
                 if f"{prefix}input_ids" in batch:
-                    tokens = TokenBatch(*(batch[f"{prefix}{name}"] for name in _TOKENS), prefix=self.scoring.prefix)
+                    ids, attention, scored = (batch[f"{prefix}{name}"] for name in _TOKENS)
+                    tokens = TokenBatch(ids, attention, scored, prefix=self.scoring.prefix)
                     yield tokens.to(self.accelerator.device)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:

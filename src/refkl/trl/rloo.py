@@ -28,7 +28,7 @@ class KLRLOOTrainer(OnlineKL, RLOOTrainer):
 
     Args:
         kl: the penalty. By default TRL's: k1, summed over each completion, subtracted from its reward at coefficient
-            `args.beta`.
+            `args.beta`. With `beta` 0, no KL is measured, unless `kl`, `reference` or `sync` is given.
 
     Raises:
         ValueError: `kl` and an `args.beta` other than TRL's default are both given; an option of TRL that refkl does
