@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,13 @@ def test_a_step_in_which_nothing_was_scored_resets_nothing(tmp_path: Path) -> No
         ({"max_kl": 0.0}, "sync.max_kl is in nats"),
         ({"reset_optimizer": True}, "sync.max_kl, which is not set"),
         ({"first_kl_every": 0}, "sync.first_kl_every counts"),
+        ({"alpha": math.nan}, r"sync.alpha must be in \(0, 1\]"),
+        ({"max_kl": math.nan}, "sync.max_kl is in nats"),
+        *(
+            ({"average": "bema", name: value}, "must be finite and cannot be negative")
+            for name in ("lag", "ema_power", "bias_power")
+            for value in (math.nan, math.inf, -1.0)
+        ),
     ],
 )
 def test_nonsense_cannot_be_written_down(options: dict[str, Any], match: str) -> None:
@@ -294,16 +302,32 @@ def test_nonsense_cannot_be_written_down(options: dict[str, Any], match: str) ->
         SyncConfig(**options)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_kl_that_is_nan_ends_the_run(every: int | None, warmup: int) -> None:
+    """NaN compares as not above any limit, so the reset would never come."""
+    policy = llama()
+    reference = build_reference(policy, "clone")
+    sync = ReferenceSync(reference, SyncConfig(every=every, max_kl=0.5, warmup=warmup))
+    for kl in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match=rf"The KL of the step is {kl}, and sync.max_kl 0.5 cannot be compared"):
+            sync.step(policy, kl=kl)
+    assert reference.updates == 0 and not sync.updates
+    if every is None and not warmup:
+        sync.step(policy, kl=math.inf)
+        assert reference.updates == 1  # above the limit, and a copy of the policy ends it
+
+
 # on several processes
 
 
 @pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
 @pytest.mark.slow
-def test_an_update_of_shards_sends_nothing(backend: str, tmp_path: Path) -> None:
+def test_an_update_of_shards_sends_no_weights(backend: str, tmp_path: Path) -> None:
     llama(attention_dropout=0.5).save_pretrained(tmp_path / "model")
     launch, flags = (backend, OWN_LOOP) if backend == "zero3" else ("multi", ())
     output = accelerate_launch(launch, "tests/scripts/sync_ranks.py", backend, str(tmp_path), flags=flags)
-    for what in ("updates", "the schedule", *(["averages"] if backend == "fsdp2" else [])):
+    for what in ("updates", "NaN", "the schedule", *(["averages"] if backend == "fsdp2" else [])):
         assert f"passed {what}\n" in output
 
 

@@ -54,6 +54,56 @@ def test_refusals(changes, message):
         TokenBatch(**{"input_ids": IDS, "attention_mask": REAL, "completion_mask": SCORED, **changes})
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+def test_a_batch_without_tokens_is_refused(shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"shape \[{shape[0]}, {shape[1]}\], so the batch holds no token"):
+        TokenBatch(ids, ids, ids)
+
+
+def test_an_unknown_prefix_is_refused():
+    with pytest.raises(ValueError, match="Unknown prefix 'on'"):
+        TokenBatch(IDS, REAL, SCORED, prefix="on")
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "completion_mask"])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.long, 2),
+        (torch.long, -1),
+        (torch.uint8, 255),
+        (torch.int8, -1),
+        (torch.float32, 0.5),
+        (torch.float32, -1.0),
+        (torch.float32, float("nan")),
+        (torch.bfloat16, float("inf")),
+    ],
+)
+def test_a_mask_holds_only_0_and_1(name, dtype, value):
+    masks = {"attention_mask": REAL, "completion_mask": SCORED}
+    wrong = masks[name].to(dtype, copy=True)
+    wrong[0, 2] = value
+    with pytest.raises(ValueError, match=rf"{name} must hold 0 and 1.*row 0, column 2 is {value}"):
+        TokenBatch(IDS, **{**masks, name: wrong})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.long, torch.float32, torch.bfloat16])
+def test_a_mask_of_any_dtype_means_the_same(dtype):
+    tokens = TokenBatch(IDS, REAL.to(dtype), SCORED.to(dtype))
+    assert torch.equal(tokens.completion_mask, SCORED.bool())
+    assert tokens.attention_mask.dtype == dtype  # the model gets what was passed
+
+
+def test_a_batch_waits_for_its_device_once(monkeypatch):
+    """Each bool() of a tensor on a GPU waits for it: all checks of values share one."""
+    calls = []
+    whole = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: calls.append(self) or whole(self))
+    TokenBatch(IDS, REAL, SCORED)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("name", ["use_cache", "logits_to_keep"])
 def test_what_refkl_passes_itself_is_refused_in_model_inputs(name):
     with pytest.raises(ValueError, match=rf"may not hold \['{name}'\]"):

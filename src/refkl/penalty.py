@@ -381,6 +381,11 @@ def _over_ranks(stats: Tensor, accelerator: Accelerator) -> Tensor:
 def _check_comparable(policy_scores: TokenScores, ref_scores: TokenScores, mask: Tensor) -> None:
     """Raise ValueError for scores whose difference would not be a log-ratio of policy and reference."""
     require_shape("mask", mask, policy_scores.logp.shape, "policy_scores.logp")
+    if not mask.numel():
+        raise ValueError(
+            f"The penalty was given scores of shape {list(mask.shape)}, which hold no token, so there is no KL. Leave "
+            "this micro-batch out; a micro-batch in which nothing is scored has rows, and a mask that is all False."
+        )
     require_shape("ref_logp", ref_scores.logp, policy_scores.logp.shape, "logp")
     if policy_scores.temperature != ref_scores.temperature:
         raise ValueError(

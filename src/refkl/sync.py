@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +97,7 @@ class ReferenceSync:
             Metrics: "kl/first", nats per token, if it was measured; "sync/updates", the number of updates so far.
 
         Raises:
-            ValueError: kl or batch is missing; or as in `Reference.update`.
+            ValueError: kl or batch is missing; the KL is NaN on some rank; or as in `Reference.update`.
         """
         if not self._begun:
             self.begin(policy)
@@ -157,13 +158,23 @@ class ReferenceSync:
         return min(1.0, base**-found.ema_power), min(1.0, base**-found.bias_power)
 
     def _passed(self, kl: float | None, limit: float) -> bool:
-        """Return True if any rank's KL is over the limit: all ranks must do the same."""
+        """Return True if any rank's KL is over the limit: all ranks must do the same.
+
+        An infinite KL is over it: a copy of the policy ends it.
+        """
         if kl is None:
             raise ValueError("sync.max_kl needs the KL of each step: pass kl=, nats per token, to ReferenceSync.step.")
-        if not dist.is_initialized():
-            return kl > limit
-        flag = torch.tensor(float(kl > limit), device=communicating_device())
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        spoilt = math.isnan(kl) or kl == -math.inf
+        flag = torch.tensor(2.0 if spoilt else float(kl > limit))
+        if dist.is_initialized():
+            flag = flag.to(communicating_device())
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if float(flag) == 2.0:
+            found = f"The KL of the step is {kl}" if spoilt else "The KL of the step is nan on another rank"
+            raise ValueError(
+                f"{found}, and sync.max_kl {limit:g} cannot be compared with it. Look for log-probabilities that are "
+                "not finite in the scores of the policy or the reference."
+            )
         return bool(flag)
 
     def _measure_first(self, policy: nn.Module, batch: TokenBatch | None, temperature: float) -> float:

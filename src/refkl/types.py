@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,13 +29,14 @@ _PASSED_BY_REFKL = {"input_ids", "attention_mask", "position_ids", "labels", "us
 class TokenBatch:
     """Token sequences, and a mask of the tokens that are scored.
 
-    Raises ValueError if the tensors do not share one shape [B, T], or if a scored token is padding.
+    Raises ValueError if the tensors do not share one shape [B, T] with at least one element, if a mask holds anything
+    but 0 and 1 (or False and True), or if a scored token is padding.
     """
 
     input_ids: Tensor
     """[B, T] integer token ids."""
     attention_mask: Tensor
-    """[B, T], 1 or True = a real token. Padding may be on either side."""
+    """[B, T], 1 or True = a real token, 0 or False = padding; no other values. Padding may be on either side."""
     completion_mask: Tensor
     """[B, T], True = scored token; stored as bool.
 
@@ -58,6 +59,14 @@ class TokenBatch:
             raise ValueError(f"input_ids must be [B, T], got shape {list(self.input_ids.shape)}.")
         if self.input_ids.is_floating_point() or self.input_ids.dtype == torch.bool:
             raise ValueError(f"input_ids must hold integer token ids, got dtype {self.input_ids.dtype}.")
+        if not self.input_ids.numel():
+            raise ValueError(
+                f"input_ids has shape {list(self.input_ids.shape)}, so the batch holds no token and there is nothing "
+                "to score. Leave this batch out; with sharded weights, give every rank at least one row (its "
+                "completion_mask may be all False)."
+            )
+        if self.prefix not in ("auto", "off"):
+            raise ValueError(f"Unknown prefix {self.prefix!r}. Known: auto, off.")
         require_shape("attention_mask", self.attention_mask, self.input_ids.shape, "input_ids")
         require_shape("completion_mask", self.completion_mask, self.input_ids.shape, "input_ids")
         if self.position_ids is not None:
@@ -66,15 +75,34 @@ class TokenBatch:
             raise ValueError(f"model_inputs may not hold {sorted(clash)}: refkl passes these to the model itself.")
 
         real, scored = self.attention_mask.bool(), self.completion_mask.bool()
-        if bool((scored & ~real).any()):
-            row, column = (scored & ~real).nonzero()[0].tolist()
-            raise ValueError(
-                f"completion_mask scores padding: row {row}, column {column} has attention_mask 0. "
-                "Pass completion_mask & attention_mask if padding was meant to be left out."
-            )
+        wrong = scored & ~real
+        for mask, flags in ((self.attention_mask, real), (self.completion_mask, scored)):
+            if mask.dtype != torch.bool:
+                wrong = wrong | (mask != flags)
+        if bool(wrong.any()):  # one wait for the device, for all three checks
+            self._explain(real, scored)
         follows_real = torch.zeros_like(real)
         follows_real[:, 1:] = real[:, :-1]
         object.__setattr__(self, "completion_mask", scored & follows_real)
+
+    def _explain(self, real: Tensor, scored: Tensor) -> NoReturn:
+        """Raise the ValueError for a mask with other values than 0 and 1, or for a scored token that is padding."""
+        for name, mask, flags in (
+            ("attention_mask", self.attention_mask, real),
+            ("completion_mask", self.completion_mask, scored),
+        ):
+            if (places := (mask != flags).nonzero()).numel():
+                row, column = places[0].tolist()
+                raise ValueError(
+                    f"{name} must hold 0 and 1 (or False and True), but row {row}, column {column} is "
+                    f"{mask[row, column].item()}. If the values number sequences that are packed into one row, give "
+                    "each sequence its own row; if they are weights of tokens, pass (mask > 0) and multiply the loss."
+                )
+        row, column = (scored & ~real).nonzero()[0].tolist()
+        raise ValueError(
+            f"completion_mask scores padding: row {row}, column {column} has attention_mask 0. "
+            "Pass completion_mask & attention_mask if padding was meant to be left out."
+        )
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

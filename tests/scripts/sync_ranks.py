@@ -1,4 +1,4 @@
-"""An update on two processes: nothing is sent, and what comes out is what a model that is not sharded would have.
+"""An update on two processes: no weight is sent, and what comes out is what a model that is not sharded would have.
 
 accelerate launch --config_file launch/accelerate/BACKEND.yaml [FLAGS] tests/scripts/sync_ranks.py BACKEND FOLDER
 
@@ -84,7 +84,8 @@ def check_update(case: Case, alpha: float, *, bias: float | None = None) -> None
     theirs = {n: layout.join(local).clone() for n, local, layout in weights_of(unwrap(case.policy))}
     with Traffic() as traffic:
         case.reference.update(case.policy, alpha, bias=bias)
-    assert traffic.calls == [], traffic.calls
+    # One number: where the first NaN of any rank is.
+    assert len(traffic.calls) == 1 and "allreduce" in traffic.calls[0], traffic.calls
     found = whole(case.reference)
     assert found and set(found) <= set(theirs)
     right = {}
@@ -115,11 +116,39 @@ def check_average_is_sharded(case: Case) -> None:
     with Traffic() as traffic:
         for _ in range(100):
             case.reference.update(case.policy, 0.002)
-    assert traffic.calls == []
+    assert len(traffic.calls) == 100 and all("allreduce" in call for call in traffic.calls)
     assert {n: t.numel() for n, t in case.reference._mover.averages.mean.items()} == parts
     left = sum(float((theirs[n] - t.float()).norm() ** 2) for n, t in whole(case.reference).items()) ** 0.5
     gap = sum(float((theirs[n] - t.float()).norm() ** 2) for n, t in first.items()) ** 0.5
     assert abs(left / gap / 0.998**100 - 1) < 0.01, left / gap
+
+
+def check_nan_of_one_rank(case: Case, alpha: float) -> None:
+    """It is in one rank's part only, and every rank refuses, by the same name."""
+    case.train()
+    before = case.reference.fingerprint()
+    name, local = [(n, local) for n, local, layout in weights_of(unwrap(case.policy)) if layout.sharded][-1]
+    kept = local.clone()
+    if PartialState().process_index:
+        local.view(-1)[0] = torch.nan
+    try:
+        case.reference.update(case.policy, alpha)
+        raise AssertionError("NaN was taken over")
+    except ValueError as error:
+        assert f"{name} holds NaN" in str(error), error
+    assert case.reference.fingerprint() == before
+    local.copy_(kept)
+    case.reference.update(case.policy, alpha)
+
+
+def check_nan_kl_of_one_rank(case: Case) -> None:
+    sync = ReferenceSync(case.reference, SyncConfig(every=None, max_kl=5.0))
+    try:
+        sync.step(case.policy, kl=float("nan") if PartialState().process_index else 9.0)
+        raise AssertionError("a KL of NaN was taken")
+    except ValueError as error:
+        assert "KL of the step is nan" in str(error), error
+    assert not sync.updates
 
 
 def check_schedule(case: Case) -> None:
@@ -153,6 +182,11 @@ def main() -> None:
         check_update(case("swap", "lora"), alpha, bias=bias)
     check_update(case("adapter", "fresh"), 0.3)
     accelerator.print("passed updates", flush=True)
+    for alpha in (0.3, 1.0):
+        check_nan_of_one_rank(case(backend, "full"), alpha)
+        check_nan_of_one_rank(case("swap", "lora"), alpha)
+    check_nan_kl_of_one_rank(case(backend, "full"))
+    accelerator.print("passed NaN", flush=True)
     check_schedule(case(backend, "full"))
     accelerator.print("passed the schedule", flush=True)
     if backend == "fsdp2":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,10 +108,11 @@ class SyncConfig:
             raise ValueError(f"sync.alpha must be in (0, 1], got {settled.alpha}: at 0 the reference would never move.")
         if self.average == "bema":
             assert settled.lag is not None and settled.ema_power is not None and settled.bias_power is not None
-            if not (settled.lag >= 0.0 and settled.ema_power >= 0.0 and settled.bias_power >= 0.0):
+            given = settled.lag, settled.ema_power, settled.bias_power
+            if not all(0.0 <= value < math.inf for value in given):
                 raise ValueError(
-                    f"sync.lag, .ema_power and .bias_power cannot be negative, got {settled.lag}, {settled.ema_power} "
-                    f"and {settled.bias_power}."
+                    f"sync.lag, .ema_power and .bias_power must be finite and cannot be negative, got {settled.lag}, "
+                    f"{settled.ema_power} and {settled.bias_power}."
                 )
 
 

@@ -1,10 +1,13 @@
 """Moves of a reference: its weights are averaged with the policy's in place, each rank on its own parts.
 
 Nothing is gathered or sent, and only one chunk of a weight takes extra memory. Numbers of 16 bits cannot take small
-steps (1 + 0.001 is 1 in bf16), so 16-bit weights are written from an fp32 average that is kept beside them.
+steps (1 + 0.001 is 1 in bf16), so 16-bit weights are written from an fp32 average that is kept beside them. An fp32
+average with a small alpha stands still in the same way: alpha (policy - average) is lost if it is less than half a unit
+in the last place. Such an average also keeps the part that rounding left out of it (W. Kahan, "Further remarks on
+reducing truncation errors", CACM 8(1), 1965).
 
-torch's lerp computes the same bits for an element at any place in a tensor, so the result does not depend on how a
-weight is sharded: a test checks this.
+torch's lerp computes the same bits for an element at any place in a tensor, and so do its sums and products one by one,
+so the result does not depend on how a weight is sharded: tests check this.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ _CHUNK, _CHUNK_OF_A_GPU = 1 << 17, 1 << 24
 _FIRST = 1 << 12
 """Elements that are searched first for one that changed; it is nearly always among them."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SMALL_ALPHA = 1e-3
+"""An fp32 average stops where alpha (policy - average) is below 2^-25 of the average: at alpha 0.001, at a distance of
+3e-5 of its size. With a smaller alpha the rounding error of the average is kept as well."""
 
 
 class Move(NamedTuple):
@@ -77,6 +83,8 @@ class Averages:
     on_host: bool = False
     mean: dict[str, Tensor] = field(default_factory=dict)
     """Averages in fp32 of weights whose own dtype is too coarse for an average."""
+    lost: dict[str, Tensor] = field(default_factory=dict)
+    """The part that rounding left out of fp32 averages: the average is the value in `mean`, or the weight, plus this."""
     start: dict[str, Tensor] = field(default_factory=dict)
     """The weights when a bias was first given, or first given after a copy of the policy."""
     first: dict[str, Tensor] = field(default_factory=dict)
@@ -85,7 +93,7 @@ class Averages:
 
     def prepare(self, pairs: Iterable[Pair], step: Move) -> None:
         """Allocate all memory that a move needs. If that raises, nothing is kept."""
-        mean, start = dict(self.mean), dict(self.start)
+        mean, start, lost = dict(self.mean), dict(self.start), dict(self.lost)
         for own, _, packed in pairs:
             self.layouts[own.name] = own.layout
             numbers = own.local if packed is None else packed.numbers
@@ -97,7 +105,10 @@ class Averages:
                 mean[own.name] = self.place(numbers.to(wide, copy=True))
             if own.name not in start and step.bias is not None:
                 start[own.name] = self.place(numbers.clone())
-        self.mean, self.start = mean, start
+            wide = mean.get(own.name, numbers)
+            if own.name not in lost and step.alpha < SMALL_ALPHA and wide.dtype == torch.float32:
+                lost[own.name] = self.place(torch.zeros_like(wide))
+        self.mean, self.start, self.lost = mean, start, lost
 
     def follow(self, weights: Iterable[Weight]) -> None:
         """Shard and cast the kept tensors like the weights' present parts."""
@@ -108,9 +119,11 @@ class Averages:
                     continue
                 if type(layout) is not type(before):
                     tensor = layout.cut(before.join(tensor)).clone()
-                kept[name] = tensor if kind == "mean" else tensor.to(local.dtype)
+                kept[name] = tensor if kind in ("mean", "lost") else tensor.to(local.dtype)
             if before is not None:
                 self.layouts[name] = layout
+            if local.dtype != torch.float32 and name not in self.mean:
+                self.lost.pop(name, None)  # the weight was cast, so this is no longer its rounding error
 
     def keep_first(self, weights: Iterable[Weight]) -> None:
         """Keep a copy of the weights' present values."""
@@ -124,10 +137,13 @@ class Averages:
         mean, start = self.mean.get(name), self.start.get(name) if step.bias is not None else None
         if step.bias is None:
             self.start.pop(name, None)
+        if step.alpha == 1.0:
+            self.lost.pop(name, None)
+        lost = self.lost.get(name)
         if pair.packed is None:
-            return _move(pair.own.local, source, mean, start, step)
+            return _move(pair.own.local, source, mean, start, lost, step)
         numbers = pair.packed.numbers
-        _move(numbers, source, mean, start, step)
+        _move(numbers, source, mean, start, lost, step)
         pair.packed.repack(numbers)
         return None
 
@@ -156,20 +172,22 @@ class Averages:
         return MemoryReport(device=0, host=held.total) if self.on_host else held
 
     def _kinds(self) -> dict[str, dict[str, Tensor]]:
-        return {"mean": self.mean, "start": self.start, "first": self.first}
+        return {"mean": self.mean, "lost": self.lost, "start": self.start, "first": self.first}
 
     def place(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
         """Move a tensor to the place of averages: host memory, or `device` (by default the tensor's own)."""
         return tensor.to("cpu" if self.on_host else tensor.device if device is None else device)
 
 
-def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None, step: Move) -> Probe | None:
-    tensors = [own, theirs, mean, start]
+def _move(
+    own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None, lost: Tensor | None, step: Move
+) -> Probe | None:
+    tensors = [own, theirs, mean, start, lost]
     flat = all(t is None or t.is_contiguous() for t in tensors)
     if flat:
         tensors = [None if t is None else t.view(-1) for t in tensors]
     # A move without temporaries runs in one piece, except for the part that is searched for a changed element.
-    in_place = mean is None and own.dtype == theirs.dtype and own.device == theirs.device
+    in_place = mean is None and lost is None and own.dtype == theirs.dtype and own.device == theirs.device
     chunk = _CHUNK if own.device.type == "cpu" else _CHUNK_OF_A_GPU
     found: Probe | None = None
     scratch = torch.empty(0)
@@ -181,7 +199,7 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
             length = min(_FIRST, chunk)
         else:
             length = chunk
-        part, target, average, origin = (
+        part, target, average, origin, rest = (
             None if t is None else t[place : place + length] if flat else t for t in tensors
         )
         assert part is not None and target is not None
@@ -191,7 +209,9 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
             if scratch.shape != wide.shape:
                 scratch = torch.empty_like(wide)  # allocated once: one per chunk costs more than the sums
             target = scratch.copy_(target)
-        if step.alpha < 1.0 and wide.is_floating_point():
+        if rest is not None:
+            _add_compensated(wide, rest, target, step.alpha)
+        elif step.alpha < 1.0 and wide.is_floating_point():
             wide.lerp_(target, step.alpha)
         else:
             wide.copy_(target)  # bit for bit
@@ -205,6 +225,16 @@ def _move(own: Tensor, theirs: Tensor, mean: Tensor | None, start: Tensor | None
             found = Probe(place + at, part.reshape(-1)[at].clone())
         place += part.numel()
     return found
+
+
+def _add_compensated(average: Tensor, lost: Tensor, target: Tensor, alpha: float) -> None:
+    """Move `average + lost` towards `target`, in place."""
+    rest = lost.to(average.device)
+    # One operation each: torch.add(..., alpha=) may or may not round twice, depending on the place of an element.
+    step = (target - average).sub_(rest).mul_(alpha).add_(rest)
+    moved = average + step
+    lost.copy_(step.sub_(moved - average))
+    average.copy_(moved)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -144,6 +144,8 @@ class New(NamedTuple):
 
     def keep(self, averages: Averages) -> None:
         """Store these means as the averages of the new factors."""
+        for name in self.weights:
+            averages.lost.pop(name, None)
         for name, mean in self.means.items():
             averages.mean[name], averages.layouts[name] = mean, Whole(mean.shape)
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from refkl.backend import Weight
 from refkl.reference.moving.average import Averages, Move, Probe, same_bits
 from refkl.reference.moving.lora_update import LastUpdate, planned
+from refkl.reference.weights.finite import first_not_finite
+from refkl.reference.weights.pairing import Pair
 
 if TYPE_CHECKING:
     from refkl.reference.held import HeldReference
@@ -56,6 +59,7 @@ class Mover:
         self.averages.follow(held.weights())
         with torch.no_grad():
             plan = planned(step, held.pairs(policy), held.lora_layers())
+            _check_values([*plan.pairs, *(pair for layer in plan.replaced for pair in (layer.a, layer.b))], step)
             new, distance = plan.new(self.averages), plan.distance(self.averages)
             self.averages.prepare(plan.pairs, step)
             held.before_writing()
@@ -147,3 +151,19 @@ class Mover:
     def recalled_initial(self, fingerprint: str | None) -> str | None:
         """Return the fingerprint of a loaded initial state if `initial` can restore that state here, else None."""
         return fingerprint if self.averages.first else None
+
+
+def _check_values(pairs: list[Pair], step: Move) -> None:
+    """Raise ValueError, on every rank, if the policy holds values that no reference can take over.
+
+    An infinite value can be copied, as in a bias that excludes a token, but an average of it would be NaN.
+    """
+    theirs = (Weight(pair.own.name, pair.source, pair.own.layout) for pair in pairs)
+    name = first_not_finite(theirs, infinite=not step.copies)
+    if name is not None:
+        what = "NaN" if step.copies else "NaN or infinite values"
+        raise ValueError(
+            f"The reference was to be updated from the policy, but {name} holds {what} in the policy, so every later "
+            "KL would be NaN. The reference is unchanged. Look for the step at which the loss became NaN, and resume "
+            "from a checkpoint before it."
+        )
