@@ -40,6 +40,18 @@ def plain_aggregate(values, mask, mode):
     return sum(sum(row) / length[mode](row) for row in rows) / len(rows)
 
 
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_scores_without_tokens_are_refused(shape, placement):
+    policy, reference = pair(torch.zeros(shape))
+    with pytest.raises(ValueError, match=rf"scores of shape \[{shape[0]}, {shape[1]}\], which hold no token"):
+        KLPenalty(KLConfig(placement=placement))(policy, reference, torch.zeros(shape, dtype=torch.bool))
+    # None scored, but rows: a loss of 0 with a graph.
+    policy, reference = pair()
+    output = KLPenalty(KLConfig())(policy, reference, torch.zeros_like(MASK))
+    assert output.loss.item() == 0.0 and output.loss.requires_grad
+
+
 # the loss
 
 

@@ -309,9 +309,9 @@ def test_a_kl_that_is_nan_ends_the_run(every: int | None, warmup: int) -> None:
     policy = llama()
     reference = build_reference(policy, "clone")
     sync = ReferenceSync(reference, SyncConfig(every=every, max_kl=0.5, warmup=warmup))
-    for kl in (math.nan, -math.inf):
-        with pytest.raises(ValueError, match=rf"The KL of the step is {kl}, and sync.max_kl 0.5 cannot be compared"):
-            sync.step(policy, kl=kl)
+    for value in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match=rf"The KL of the step is {value}, and sync.max_kl 0.5 cannot be compar"):
+            sync.step(policy, kl=value)
     assert reference.updates == 0 and not sync.updates
     if every is None and not warmup:
         sync.step(policy, kl=math.inf)

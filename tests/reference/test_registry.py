@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
-from support.models import llama
+from support.models import batch, gpt2, llama
 
 import refkl
 from refkl import ReferenceConfig
@@ -49,3 +52,21 @@ def test_what_auto_leaves_to_a_name_is_named() -> None:
     request = BuildRequest(llama(), ReferenceConfig(device="cpu"), Backend("zero3", 2), None)
     with pytest.raises(ValueError, match=r"'auto' finds no strategy .* on zero3 .*; asked for by name, 'swap' can:"):
         choose(request)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize(
+    ("device", "match"),
+    [
+        ("cuda" if not torch.cuda.is_available() else "xpu", "but torch finds (no accelerator|only cuda devices)"),
+        ("cuda:99", "but (torch finds no accelerator|this process sees)"),
+        ("meta", "reference.device is 'meta', but torch finds"),
+        ("gpu", "reference.device 'gpu' is not a device. Use 'cpu'"),
+        ("", "reference.device '' is not a device"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(device: str, match: str, make: Any) -> None:
+    for strategy in ("clone", "auto"):
+        with pytest.raises(ValueError, match=match):
+            build_reference(make(), ReferenceConfig(strategy=strategy, device=device))
+    assert build_reference(make(), ReferenceConfig(strategy="clone", device="cpu")).score(batch()).logp.isfinite().all()

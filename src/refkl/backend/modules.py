@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -104,6 +105,17 @@ def submodules(model: nn.Module) -> list[nn.Module]:
 def parameters_in(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
     """Yield the modules' own parameters. A parameter that several modules share is repeated."""
     return (parameter for m in modules for parameter in m._parameters.values() if parameter is not None)
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Make normal tensors, without grad, also inside `torch.inference_mode`, whose tensors can never be written or
+    trained outside it. Nothing changes in other modes."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # leaving that mode also switches grad on
+        yield
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, job: Job) -> Any:
         ctx.set_materialize_grads(False)
         ctx.job, ctx.shape, ctx.dtype = job, hidden.shape, hidden.dtype
+        ctx.spent = False
         ctx.trained = any(ctx.needs_input_grad[1:3])
         kept: list[Tensor | None] = []
         with full_precision(inputs):
@@ -58,6 +59,13 @@ class _Fused(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         job: Job = ctx.job
+        if ctx.spent:
+            raise RuntimeError(
+                "This is a second backward pass through a trained head with a `token_loss`, but the gradient that it "
+                "keeps was modified by an inplace operation in the first pass, since a copy of it would take the "
+                "memory of the head's weight again. Compute the loss anew for each backward pass, or pass no "
+                "token_loss and take the loss from the scores."
+            )
         saved = ctx.saved_tensors
         kept, inputs = saved[: ctx.kept], Inputs(*saved[ctx.kept :]) if ctx.trained else None
         upstream = {
@@ -73,6 +81,7 @@ class _Fused(torch.autograd.Function):
             if inputs is None:
                 results = kept[0] * loss[:, None], None, None
             elif bool((loss == loss[:1]).all()):
+                ctx.spent = bool((loss[:1] != 1.0).any())
                 results = tuple(_scaled(g, loss) for g in kept[:3])
             else:  # the kept gradient is a sum over tokens, but the factors differ between tokens
                 coefs = {name: c * loss for name, c in zip(job.graded, kept[3:], strict=True)}

@@ -93,6 +93,8 @@ def linear_logp(
 
     Raises:
         ValueError: shapes that do not fit, targets outside the vocabulary, a temperature or softcap not positive.
+        RuntimeError: from a second backward pass (retain_graph) of a trained head with `token_loss`, if the first one
+            had to scale the gradient that it keeps.
     """
     inputs = Inputs(hidden, weight, bias, targets)
     _check_entropy(entropy)

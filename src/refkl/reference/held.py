@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from refkl.backend import Weight
+from refkl.backend import Weight, outside_inference_mode
 from refkl.backend.exclusive import Use, use_of
 from refkl.reference.contract import Reference
 from refkl.reference.moving.average import Move
@@ -119,7 +119,7 @@ class HeldReference(WriteHooks, Reference):
     @contextmanager
     def scoring(self, batch: TokenBatch, what: str = "reference.score") -> Iterator[tuple[nn.Module, TokenBatch]]:
         """Yield the module to run and the batch on its device, with no grad and dropout off; restore all on exit."""
-        with self.use.borrowed(self, what):
+        with self.use.borrowed(self, what), outside_inference_mode():
             self._mover.check_whole()
             if self._active is None:
                 self.follow_policy()
@@ -241,7 +241,7 @@ class HeldReference(WriteHooks, Reference):
     @contextmanager
     def _idle(self, what: str) -> Iterator[None]:
         """Hold the lock. Raise ValueError if one of the reference's contexts is open in this thread."""
-        with self.use.lock:
+        with self.use.lock, outside_inference_mode():
             self._mover.check_closed(what)
             if self._active is not None:
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from refkl.backend import detect, holds_shards, learned_prompt, unwrap
+from refkl.backend import detect, holds_shards, learned_prompt, outside_inference_mode, unwrap
 from refkl.config import ReferenceConfig
 from refkl.messages import nearest, unknown
 from refkl.reference.cached.reference import CachedReference
@@ -88,9 +88,9 @@ def build_reference(
 
     Raises:
         ValueError: the policy is no causal language model; the name is unknown; the strategy cannot work here (the
-            message gives the reason and the strategy to use instead); the KL floor of a quantised reference is above
-            `reference.max_kl_floor`; `model` is the policy, shares weights that the policy trains, or cannot score the
-            policy's tokens.
+            message gives the reason and the strategy to use instead); this machine has no `reference.device`; the KL
+            floor of a quantised reference is above `reference.max_kl_floor`; `model` is the policy, shares weights that
+            the policy trains, or cannot score the policy's tokens.
     """
     if isinstance(config, str):
         config = ReferenceConfig(strategy=config)
@@ -102,12 +102,16 @@ def build_reference(
         )
     if calibration is not None and config.quantize is None:
         raise ValueError("calibration was given, but reference.quantize is not set. Set it, or leave calibration out.")
-    request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
-    if model is not None:
-        given = GivenModel.around(model, request)
-        return given if config.cache is None else CachedReference(given, config.cache)
+    with outside_inference_mode():
+        request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
+        reference = _built(request) if model is None else GivenModel.around(model, request)
+        return reference if config.cache is None else CachedReference(reference, config.cache)
+
+
+def _built(request: BuildRequest) -> Reference:
+    config = request.config
     _check_source(request)
-    check_causal(policy, accelerator.device if accelerator is not None and holds_shards(policy) else _device(policy))
+    check_causal(request.policy, _device(request))
     if config.strategy == "auto":
         if config.options:
             raise ValueError(
@@ -124,8 +128,8 @@ def build_reference(
         if (why_not := why_not_here(name, request)) is not None:
             raise ValueError(f"reference strategy {name!r} cannot work here: {why_not} {_instead(request)}")
         reason = f"asked for by name; {STRATEGIES[name].why(request)}"
-    reference = STRATEGIES[name].build(request, reason)
-    return reference if config.cache is None else CachedReference(reference, config.cache)
+    _check_device(config.device)
+    return STRATEGIES[name].build(request, reason)
 
 
 def why_not_here(name: str, request: BuildRequest) -> str | None:
@@ -199,8 +203,35 @@ def _cheapest(names: list[str], request: BuildRequest) -> str:
     return min(names, key=lambda name: (costs[name].device, costs[name].host))
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def _device(request: BuildRequest) -> torch.device:
+    """Return the device on which the policy scores."""
+    if request.accelerator is not None and holds_shards(request.policy):
+        return torch.device(request.accelerator.device)
+    return next((parameter.device for parameter in request.policy.parameters()), torch.device("cpu"))
+
+
+def _check_device(name: str | None) -> None:
+    """Raise ValueError unless this machine has the device."""
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"reference.device {name!r} is not a device. Use 'cpu', 'cuda' or 'cuda:1'.") from None
+    if device.type == "cpu":
+        return
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or here.type != device.type:
+        found = "no accelerator" if here is None else f"only {here.type} devices"
+        raise ValueError(
+            f"reference.device is {name!r}, but torch finds {found} on this machine. Leave it out, so that the "
+            "reference is where the policy is, or use 'cpu'."
+        )
+    if device.index is not None and device.index >= (count := torch.accelerator.device_count()):
+        raise ValueError(
+            f"reference.device is {name!r}, but this process sees {count} device{'s' if count > 1 else ''}, numbered "
+            "from 0. Use one of these, or leave reference.device out."
+        )
 
 
 def _check_source(request: BuildRequest) -> None:

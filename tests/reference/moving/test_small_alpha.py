@@ -1,4 +1,4 @@
-"""Averages with a small alpha: the reference arrives where an average in fp64 does, and policies with NaN are refused."""
+"""Averages with a small alpha arrive where an average in fp64 does, and policies with NaN are refused."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_the_lost_part_comes_back_from_a_folder(dtype: torch.dtype, tmp_path: Pa
     assert all(torch.equal(t, other._mover.averages.lost[n]) for n, t in reference._mover.averages.lost.items())
 
 
-def test_it_is_cut_as_the_policy_is_and_chunks_are_no_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_cut_as_the_policy_is_and_chunks_are_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -84,7 +84,7 @@ class Averages:
     mean: dict[str, Tensor] = field(default_factory=dict)
     """Averages in fp32 of weights whose own dtype is too coarse for an average."""
     lost: dict[str, Tensor] = field(default_factory=dict)
-    """The part that rounding left out of fp32 averages: the average is the value in `mean`, or the weight, plus this."""
+    """The part that rounding left out of fp32 averages: the average is the `mean`, or else the weight, plus this."""
     start: dict[str, Tensor] = field(default_factory=dict)
     """The weights when a bias was first given, or first given after a copy of the policy."""
     first: dict[str, Tensor] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from refkl.backend import (
     is_partitioned,
     learned_prompt,
     local_shard,
+    outside_inference_mode,
     parameters_in,
     reshard,
     submodules,
@@ -173,6 +174,7 @@ class AdapterReference(OnSnapshot):
         """True if the reference is the policy with its adapter off, without a snapshot."""
         return self.snapshot is None or self.shows_base
 
+    @outside_inference_mode()
     def follow_policy(self) -> None:
         """Follow a cast of the policy: DeepSpeed casts fp32 weights that will train in bf16."""
         if not self._off:

@@ -15,7 +15,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from refkl.backend import is_sharded, local_shard, named_weights, own_class, reshard, shard_like, unwrap
+from refkl.backend import (
+    is_sharded,
+    local_shard,
+    named_weights,
+    outside_inference_mode,
+    own_class,
+    reshard,
+    shard_like,
+    unwrap,
+)
 from refkl.messages import size
 from refkl.reference.cost import Cost
 from refkl.reference.request import BuildRequest, held_in_place
@@ -87,6 +96,7 @@ class FSDP2Reference(WholeCopy):
         reference.fingerprint()
         return reference
 
+    @outside_inference_mode()
     def follow_policy(self) -> None:
         """Shard the reference like the policy once the policy has been sharded."""
         policy = self._policy()

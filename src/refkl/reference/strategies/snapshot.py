@@ -23,6 +23,7 @@ from refkl.backend import (
     layout_of,
     local_shard,
     named_weights,
+    outside_inference_mode,
     reshard,
     unwrap,
     weights_of,
@@ -281,6 +282,7 @@ class OnSnapshot(HeldReference):
         if self._active is None:
             self._sharing.check()
 
+    @outside_inference_mode()
     def follow_policy(self) -> None:
         self.check_shared()
         if self._taken.follow_policy() and self.recorded_fingerprint is not None:

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from refkl.backend import Weight, canonical_name, is_sharded, named_weights, unwrap, weights_of
+from refkl.backend import Weight, canonical_name, is_sharded, named_weights, outside_inference_mode, unwrap, weights_of
 from refkl.backend.adapters import LoraFactors, lora_factors, rank_dims
 from refkl.reference.held import HeldReference
 from refkl.reference.request import BuildRequest
@@ -66,6 +66,7 @@ class SharingCopy(WholeCopy):
         self._stays = request.config.device is not None
         """True if the reference has its own device and does not follow the policy's."""
 
+    @outside_inference_mode()
     def follow_policy(self) -> None:
         """Follow the policy's device and dtype (unless they were set), and share its storage again."""
         policy = self._policy()

@@ -13,7 +13,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from refkl.backend import Weight, Whole, canonical_name, is_partitioned, is_sharded, own_class, submodules
+from refkl.backend import (
+    Weight,
+    Whole,
+    canonical_name,
+    is_partitioned,
+    is_sharded,
+    named_weights,
+    own_class,
+    submodules,
+)
 from refkl.reference.weights.fingerprint import digests
 
 _PROBES = 64
@@ -28,6 +37,9 @@ class SharedWeights:
         names: canonical names of the shared tensors.
         recorded: returns the digest that a weight should have, by name; None if it is not known now.
         modules: True if the policy's modules run as the reference, so that replacing one changes the reference.
+
+    Raises:
+        ValueError: a tensor that is shared was made inside `torch.inference_mode`.
     """
 
     def __init__(
@@ -40,6 +52,13 @@ class SharedWeights:
     ) -> None:
         self._policy = policy
         self._names = set(names)
+        for name, tensor in named_weights(policy):
+            if (modules or name in self._names) and tensor.is_inference():
+                raise ValueError(
+                    f"The reference shares the policy's weights, but {name} was made inside torch.inference_mode: it "
+                    "counts no changes and cannot be trained. Load the policy outside torch.inference_mode, or only "
+                    "compare it, with reference.strategy 'clone'."
+                )
         self._recorded = recorded
         self._layers = {name: m for name, m in policy.named_modules() if isinstance(m, BaseTunerLayer)}
         self._merged = {name: list(layer.merged_adapters) for name, layer in self._layers.items()}
