@@ -2,7 +2,10 @@
 
 import sys
 
-from refkl.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from refkl.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # before main, or as it returns
+        sys.exit(130)

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from refkl.backend import Backend
 from refkl.config import BackendName, DtypeName, Quantization, ReferenceConfig
-from refkl.freeze import freeze, trainable_parameters
+from refkl.freezing import freeze, trainable_parameters
 from refkl.messages import size, unknown
 from refkl.reference import STRATEGIES, BuildRequest, Cost, Shape, Step, choose, why_not_here
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from support.models import batch, gpt2, llama
 
 import refkl
-from refkl import ReferenceConfig
+from refkl import ReferenceConfig, build_reference
 from refkl.backend import Backend
 from refkl.reference import BuildRequest, CloneReference, choose
 

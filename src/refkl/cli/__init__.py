@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from refkl.cli.failures import print_failure, print_uncaught_failures
+from refkl.cli.failures import Interruptible, print_failure, print_uncaught_failures
 from refkl.messages import RunError
 
 USAGE = """\
@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     print_uncaught_failures()
+    with Interruptible():
+        return _run(command, rest)
+    return 130
+
+
+def _run(command: str, rest: list[str]) -> int:
     try:
         if command == "train":
             from refkl.cli.settings import parse_run

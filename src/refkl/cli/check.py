@@ -12,7 +12,8 @@ from rich.table import Table
 
 from refkl.backend import check_launch, detect, set_micro_batch
 from refkl.checks import check_reference
-from refkl.cli.inputs import PROMPTS, load_data, load_reward, model_path
+from refkl.cli.columns import PROMPTS
+from refkl.cli.inputs import load_data, load_reward, model_path
 from refkl.cli.settings import ParsedRun
 from refkl.cli.train import make_trainer
 from refkl.types import TokenBatch

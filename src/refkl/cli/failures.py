@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -43,6 +46,46 @@ def print_failure(message: str) -> None:
         Path(os.environ[_ERROR_FILE]).write_text(json.dumps(record))
     except OSError:  # a full disk may be what the error is about
         print(text, file=sys.stderr, flush=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. After a plain KeyboardInterrupt in code that exec() runs, as in a dataclass, Python does not exit with
+    the status that is asked for."""
+
+
+class Interruptible:
+    """Context of a command in which Ctrl-C ends it without a traceback; `stopped` is True then.
+
+    An import may turn the KeyboardInterrupt into another error, or drop it, so the signal itself is noted. While a run
+    trains, Stopper has a handler of its own.
+    """
+
+    stopped = False
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise Interrupted if Ctrl-C was pressed, and the code that it interrupted dropped it."""
+        if cls.stopped:
+            raise Interrupted
+
+    def __enter__(self) -> Interruptible:
+        self._before: Any = None
+        Interruptible.stopped = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        if kind is None or not self.stopped:
+            return False
+        print_failure("refkl: stopped by Ctrl-C")
+        return "REFKL_TRACEBACK" not in os.environ
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        Interruptible.stopped = True
+        raise Interrupted
 
 
 def print_uncaught_failures() -> None:

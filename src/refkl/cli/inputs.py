@@ -6,33 +6,24 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from refkl.cli.columns import check_columns
 from refkl.config import DataConfig, ModelConfig, RewardConfig, is_import_path
-from refkl.freeze import freeze
+from refkl.freezing import freeze
 from refkl.loading import load_causal_lm
 from refkl.messages import nearest
 from refkl.rewards import TASK_SOURCE, RewardModel, TaskReward, task_data
 
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_COLUMNS = {
-    "grpo": ("prompt",),
-    "rloo": ("prompt",),
-    "dpo": ("prompt", "chosen", "rejected"),
-    "kto": ("prompt", "completion", "label"),
-    "sft": ("prompt", "completion"),
-}
-_INSTEAD = {"sft": ("text", "messages")}
-"""Columns of which any one is enough instead, by method."""
-PROMPTS = ("prompt", *_INSTEAD["sft"])
-"""Fields that hold the prompt of a row, or begin with it. The first one that the row has is used."""
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
@@ -91,17 +82,10 @@ def load_data(config: DataConfig, method: str) -> datasets.Dataset:
     """Return the training data.
 
     Raises:
-        ValueError: no such source, a missing column, no rows.
+        ValueError: no such source, a missing column, a value that is no text, no rows.
     """
     data = load_rows(config)
-    instead = _INSTEAD.get(method, ())
-    missing = [c for c in _COLUMNS[method] if c not in data.column_names]
-    if missing and not set(instead) & set(data.column_names):
-        other = f", or one of {list(instead)}" if instead else ""
-        raise ValueError(
-            f"The data for {method} needs the columns {list(_COLUMNS[method])}{other}; {config.source} has "
-            f"{data.column_names}, so {missing} is missing."
-        )
+    check_columns(data, method, config.source)
     return data
 
 
@@ -180,11 +164,8 @@ def load_reward(config: RewardConfig, data: datasets.Dataset | None = None) -> C
 
 def _checked(function: Callable[..., Any], name: str, called: str) -> Callable[..., list[float | None]]:
     def checked(**inputs: Any) -> list[float | None]:
-        returned = function(**inputs)
-        if returned is None:
-            raise ValueError(f"{called} returned nothing; it must return one number per completion.")
-        values = returned.tolist() if isinstance(returned, torch.Tensor) else list(returned)
         wanted = len(inputs["completions"])
+        values = _listed(function(**inputs), called, wanted)
         if len(values) != wanted:
             raise ValueError(f"{called} returned {len(values)} rewards for {wanted} completions.")
         for at, value in enumerate(values):
@@ -195,3 +176,48 @@ def _checked(function: Callable[..., Any], name: str, called: str) -> Callable[.
 
     checked.__name__ = name
     return checked
+
+
+def _listed(returned: Any, called: str, wanted: int) -> list[Any]:
+    """Return a reward function's result as a list. Raise ValueError if it cannot be one number per completion."""
+    if returned is None:
+        raise ValueError(f"{called} returned nothing; it must return one number per completion.")
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise ValueError(f"{called} is an async function, whose result would have to be awaited. Make it a plain one.")
+    plain = returned.tolist() if isinstance(returned, torch.Tensor | np.ndarray) else returned
+    if not isinstance(plain, Iterable) or isinstance(plain, str | bytes | Mapping | Set):
+        kind = type(returned).__name__
+        raise ValueError(
+            f"{called} returned {str(returned)[:60]!r} of type {kind} for {wanted} completions; it must return a list "
+            "with one number per completion, in their order."
+        )
+    return [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in plain]
+
+
+def together(rewards: Sequence[Callable[..., list[float | None]]]) -> list[Callable[..., list[float | None]]]:
+    """Return the rewards of a run, which TRL calls one after the other on the same completions.
+
+    The last one raises ValueError if none of them applies to a completion: TRL would count it as a reward of 0.
+    """
+    names = ", ".join(str(reward.__name__) for reward in rewards)
+    applies: list[bool] = []
+
+    def follow(number: int, reward: Callable[..., list[float | None]]) -> Callable[..., list[float | None]]:
+        def followed(**inputs: Any) -> list[float | None]:
+            values = reward(**inputs)
+            before = applies if number else [False] * len(values)
+            applies[:] = [known or value is not None for known, value in zip(before, values, strict=True)]
+            if number == len(rewards) - 1 and not all(applies):
+                at = applies.index(False)
+                text = str(inputs["completions"][at])[:80]
+                raise ValueError(
+                    f"No reward applies to completion {at} ({text!r}): {names} returned None for it, and it would "
+                    "count as a reward of 0. Return a number from one of them, or leave such rows out of the data."
+                )
+            return values
+
+        followed.__name__ = reward.__name__
+        return followed
+
+    return [follow(number, reward) for number, reward in enumerate(rewards)]

@@ -24,7 +24,7 @@ from refkl.cli.samples import sample_texts
 from refkl.cli.tables import first_to_last
 from refkl.config import RunConfig
 from refkl.files import read_json, write_json, write_text
-from refkl.freeze import trainable_parameters
+from refkl.freezing import trainable_parameters
 from refkl.messages import RunError
 from refkl.output_folder import renamed
 from refkl.versions import library_versions

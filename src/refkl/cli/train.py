@@ -12,7 +12,9 @@ from transformers import PrinterCallback, ProgressCallback
 
 from refkl.backend import check_can_save, check_launch, detect, peer_gone
 from refkl.checkpoint import disk_failure, newest_whole, set_later_aside
-from refkl.cli.inputs import PROMPTS, load_data, load_model, load_reward, load_tokenizer, model_path
+from refkl.cli.columns import PROMPTS, check_empty_prompts
+from refkl.cli.failures import Interruptible
+from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path, together
 from refkl.cli.report import draw_report, write_page
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
@@ -30,6 +32,7 @@ def train(run: ParsedRun) -> int:
         RunError: a checkpoint could not be written and checkpoint.on_error is "stop", or another process of the run
             ended.
     """
+    Interruptible.check()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = run.config
     data = load_data(config.data, config.method)
@@ -38,6 +41,7 @@ def train(run: ParsedRun) -> int:
     args.disable_tqdm = True  # the run's own progress bar shows reward and KL
     wanted = _resumed_from(config.resume, args.resume_from_checkpoint)
     trainer = make_trainer(run, args, data, rewards)
+    Interruptible.check()
     accelerator = trainer.accelerator
     found = detect(trainer.model, accelerator)
     check_launch(found, expected=config.launch.backend, processes=config.launch.processes)
@@ -184,7 +188,9 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
         raise ValueError("trainer.reward_weights would be ignored: each entry of `reward` has its weight.")
     args.reward_weights = [r.weight for r in config.reward]
     online = {"grpo": KLGRPOTrainer, "rloo": KLRLOOTrainer}[config.method]
-    return online(processing_class=load_tokenizer(config.model, "left"), reward_funcs=rewards, **shared)
+    tokenizer = load_tokenizer(config.model, "left")
+    check_empty_prompts(data, tokenizer, config.data.source)
+    return online(processing_class=tokenizer, reward_funcs=together(rewards), **shared)
 
 
 def _prompts(data: Any, count: int) -> list[Any]:

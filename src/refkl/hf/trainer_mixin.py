@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from refkl.backend import dropout_rates, watch_compile_locks
 from refkl.checks import CHANGED, why_not_zero
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
-from refkl.freeze import trainable_parameters
+from refkl.freezing import trainable_parameters
 from refkl.hf.callbacks import HistogramCallback, PenaltyCallback, SyncMetrics
 from refkl.hf.checkpoints import Checkpointing
 from refkl.hf.kl_state import KLState
@@ -97,6 +98,7 @@ class KLTrainerMixin(Checkpointing):
         self._check_arguments()
         with self._as_it_is_made():
             super().__init__(*args, **kwargs)
+        _check_rows(self.train_dataset, self.args)
         self._check_made()
         self._attach(self._penalty(), self._given.sync, scoring, resume_reference, on_checkpoint_error)
 
@@ -280,6 +282,17 @@ class KLTrainerMixin(Checkpointing):
                 f"The KL of the first step is {float(kl.mean()):.3g} nats per token, but the policy has not trained "
                 f"yet: {CHANGED}. To find the cause, run `refkl check` or refkl.check_reference."
             )
+
+
+def _check_rows(data: Any, args: Any) -> None:
+    """Raise ValueError if the trainer has no row to train on: depending on its sampler it would train 0 steps."""
+    if not isinstance(data, Sized) or len(data):
+        return
+    limit = vars(args).get("max_length")
+    what = "Give train_dataset at least one row."
+    if limit is not None:
+        what = f"TRL drops rows whose prompt fills max_length, which is {limit}: raise it above the prompts' lengths."
+    raise ValueError(f"The trainer has no row left to train on. {what}")
 
 
 def joined(ours: type[KLTrainerMixin], trainer: type) -> type:

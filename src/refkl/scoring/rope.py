@@ -36,9 +36,10 @@ def forget_longest(base: nn.Module) -> None:
     if config is None or scaled_from(config) is None:
         return
     for module in submodules(base):
-        original = getattr(module, "original_max_seq_len", None)
-        names = [name for name in vars(module) if name.endswith(_LONGEST)] if original is not None else []
-        for name in names:
+        original: int | None = getattr(module, "original_max_seq_len", None)
+        if original is None:
+            continue
+        for name in [name for name in vars(module) if name.endswith(_LONGEST)]:
             if int(getattr(module, name)) > original:
                 prefix = name.removesuffix(_LONGEST)
                 first: Tensor = getattr(module, f"{prefix}original_inv_freq")

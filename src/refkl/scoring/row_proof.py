@@ -222,8 +222,8 @@ def _rows(base: nn.Module, batch: TokenBatch) -> TokenBatch:
 
 def _own_tokens(rows: TokenBatch, row: int) -> TokenBatch:
     real = rows.attention_mask[row].bool()
-    one = [x[row, real][None] for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)]
-    return TokenBatch(*one, prefix="off")
+    ids, mask, scored = (x[row, real][None] for x in (rows.input_ids, rows.attention_mask, rows.completion_mask))
+    return TokenBatch(ids, mask, scored, prefix="off")
 
 
 def _last_token_changed(row: TokenBatch) -> TokenBatch:
@@ -277,9 +277,9 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             for module, values in rates:
-                for name, value in values.items():
-                    setattr(module, name, value)
-            for module, name, buffer, value in buffers:
+                for name, rate in values.items():
+                    setattr(module, name, rate)
+            for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -105,9 +105,9 @@ class Averages:
                 mean[own.name] = self.place(numbers.to(wide, copy=True))
             if own.name not in start and step.bias is not None:
                 start[own.name] = self.place(numbers.clone())
-            wide = mean.get(own.name, numbers)
-            if own.name not in lost and step.alpha < SMALL_ALPHA and wide.dtype == torch.float32:
-                lost[own.name] = self.place(torch.zeros_like(wide))
+            average = mean.get(own.name, numbers)
+            if own.name not in lost and step.alpha < SMALL_ALPHA and average.dtype == torch.float32:
+                lost[own.name] = self.place(torch.zeros_like(average))
         self.mean, self.start, self.lost = mean, start, lost
 
     def follow(self, weights: Iterable[Weight]) -> None:
