@@ -21,6 +21,7 @@ from torch import Tensor
 
 from refkl.backend import Layout, Weight, Whole
 from refkl.reference.weights.pairing import Pair
+from refkl.reference.weights.record import KEPT
 from refkl.reference.weights.tensors import bytes_held
 from refkl.types import MemoryReport
 
@@ -172,7 +173,7 @@ class Averages:
         return MemoryReport(device=0, host=held.total) if self.on_host else held
 
     def _kinds(self) -> dict[str, dict[str, Tensor]]:
-        return {"mean": self.mean, "lost": self.lost, "start": self.start, "first": self.first}
+        return {kind: getattr(self, kind) for kind in KEPT}
 
     def place(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
         """Move a tensor to the place of averages: host memory, or `device` (by default the tensor's own)."""

@@ -16,7 +16,9 @@ from refkl.reference.weights.fingerprint import combined
 
 _DIGEST = re.compile(r"torch\.\w+ \[(\d+(?:, \d+)*)?\] [0-9a-f]{16}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_AVERAGE = re.compile(r"(mean|start|first):.+", re.DOTALL)
+KEPT = ("mean", "lost", "start", "first")
+"""The kinds of tensor that a moving reference keeps for a weight: fields of `moving.average.Averages`."""
+_AVERAGE = re.compile(rf"({'|'.join(KEPT)}):.+", re.DOTALL)
 
 
 @dataclass(frozen=True)
