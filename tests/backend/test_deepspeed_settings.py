@@ -78,7 +78,8 @@ def test_a_difference_is_refused(variable: str, value: str, words: str, monkeypa
 def test_the_same_said_twice_is_taken(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     with given_once(TRAINER):
-        pass
+        assert "ACCELERATE_CONFIG_DS_FIELDS" not in os.environ  # accelerate would refuse both
+    assert os.environ["ACCELERATE_CONFIG_DS_FIELDS"] == FIELDS
 
 
 def test_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
         if not torch.accelerator.is_available():
             _settle_cpu(namespace, given)
         resolved = parser.dump(namespace, skip_none=False)
-        built = parser.instantiate_classes(namespace)
+        built = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(f"{path}: {error}") from None
     except YamlRefused as error:

@@ -130,7 +130,7 @@ def _judged(model: nn.Module) -> RowProof:
         for function in functions:
             package = str(getattr(_inner(function), "__module__", None)).split(".")[0]
             if package not in _LIBRARIES:
-                why = f"a hook of {package} is in it, and its weights are in host memory, so that it is not tried"
+                why = f"a hook of {package} runs in it, and a trial would move its weights from host memory several times"
                 return RowProof(apart=why, packed=why)
     return RowProof()
 
@@ -191,7 +191,7 @@ def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:
         if why_not(model, base) is None and (one := pack_for_proof(model, rows)) is not None:
             scored, _ = _through(model, packed_call(plain_call(model, rows), one))
             if not _close(scored, together, rows.completion_mask, tolerance):
-                packed = "its scores, as it is wrapped and with its adapters, change in a packed row"
+                packed = "scores of the model with its present wrappers and adapters change in a packed row"
     return RowProof(causal, apart, left, packed)
 
 
