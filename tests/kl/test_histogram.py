@@ -221,8 +221,8 @@ def test_nothing_scored() -> None:
     output = penalty(scores(torch.randn(2, 3)), TokenScores(torch.randn(2, 3)), torch.zeros(2, 3))
     assert output.metrics.keys() == KEYS and not any(v for k, v in output.metrics.items() if k != "kl/coef")
     assert penalty.step() == {} and penalty.histogram is None
-    empty = penalty(scores(torch.zeros(0, 3)), TokenScores(torch.zeros(0, 3)), torch.zeros(0, 3))
-    assert empty.metrics["kl/p99"] == 0.0
+    with pytest.raises(ValueError, match=r"shape \[0, 3\], which hold no token"):
+        penalty(scores(torch.zeros(0, 3)), TokenScores(torch.zeros(0, 3)), torch.zeros(0, 3))
 
 
 def test_a_log_ratio_that_is_no_number_shows() -> None:

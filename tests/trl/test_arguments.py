@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support.models import byte_tokenizer, gpt2, llama, qwen2
 from support.trl_runs import LABELLED, PAIRS, PROMPTS, distinct_letters, dpo, grpo, kto, logged, rloo
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertLMHeadModel, LlamaForCausalLM
 from transformers.utils import logging as of_transformers
 from trl import RLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
@@ -214,12 +214,15 @@ def test_ref_models_that_are_refused(make: Any, cls: type, tmp_path: Path) -> No
     policy = start()
     sharing = copy.copy(policy)
     sharing._modules = dict(policy._modules)
-    bert = BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = BertForMaskedLM(BertConfig(**small))
+    ahead = BertLMHeadModel(BertConfig(**small, vocab_size=policy.config.vocab_size, initializer_range=0.5))
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (policy, {}, "`model` and `ref_model` cannot be the same object"),
         (sharing, {}, "shares .* with the policy, which trains it"),
         (another(vocab_size=300), {}, "its vocabulary has 300 tokens"),
         (bert, {}, "BertForMaskedLM.* vocabulary|its vocabulary has"),
+        (ahead, {}, "BertLMHeadModel is not a causal language model: a token's score depends on tokens after it"),
         (torch.nn.Linear(2, 2), {}, "Linear is not a causal language model"),
         (3, {}, "takes a model or the folder of one, and got a int"),
         (str(tmp_path / "nowhere"), {}, "cannot be loaded"),

@@ -104,6 +104,7 @@ def build_reference(
         raise ValueError("calibration was given, but reference.quantize is not set. Set it, or leave calibration out.")
     with outside_inference_mode():
         request = BuildRequest(policy, config, detect(policy, accelerator), accelerator, calibration=calibration)
+        check_causal(policy, _device(policy, accelerator))
         reference = _built(request) if model is None else GivenModel.around(model, request)
         return reference if config.cache is None else CachedReference(reference, config.cache)
 
@@ -111,7 +112,6 @@ def build_reference(
 def _built(request: BuildRequest) -> Reference:
     config = request.config
     _check_source(request)
-    check_causal(request.policy, _device(request))
     if config.strategy == "auto":
         if config.options:
             raise ValueError(
@@ -203,11 +203,11 @@ def _cheapest(names: list[str], request: BuildRequest) -> str:
     return min(names, key=lambda name: (costs[name].device, costs[name].host))
 
 
-def _device(request: BuildRequest) -> torch.device:
-    """Return the device on which the policy scores."""
-    if request.accelerator is not None and holds_shards(request.policy):
-        return torch.device(request.accelerator.device)
-    return next((parameter.device for parameter in request.policy.parameters()), torch.device("cpu"))
+def _device(model: nn.Module, accelerator: Accelerator | None) -> torch.device:
+    """Return the device on which a model scores."""
+    if accelerator is not None and holds_shards(model):
+        return torch.device(accelerator.device)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _check_device(name: str | None) -> None:

@@ -33,9 +33,10 @@ _PROMPT, _ENDS = 4, (5, 2)
 """Number of tokens of the shared prompt, and of the completions in the first two rows."""
 _OTHER = 5
 """Number of tokens of the third row."""
-_ROUNDING, _ROUNDING_16_BIT = 1e-3, 0.1
+_ROUNDING, _ROUNDING_LOOK_AHEAD, _ROUNDING_16_BIT = 1e-3, 1e-4, 0.1
 """Largest mean difference of a row's log-probabilities that counts as rounding, as a share of the logits' spread over
-the vocabulary. In 16 bits, or with quantised weights, rounding differs between batches."""
+the vocabulary. A causal model's scores do not change with a later token, except for the rounding of experts that other
+tokens are sent to. In 16 bits, or with quantised weights, rounding differs between batches."""
 _LEAST_SPREAD = 0.01
 """Least spread to compute the tolerance from, for a head that is zero."""
 _STATES = 8
@@ -130,7 +131,9 @@ def _judged(model: nn.Module) -> RowProof:
         for function in functions:
             package = str(getattr(_inner(function), "__module__", None)).split(".")[0]
             if package not in _LIBRARIES:
-                why = f"a hook of {package} runs in it, and a trial would move its weights from host memory several times"
+                why = (
+                    f"a hook of {package} runs in it, and a trial would move its weights from host memory several times"
+                )
                 return RowProof(apart=why, packed=why)
     return RowProof()
 
@@ -179,10 +182,12 @@ def _prove(model: nn.Module, batch: TokenBatch) -> RowProof:
         if model.training and not _close(together, run(rows), rows.completion_mask, 0.0):
             random = "it draws random numbers besides dropout, and their scale may depend on the row's length"
             return RowProof(packed=random)
-        tolerance = _rounding(base, batch) * max(spread, _LEAST_SPREAD) if math.isfinite(spread) else math.inf
+        scale = max(spread, _LEAST_SPREAD) if math.isfinite(spread) else math.inf
+        rounding, look_ahead = _tolerances(base, batch)
+        tolerance = rounding * scale
         alone, changed = run(second), run(_last_token_changed(second))
         causal = apart = left = packed = None
-        if not _close(alone[:, :-1], changed[:, :-1], second.completion_mask[:, :-1], tolerance):
+        if not _close(alone[:, :-1], changed[:, :-1], second.completion_mask[:, :-1], look_ahead * scale):
             causal = "a token's score depends on tokens after it"
         elif not _same_row(together, alone, rows, 1, tolerance):
             apart = "a row's scores depend on the other rows of its batch"
@@ -222,8 +227,8 @@ def _rows(base: nn.Module, batch: TokenBatch) -> TokenBatch:
 
 def _own_tokens(rows: TokenBatch, row: int) -> TokenBatch:
     real = rows.attention_mask[row].bool()
-    ids, mask, scored = (x[row, real][None] for x in (rows.input_ids, rows.attention_mask, rows.completion_mask))
-    return TokenBatch(ids, mask, scored, prefix="off")
+    ids, mask = rows.input_ids[row, real][None], rows.attention_mask[row, real][None]
+    return TokenBatch(ids, mask, mask, prefix="off")  # more tokens than `rows` scores: each may show a look ahead
 
 
 def _last_token_changed(row: TokenBatch) -> TokenBatch:
@@ -255,10 +260,12 @@ def _close(one: Tensor, other: Tensor, mask: Tensor, tolerance: float) -> bool:
     return bool((mean <= tolerance).all())
 
 
-def _rounding(base: nn.Module, batch: TokenBatch) -> float:
+def _tolerances(base: nn.Module, batch: TokenBatch) -> tuple[float, float]:
+    """Return the shares of the logits' spread that count as rounding: between batches, and after a change of a later
+    token."""
     exact = all(p.dtype in (torch.float32, torch.float64) for p in base.parameters())
     exact = exact and not torch.is_autocast_enabled(batch.input_ids.device.type)
-    return _ROUNDING if exact else _ROUNDING_16_BIT
+    return (_ROUNDING, _ROUNDING_LOOK_AHEAD) if exact else (_ROUNDING_16_BIT, _ROUNDING_16_BIT)
 
 
 @contextmanager

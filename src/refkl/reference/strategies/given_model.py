@@ -14,6 +14,7 @@ from refkl.config import ReferenceConfig
 from refkl.loading import check_vocabulary
 from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.clone import CloneReference
+from refkl.scoring import check_causal
 
 _WHAT = "The given model cannot be the reference"
 _HONOURED = ("strategy", "cache", "max_tokens", "averages")
@@ -41,6 +42,7 @@ class GivenModel(CloneReference):
         source = f"the given {kind}" + (f", loaded from {loaded}" if loaded else "")
         reference = cls(replace(request, config=config), reason, source, inner, set())
         reference.follow_policy()
+        check_causal(inner, next(inner.parameters()).device)
         reference.fingerprint()
         return reference
 
