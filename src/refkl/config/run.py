@@ -39,8 +39,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts for GRPO (column "prompt"), preferences for DPO ("prompt", "chosen", "rejected"), or texts for SFT
-    ("prompt" and "completion", which trains on the completion only; or "text", or "messages")."""
+    """Prompts for GRPO and RLOO (column "prompt"), preferences for DPO ("prompt", "chosen", "rejected"), rated
+    completions for KTO ("prompt", "completion", "label"), or texts for SFT ("prompt" and "completion", which trains on
+    the completion only; or "text", or "messages"). Each value is text or a list of messages; a label is true or false.
+    Other columns may hold anything."""
 
     source: str
     """A .jsonl, .json, .csv or .parquet file, a folder written by datasets.save_to_disk, "package.module:function" for
