@@ -49,10 +49,9 @@ def grpo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None =
     args = {**COMMON, "num_generations": 4, "max_completion_length": 8, "max_steps": 3, **(options or {})}
     return cls(
         model,
-        reward_funcs=distinct_letters,
         args=GRPOConfig(str(tmp_path / "run"), **args),
         processing_class=byte_tokenizer(),
-        **{"train_dataset": PROMPTS, **refkl},
+        **{"reward_funcs": distinct_letters, "train_dataset": PROMPTS, **refkl},
     )
 
 
@@ -65,10 +64,9 @@ def rloo(cls: type, model: Any, tmp_path: Path, options: dict[str, Any] | None =
     args = {**COMMON, "num_generations": 4, "max_completion_length": 8, "max_steps": 3, **(options or {})}
     return cls(
         model,
-        reward_funcs=distinct_letters,
         args=RLOOConfig(str(tmp_path / "run"), **args),
         processing_class=byte_tokenizer(),
-        **{"train_dataset": PROMPTS, **refkl},
+        **{"reward_funcs": distinct_letters, "train_dataset": PROMPTS, **refkl},
     )
 
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -193,31 +193,3 @@ def _listed(returned: Any, called: str, wanted: int) -> list[Any]:
             "with one number per completion, in their order."
         )
     return [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in plain]
-
-
-def together(rewards: Sequence[Callable[..., list[float | None]]]) -> list[Callable[..., list[float | None]]]:
-    """Return the rewards of a run, which TRL calls one after the other on the same completions.
-
-    The last one raises ValueError if none of them applies to a completion: TRL would count it as a reward of 0.
-    """
-    names = ", ".join(str(reward.__name__) for reward in rewards)
-    applies: list[bool] = []
-
-    def follow(number: int, reward: Callable[..., list[float | None]]) -> Callable[..., list[float | None]]:
-        def followed(**inputs: Any) -> list[float | None]:
-            values = reward(**inputs)
-            before = applies if number else [False] * len(values)
-            applies[:] = [known or value is not None for known, value in zip(before, values, strict=True)]
-            if number == len(rewards) - 1 and not all(applies):
-                at = applies.index(False)
-                text = str(inputs["completions"][at])[:80]
-                raise ValueError(
-                    f"No reward applies to completion {at} ({text!r}): {names} returned None for it, and it would "
-                    "count as a reward of 0. Return a number from one of them, or leave such rows out of the data."
-                )
-            return values
-
-        followed.__name__ = reward.__name__
-        return followed
-
-    return [follow(number, reward) for number, reward in enumerate(rewards)]

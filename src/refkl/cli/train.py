@@ -14,7 +14,7 @@ from refkl.backend import check_can_save, check_launch, detect, peer_gone
 from refkl.checkpoint import disk_failure, newest_whole, set_later_aside
 from refkl.cli.columns import PROMPTS, check_empty_prompts
 from refkl.cli.failures import Interruptible
-from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path, together
+from refkl.cli.inputs import load_data, load_model, load_reward, load_tokenizer, model_path
 from refkl.cli.report import draw_report, write_page
 from refkl.cli.run_folder import RunFolder, RunRecorder, Stopper
 from refkl.cli.settings import ParsedRun, peft_config
@@ -190,7 +190,7 @@ def make_trainer(run: ParsedRun, args: Any, data: Any, rewards: list[Any]) -> An
     online = {"grpo": KLGRPOTrainer, "rloo": KLRLOOTrainer}[config.method]
     tokenizer = load_tokenizer(config.model, "left")
     check_empty_prompts(data, tokenizer, config.data.source)
-    return online(processing_class=tokenizer, reward_funcs=together(rewards), **shared)
+    return online(processing_class=tokenizer, reward_funcs=rewards, **shared)
 
 
 def _prompts(data: Any, count: int) -> list[Any]:

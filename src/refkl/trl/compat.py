@@ -36,6 +36,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     name: {
         "_get_per_token_logps_and_entropies": _SCORING,
         "_generate_and_score_completions": ("inputs",),
+        "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
         "_compute_loss": ("model", "inputs"),
     }
     for name in ("GRPOTrainer", "RLOOTrainer")

@@ -28,6 +28,7 @@ class RolloutScoring(TRLTrainer):
     # Attributes of TRL's trainers:
     args: Any
     temperature: float
+    reward_func_names: list[str]
     _buffered_inputs: Any
     _step: int
 
@@ -35,6 +36,19 @@ class RolloutScoring(TRLTrainer):
         """Make TRL's rollouts, and score them with the reference."""
         rollout = self._with_reference(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
         return rollout | {_ROW: torch.arange(len(rollout["prompt_ids"]))}
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Return TRL's rewards [N, functions] of the completions of all ranks, NaN where a function returned None.
+
+        Raises:
+            ValueError: while training, no completion has a reward, or one is infinite.
+        """
+        rewards = super()._calculate_rewards(  # type: ignore[misc]
+            inputs, prompts, completions, completion_ids_list
+        )
+        if self.model.training:
+            check_rewards(rewards, self.reward_func_names)
+        return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Undo TRL's shuffling of a rollout within each optimizer step, so that completions of a prompt are together
@@ -127,6 +141,27 @@ class RolloutScoring(TRLTrainer):
             part.update({name: value[rows] for name, value in scores.items()})
             start = rows.stop
         return {**inputs, **{name: own[0][name] for name in scores}}
+
+
+def check_rewards(rewards: Tensor, names: list[str]) -> None:
+    """Raise ValueError if the rewards [N, functions] of a rollout cannot train: TRL would go on, on the KL only or to
+    NaN weights.
+
+    NaN is a function that does not apply to a completion. TRL leaves a completion without any reward out of its
+    group's mean and gives it no advantage, so that one such completion does no harm.
+    """
+    if rewards.isnan().all():
+        raise ValueError(
+            f"None of the {len(rewards)} completions of this rollout has a reward: {', '.join(names)} returned None "
+            "(or NaN) for each, so there is nothing to learn from. Return a number from at least one reward function, "
+            "or leave prompts to which none applies out of the data."
+        )
+    if rewards.isinf().any():
+        row, column = rewards.isinf().nonzero()[0].tolist()
+        raise ValueError(
+            f"The reward function {names[column]} returned {rewards[row, column].item()} for completion {row} of this "
+            "rollout, which would make the weights NaN. Return a finite number, or None if it does not apply."
+        )
 
 
 def completions(rollout: dict[str, Any]) -> Tensor:
