@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from refkl.checks import check_held, check_vocabulary
@@ -16,6 +17,33 @@ logger = logging.get_logger(__name__)
 
 VERIFY_EVERY, VERIFIED_WEIGHTS = 50, 4
 """Every VERIFY_EVERY optimizer steps, VERIFIED_WEIGHTS of the reference's weights are compared with its fingerprint."""
+
+
+class BatchCallback(TrainerCallback):
+    """Refuses a training that would end after 0 steps, which transformers only logs."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise ValueError if the training data does not fill one batch."""
+        loader = kwargs.get("train_dataloader")
+        if not has_length(loader) or len(loader):
+            return
+        rows = f"{len(loader.dataset)} rows" if has_length(loader.dataset) else "data"
+        generations = vars(args).get("num_generations")
+        if generations is not None:
+            needed = vars(args)["generation_batch_size"] // generations
+            raise ValueError(
+                f"The {rows} of train_dataset do not fill one batch of {needed} prompts (generation_batch_size "
+                f"{vars(args)['generation_batch_size']} / num_generations {generations}), so that no step would be "
+                f"trained. Give at least {needed} rows, or lower per_device_train_batch_size, "
+                "gradient_accumulation_steps or steps_per_generation."
+            )
+        raise ValueError(
+            f"The {rows} of train_dataset do not fill one batch, so that no step would be trained: "
+            f"per_device_train_batch_size is {args.per_device_train_batch_size} and dataloader_drop_last "
+            f"{args.dataloader_drop_last}. Give more rows, or lower one of them."
+        )
 
 
 class PenaltyCallback(TrainerCallback):

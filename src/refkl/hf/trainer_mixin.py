@@ -16,7 +16,7 @@ from refkl.backend import dropout_rates, watch_compile_locks
 from refkl.checks import CHANGED, why_not_zero
 from refkl.config import KLConfig, OnCheckpointError, ReferenceConfig, ResumedReference, ScoringConfig, SyncConfig
 from refkl.freezing import trainable_parameters
-from refkl.hf.callbacks import HistogramCallback, PenaltyCallback, SyncMetrics
+from refkl.hf.callbacks import BatchCallback, HistogramCallback, PenaltyCallback, SyncMetrics
 from refkl.hf.checkpoints import Checkpointing
 from refkl.hf.kl_state import KLState
 from refkl.penalty import KLPenalty
@@ -96,9 +96,10 @@ class KLTrainerMixin(Checkpointing):
         check_given(kl, sync, scoring)
         self._given = Given(kl, sync, reference)
         self._check_arguments()
+        _check_rows(kwargs.get("train_dataset"))
         with self._as_it_is_made():
             super().__init__(*args, **kwargs)
-        _check_rows(self.train_dataset, self.args)
+        _check_rows(self.train_dataset, vars(self.args).get("max_length"))
         self._check_made()
         self._attach(self._penalty(), self._given.sync, scoring, resume_reference, on_checkpoint_error)
 
@@ -147,6 +148,7 @@ class KLTrainerMixin(Checkpointing):
             raise ValueError(
                 "No parameter of the policy trains. Was its adapter loaded with is_trainable=False, or all frozen?"
             )
+        self.add_callback(BatchCallback())
         self.reference = reference
         self.penalty = KLPenalty(kl, reference)
         state = self.kl_state = KLState(
@@ -284,15 +286,19 @@ class KLTrainerMixin(Checkpointing):
             )
 
 
-def _check_rows(data: Any, args: Any) -> None:
-    """Raise ValueError if the trainer has no row to train on: depending on its sampler it would train 0 steps."""
+def _check_rows(data: Any, limit: int | None = None) -> None:
+    """Raise ValueError if `data` has no row. Depending on its sampler, a trainer would fail in torch or train 0 steps.
+
+    `limit` is the trainer's max_length, if `data` is what the trainer has kept.
+    """
     if not isinstance(data, Sized) or len(data):
         return
-    limit = vars(args).get("max_length")
-    what = "Give train_dataset at least one row."
-    if limit is not None:
-        what = f"TRL drops rows whose prompt fills max_length, which is {limit}: raise it above the prompts' lengths."
-    raise ValueError(f"The trainer has no row left to train on. {what}")
+    if limit is None:
+        raise ValueError("train_dataset has no row to train on. Give it at least one.")
+    raise ValueError(
+        "train_dataset has no row left to train on: TRL drops a row that has no token to train on, such as one whose "
+        f"prompt fills max_length, which is {limit}. Raise max_length above the prompts' lengths, or shorten them."
+    )
 
 
 def joined(ours: type[KLTrainerMixin], trainer: type) -> type:
