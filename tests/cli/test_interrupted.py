@@ -1,11 +1,13 @@
-"""Ctrl-C before a run trains: exit status 130 and one line, wherever it comes."""
+"""Ctrl-C in a command that is not training: exit status 130 and one line, wherever it comes."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,29 +18,51 @@ from support.train_inputs import write_config
 from refkl.cli import main
 from refkl.cli.failures import Interrupted, Interruptible
 
+STARTS = [  # a command, and a module: Ctrl-C comes when it has just been imported
+    ("train", "torch._C"),
+    ("train", "peft"),
+    ("train", "refkl.trl.grpo"),  # next the model is loaded and the trainer made
+    ("check", "datasets"),
+    ("plan", "numpy"),
+    ("compare", "transformers"),
+]
 
-@pytest.mark.parametrize("seconds", [1.0, 2.5, 5.0])
-def test_ctrl_c_while_starting_ends_without_a_traceback(seconds: float, tmp_path: Path) -> None:
-    """The first seconds are imports; after these, the model is loaded and the trainer made."""
-    config = write_config(tmp_path, trainer={"max_steps": 1000, "max_completion_length": 64})
-    command = [sys.executable, "-m", "refkl", "train", str(config)]
+
+def arguments(command: str, folder: Path) -> list[str]:
+    config = write_config(folder, trainer={"max_steps": 1000, "max_completion_length": 64})
+    model = str(folder / "model")
+    return {
+        "plan": ["plan", "--model", model],
+        "compare": ["compare", model, model, "--data", str(folder / "data.jsonl"), "--output", str(folder / "found")],
+    }.get(command, [command, str(config)])
+
+
+@pytest.mark.parametrize(("command", "module"), STARTS)
+def test_ctrl_c_while_starting_ends_without_a_traceback(command: str, module: str, tmp_path: Path) -> None:
+    """`-X importtime` prints a line after each import, so that the moment does not depend on the machine."""
+    python = [sys.executable, "-X", "importtime", "-m", "refkl", *arguments(command, tmp_path)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        python, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
+    limit = threading.Timer(300, process.kill)
+    limit.start()
     try:
-        time.sleep(seconds)
+        assert process.stderr is not None
+        reached = any(line.split("|")[-1].strip() == module for line in process.stderr)
         process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=120)[0]
+        left = [line for line in process.stderr if not line.startswith("import time:")]
+        status = process.wait()
     finally:
+        limit.cancel()
         process.kill()
-    assert process.returncode == 130, output
-    assert "Traceback" not in output and "stopped" in output
+    assert reached and status == 130, "".join(left)
+    assert "Traceback" not in "".join(left) and left[-1] == "refkl: stopped by Ctrl-C\n"
+    assert not (tmp_path / "run").exists() and not (tmp_path / "found").exists()
 
 
-def interrupt_in(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send SIGINT while `refkl.cli.train.WHAT` runs, in code that turns the KeyboardInterrupt into another error."""
-    from refkl.cli import train
+def interrupt_in(command: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGINT while `refkl.cli.COMMAND.WHAT` runs, in code that turns the KeyboardInterrupt into another error."""
 
     def interrupted(*args: object, **kwargs: object) -> None:
         try:
@@ -46,20 +70,24 @@ def interrupt_in(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         except KeyboardInterrupt as error:
             raise RuntimeError("an import failed") from error
 
-    monkeypatch.setattr(train, what, interrupted)
+    monkeypatch.setattr(importlib.import_module(f"refkl.cli.{command}"), what, interrupted)
 
 
-@pytest.mark.parametrize("what", ["load_data", "load_model", "load_tokenizer", "load_reward", "detect"])
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("train", name) for name in ("load_data", "load_model", "load_tokenizer", "load_reward", "detect")]
+    + [("check", "check_reference"), ("plan", "make_plans"), ("compare", "load_checkpoint")],
+)
 def test_an_interrupt_that_became_another_error(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt_in(what, monkeypatch)
+    interrupt_in(command, what, monkeypatch)
     before = signal.getsignal(signal.SIGINT)
-    assert main(["train", str(write_config(tmp_path))]) == 130
+    assert main(arguments(command, tmp_path)) == 130
     assert signal.getsignal(signal.SIGINT) == before
     error = capsys.readouterr().err
     assert error.splitlines()[-1] == "refkl: stopped by Ctrl-C" and "Traceback" not in error
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "found").exists()
 
 
 def test_an_interrupt_that_was_dropped(
