@@ -194,6 +194,16 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "missing data": ({"data": {"source": "nowhere.jsonl"}}, [], "no file nowhere.jsonl"),
     "missing model": ({"model": {"path": "nowhere"}}, [], r"model\.path 'nowhere' cannot be loaded"),
     "unknown strategy": ({"reference": {"strategy": "clon"}}, [], "Did you mean 'clone'"),
+    "a device that is none": (
+        {"reference": {"device": "cup"}},
+        [],
+        r"reference\.device 'cup' is not a device\. Use 'cpu'",
+    ),
+    "a device that is not here": (
+        {"reference": {"strategy": "clone", "device": "cuda:77"}},
+        [],
+        r"reference\.device is 'cuda:77', but (torch finds no accelerator|this process sees).*[Ll]eave",
+    ),
     "freeze that matches nothing": ({"model": {"freeze": ["model.layer.0"]}}, [], r"Did you mean 'model\.layers\.0'"),
     "no reward function": ({"reward": [{"function": "support.train_inputs:leters"}]}, [], "Did you mean 'letters'"),
     "no reward module": ({"reward": [{"function": "no_such:thing"}]}, [], "importing it failed"),

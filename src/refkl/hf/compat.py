@@ -19,6 +19,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "log": ("logs", "start_time"),
     "_prepare_inputs": ("inputs",),
     "_run_epoch": ("model", "epoch", "train_dataloader"),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_save_checkpoint": ("model", "trial"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
