@@ -109,7 +109,8 @@ def check_vocabulary(config: PreTrainedConfig, folder: str, policy: PreTrainedMo
     if own != theirs:
         raise ValueError(
             f"{what}: its vocabulary has {own} tokens and the policy's {theirs}. A divergence needs two distributions "
-            "over the same tokens. Use a model with the policy's vocabulary."
+            "over the same tokens. Use a model with the policy's vocabulary. If one of the two only lacks tokens that "
+            f"were added to the other, resize it: model.resize_token_embeddings({max(own, theirs)})."
         )
     _check_token_maps(folder, str(policy.config._name_or_path), what)
 

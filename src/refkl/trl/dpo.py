@@ -11,8 +11,9 @@ class KLDPOTrainer(PreferenceKL, DPOTrainer):
     """trl.DPOTrainer with `reference=`, `kl=` and `sync=`; everything else is TRL's, including `beta`.
 
     A `ref_model` is the reference as it is: a model, or the name of its folder. With `precompute_ref_log_probs`, the
-    reference scores the data when training begins, into a cache in the output folder (`reference.cache`), and is freed
-    where TRL frees it. `trainer.ref_model` is a ReferenceModel: the reference, called like a model.
+    reference scores the data when training begins, into a cache in the output folder (`reference.cache`). It is then
+    freed where TRL frees it: for a full policy, unless `ref_model` or a Reference is given. `trainer.ref_model` is a
+    ReferenceModel: the reference, called like a model.
 
     It also logs `kl`, which DPO does not: the KL estimate on the completions of the preference data.
 

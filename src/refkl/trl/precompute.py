@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,8 +21,9 @@ from refkl.types import TokenBatch
 
 logger = logging.get_logger(__name__)
 
-FOLDER = "reference_scores"
-"""The folder inside the output folder that keeps the scores, unless reference.cache names another."""
+FOLDER = "_reference_scores"
+"""The folder inside the output folder that keeps the scores, unless reference.cache names another. The Trainer does not
+upload names that begin with an underscore."""
 
 
 class Part(NamedTuple):
@@ -61,8 +64,8 @@ class Precompute(TrainerCallback):
         """Score all data sets, and free the reference's weights if they are not needed afterwards."""
         if self.reference.freed:
             return
-        for number, part in enumerate(self.parts, 1):
-            self.reference.fill(self.batches(part), free=self.free and number == len(self.parts))
+        # In one call: each row must be found to belong in a cache before the weights are gone.
+        self.reference.fill(chain.from_iterable(map(self.batches, self.parts)), free=self.free)
 
 
 def batches_of(part: Part, collator: Any, args: Any, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
@@ -74,6 +77,7 @@ def batches_of(part: Part, collator: Any, args: Any, accelerator: Accelerator) -
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # a DataLoader draws a seed, and training draws from the global generator
     )
     shown = f"Computing reference log probs for {part.name} dataset"
     yield from logging.tqdm(loader, desc=shown, disable=args.disable_tqdm or not accelerator.is_main_process)

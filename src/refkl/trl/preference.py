@@ -115,7 +115,8 @@ class PreferenceKL(TRLTrainer):
         if not self.precompute_ref_logps:
             return
         # As in TRL: a given model stays, and so does a reference that a PEFT policy holds.
-        frees = self._given_model is None and not isinstance(self.model, PeftModel)
+        held_elsewhere = self._given_model is not None or isinstance(self._given.reference, Reference)
+        frees = not held_elsewhere and not isinstance(self.model, PeftModel)
         if frees:
             self.ref_model = None  # TRL's evaluate() then refuses new data once training has begun
         self.add_callback(Precompute(self.reference, self._to_score, self._token_batches, free=frees))

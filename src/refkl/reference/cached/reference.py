@@ -92,8 +92,8 @@ class CachedReference(Reference):
         except _NotByRow as found:
             if filling:
                 raise ValueError(
-                    f"The scores of these rows cannot come from a cache, since {found}. Leave free out of fill, and "
-                    "score them as they come."
+                    f"The scores of these rows cannot come from a cache, since {found}. Leave free out of fill, or "
+                    "precompute_ref_log_probs of a TRL trainer False, and score them as they come."
                 ) from None
             logger.warning_once(f"reference.cache is not used for a batch that must be scored together: {found}.")
             return self._uncached.score(batch, temperature=temperature, entropy=entropy)
