@@ -103,6 +103,32 @@ def test_a_given_model_moves_and_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make, cls", BOTH)
+def test_a_given_peft_model_is_scored_with_its_adapter(make: Any, cls: type, tmp_path: Path) -> None:
+    """As the same model, merged; another adapter would be another reference."""
+    lora = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False, lora_dropout=0.5)
+    runs = []
+    for merged in (False, True):
+        torch.manual_seed(7)
+        other: Any = get_peft_model(llama(), lora)
+        other.add_adapter("second", lora)
+        trainer = make(cls, start(), tmp_path, SGD, ref_model=other.merge_and_unload() if merged else other)
+        trainer.train()
+        runs.append([logged(trainer, name) for name in ("loss", trainer.kl_metric)])
+        if not merged:
+            adapted = trainer
+    for mine, expected in zip(runs[0], runs[1], strict=True):
+        assert mine == pytest.approx(expected, rel=1e-4)
+    held = adapted.reference.model
+    held.set_adapter("second")
+    held.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"q_proj on with \['default'\], and this is now on with \['second'\]"):
+        adapted.train()
+    held.set_adapter("default")
+    held.requires_grad_(False)
+    adapted.train()
+
+
+@pytest.mark.parametrize("make, cls", BOTH)
 def test_ref_models_that_are_refused(make: Any, cls: type, tmp_path: Path) -> None:
     policy = start()
     sharing = copy.copy(policy)

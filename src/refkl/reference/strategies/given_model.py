@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refkl.backend import base_model, canonical_name, unwrap
+from refkl.backend.adapters import switches
 from refkl.config import ReferenceConfig
 from refkl.loading import check_vocabulary
 from refkl.reference.request import BuildRequest
@@ -22,6 +25,10 @@ _HONOURED = ("strategy", "cache", "max_tokens", "averages")
 
 class GivenModel(CloneReference):
     """A model of the caller's: frozen, in eval mode, in its own dtype, on the policy's device."""
+
+    def __init__(self, request: BuildRequest, reason: str, source: str, model: nn.Module, shared: set[str]) -> None:
+        super().__init__(request, reason, source, model, shared)
+        self._switches = switches(model)
 
     @classmethod
     def around(cls, model: nn.Module, request: BuildRequest) -> GivenModel:
@@ -45,6 +52,23 @@ class GivenModel(CloneReference):
         check_causal(inner, next(inner.parameters()).device)
         reference.fingerprint()
         return reference
+
+    @contextmanager
+    def activate(self) -> Iterator[nn.Module]:
+        """Yield the model. Its adapters must be active as they were: no fingerprint of weights shows that.
+
+        Raises:
+            ValueError: another adapter is active.
+        """
+        first, now = self._switches, switches(self.model)
+        if changed := next((name for name in {**first, **now} if first.get(name) != now.get(name)), None):
+            raise ValueError(
+                f"The given model was a reference with {changed} {first.get(changed, 'without adapter')}, and this is "
+                f"now {now.get(changed, 'without adapter')}. Set its adapters back (set_adapter), or build the "
+                "reference again."
+            )
+        with super().activate() as model:
+            yield model
 
     def _move(self, weights: dict[str, Tensor], first: Tensor) -> bool:
         """Move the model to the policy's device, unless it is spread over several. Its dtypes stay."""
