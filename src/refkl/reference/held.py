@@ -151,9 +151,13 @@ class HeldReference(WriteHooks, Reference):
 
     def why_not_by_row(self, batch: TokenBatch) -> str | None:
         if self._apart is None:
-            with self.scoring(batch) as (model, moved):
-                self._apart = rows_apart(model, moved)
+            self._apart = self.prove_rows_apart(batch)
         return self._apart.why_not(batch)
+
+    def prove_rows_apart(self, batch: TokenBatch) -> Apart:
+        """Return the conditions for scoring rows in several batches, by a trial of the module that scores."""
+        with self.scoring(batch) as (model, moved):
+            return rows_apart(model, moved)
 
     def score_conditions(self, batch: TokenBatch) -> dict[str, Any]:
         return self._conditions.of(batch)

@@ -17,6 +17,7 @@ from refkl.reference.streamed.stream import Stream
 from refkl.reference.streamed.units import largest_pair, unit_bytes
 from refkl.reference.weights.tensors import bytes_offloaded
 from refkl.scoring import Head, find_head
+from refkl.scoring.row_proof import Apart, rows_apart
 from refkl.types import MemoryReport, TokenBatch
 
 
@@ -55,6 +56,10 @@ class OffloadedClone(SharingCopy):
     @property
     def one_sweep(self) -> bool:
         return self._stream is not None
+
+    def prove_rows_apart(self, batch: TokenBatch) -> Apart:
+        """Judge by the model's code: a trial would fetch the weights."""
+        return rows_apart(self.model, batch)
 
     def head(self) -> Head | None:
         """Return the head with a copy of its weights on the policy's device."""
