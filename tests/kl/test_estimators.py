@@ -417,3 +417,26 @@ def test_a_log_probability_that_is_no_number_shows_unless_it_is_masked(name, est
         assert bool(value[1, 3].isnan()) == bool(slope[1, 3].isnan()) == scored
         assert value[0].isfinite().all() and slope[0].isfinite().all()
         assert scored or (value.isfinite().all() and slope.isfinite().all())
+
+
+@pytest.mark.parametrize("gradient", ["reverse_kl", "autograd", "none"])
+def test_a_masked_token_after_one_that_is_nan_is_zero(gradient):
+    """With ratio="prefix" the weight of every later token is NaN, also of those that are left out."""
+    logp = torch.tensor([[-1.0, -2.0, -1.0]], requires_grad=True)
+    old_logp = torch.tensor([[math.nan, -1.0, -1.0]])
+    mask = torch.tensor([[True, False, True]])
+    value = kl.estimate(logp, logp.detach() - 1, gradient=gradient, old_logp=old_logp, mask=mask, ratio="prefix")
+    assert value.isnan().tolist() == [[True, False, True]] and value[0, 1] == 0
+    if gradient != "none":
+        (slope,) = torch.autograd.grad(value.sum(), logp)
+        assert slope.isnan().tolist() == [[True, False, True]] and slope[0, 1] == 0
+
+
+@pytest.mark.parametrize("gradient", ["reverse_kl", "autograd"])
+@pytest.mark.parametrize("old", [math.nan, -math.inf])
+def test_the_gradient_is_nan_where_the_value_is_although_the_log_ratio_is_infinite(gradient, old):
+    """-inf has no gradient by itself; an old log-probability that is NaN, or -inf too, must not pass for that."""
+    logp = torch.tensor([-math.inf, -1.0], requires_grad=True)
+    value = kl.estimate(logp, torch.tensor([-1.0, -2.0]), gradient=gradient, old_logp=torch.tensor([old, -1.0]))
+    (slope,) = torch.autograd.grad(value.sum(), logp)
+    assert value.isnan().tolist() == slope.isnan().tolist() == [True, False]

@@ -42,10 +42,12 @@ def divergence(
             exact value and equals it at k = V.
 
     Returns:
-        [...], never negative. inf if a distribution puts mass where the other has none; "jsd", "hellinger", "tv" and
-        orders in (0, 1) are always finite, except "renyi" of distributions that share no category. In "amari" and
-        "chi2" the power p^a q^(1-a) saturates at exp(60) in fp32, exp(600) in fp64. Value and gradient are NaN if a
-        logit on either side is NaN or +inf; a row whose value gets no gradient from above has none.
+        [...], never negative. inf if a distribution puts mass where the other has none (a probability that underflows
+        to 0 counts as none); "jsd", "hellinger", "tv" and orders in (0, 1) are always finite, except "renyi" of
+        distributions that share no category. In "amari" and "chi2" the power p^a q^(1-a) saturates at exp(60) in fp32,
+        exp(600) in fp64. Value and gradient are NaN if a logit on either side is NaN or +inf, or if all of a side's are
+        -inf; a row whose value gets no gradient from above has none. The gradient is finite also where the value is
+        inf, unless it exceeds the range of the logits' dtype.
 
     Raises:
         ValueError: an unknown kind, shapes that differ, a weight outside (0, 1), an order that is missing or unused, a

@@ -79,7 +79,8 @@ def estimate(
     Returns:
         Same shape; fp32, or fp64 if an input is. exp saturates at exp(60) in fp32 and exp(600) in fp64, and so does the
         value, weighted or not. If one log-probability is -inf, the value is finite and the reverse-KL gradient is 0.
-        Value and gradient are NaN if a log-probability is NaN and the mask is True.
+        Where the mask is True, value and gradient are NaN if a log-probability is NaN, or if two that are compared are
+        both -inf; with ratio="prefix", those of the later tokens of the row are NaN too.
 
     Raises:
         ValueError: unknown estimator, gradient or ratio; ratio="prefix" without `old_logp`; shapes that differ; a
@@ -95,26 +96,32 @@ def estimate(
         log_ratio, drift = log_ratio.to(dtype), drift.to(dtype)
     cap = MAX_EXPONENT[log_ratio.dtype]
     largest = math.exp(cap / 2)
-    spoilt = log_ratio.isnan() | drift.isnan()
+    drift = drift.clamp(-largest, largest)  # a sum over infinities of both signs would be NaN
+    exponent = drift
+    if ratio == "prefix":
+        exponent = drift.cumsum(-1)
+        if mask is not None:  # NaN in a prefix must not reach a token that is left out
+            exponent = exponent.masked_fill(~mask.bool(), 0.0)
+    spoilt = log_ratio.isnan() | exponent.isnan()
     bounded = log_ratio.clamp(-largest, largest)
     if max_log_ratio is not None:
         bounded = bounded.clamp(-max_log_ratio, max_log_ratio)
     value = ESTIMATORS[estimator](bounded)
-    drift = drift.clamp(-largest, largest)  # a sum over infinities of both signs would be NaN
+    # inf - inf is NaN: an infinite log-ratio has no gradient, except that NaN stays NaN.
+    whole = log_ratio.masked_fill(log_ratio.isinf() & ~spoilt, 0.0)
     if gradient == "autograd":
         result = value
         if old_logp is not None:
             result = _weighted_k3(bounded, log_ratio, drift) if estimator == "k3" else _times_exp(drift, value)
         if ratio == "prefix":
-            result = _times_exp(pad(drift.cumsum(-1)[..., :-1], (1, 0)), result)
+            earlier = pad(drift.cumsum(-1)[..., :-1], (1, 0))
+            result = _times_exp(earlier if mask is None else earlier.masked_fill(~mask.bool(), 0.0), result)
         # clamp passes no gradient where its input is NaN, and the slope of k1 is 1 at every value.
-        whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)
         result = result + _straight_through(torch.zeros_like(whole).masked_fill(spoilt, torch.nan), whole)
     else:
-        weight = _saturating(drift.cumsum(-1) if ratio == "prefix" else drift, cap).exp()
+        weight = _saturating(exponent, cap).exp()
         result = (weight * value).detach().clamp(-math.exp(cap), math.exp(cap))
         if gradient == "reverse_kl":
-            whole = log_ratio.masked_fill(log_ratio.isinf(), 0.0)  # inf - inf is NaN
             result = result + _straight_through(weight * whole, whole)
     return result
 
