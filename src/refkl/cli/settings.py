@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
@@ -89,6 +89,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
             _settle_beta(namespace, given)
         if not torch.accelerator.is_available():
             _settle_cpu(namespace, given)
+        _check_values(namespace, given, TRAINER_CONFIGS[method])
         resolved = parser.dump(namespace, skip_none=False)
         built = parser.instantiate(namespace)
     except ArgumentError as error:
@@ -237,10 +238,30 @@ def _check_key(key: str, trainer: type) -> Any:
     return hints[part]
 
 
+def _check_values(namespace: Namespace, given: set[str], trainer: type) -> None:
+    """Raise ValueError for what jsonargparse accepts in a field that cannot be it: null, and a list for a section."""
+    for key in sorted(given):
+        hint = _check_key(key, trainer)
+        section = key == "trainer" or _dataclass_of(hint) is not None
+        if not section and hint in (None, Any):
+            continue
+        value = namespace.get(key)
+        if value is None and type(None) not in _members(hint):
+            raise ValueError(f"{key} is null, and it needs a value. Leave the key out for its default, or set it.")
+        if section and value is not None and not isinstance(value, Namespace):
+            raise ValueError(
+                f"{key} is a section of keys and values, and {value!r} was given. Write its keys below it."
+            )
+
+
 def _dataclass_of(hint: Any) -> type | None:
     """Return the dataclass in a type such as SyncConfig | None; None for free-form types."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    return next((m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)), None)
+    return next((m for m in _members(hint) if dataclasses.is_dataclass(m) and isinstance(m, type)), None)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union; another type by itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _settle_cpu(namespace: Any, given: set[str]) -> None:

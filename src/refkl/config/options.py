@@ -24,7 +24,9 @@ def check_offered(section: str, config: Any) -> None:
     """Raise ValueError if the value of a field is not one that its Literal type lists."""
     for name, hint in get_type_hints(type(config)).items():
         options, value = choices(hint), getattr(config, name)
-        if options and value is not None and value not in options:
+        if value is None and type(None) in get_args(hint):
+            continue
+        if options and value not in options:
             raise unknown(f"{section}.{name}", str(value), options)
 
 
