@@ -220,6 +220,16 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
         [],
         r"Use 'exact', or leave kl\.",
     ),
+    "a section that is a list": ({"samples": []}, [], r"samples is a section of keys and values, and \[\] was given"),
+    "a trainer that is a list": ({"trainer": []}, [], "trainer is a section of keys and values"),
+    "null in a field that needs a value": ({"kl": {"coef": None}}, [], r"kl\.coef is null, and it needs a value"),
+    "null in a field with choices": ({"reference": {"averages": None}}, [], r"reference\.averages is null"),
+    "null for a section": ({"kl": None}, [], "kl is null"),
+    "a trainer's field that TRL cannot use": (
+        {"trainer": {"accelerator_config": "no.json"}},
+        [],
+        r"GRPOConfig cannot be made of the section trainer: FileNotFoundError: .*no\.json",
+    ),
     "an unknown method": ({"method": "gpro"}, [], "Did you mean 'grpo'"),
 }
 

@@ -160,6 +160,8 @@ WRONG: dict[str, tuple[list[str], Callable[[Path], str] | None, str]] = {
     "another width": ([], wrong_vocabulary, "has 258 logits and .* 300"),
     "another token map": ([], wrong_tokens, "differ in 2 of 258 tokens: 'A' is number"),
     "missing data": (["--data", "no.jsonl"], None, "--data: there is no file no.jsonl"),
+    "a table of less than nothing": (["--top=-3"], None, "--top must be at least 1, got -3"),
+    "a count below one": (["--min-count", "0"], None, "--min-count must be at least 1, got 0"),
     "unknown kind": (["--kind", "reverse_k"], None, "Did you mean 'reverse_kl'"),
     "no kind": (["--kind", ","], None, "No kind of divergence"),
     "order without use": (["--order", "0.5"], None, "order is for amari"),

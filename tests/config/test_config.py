@@ -9,7 +9,17 @@ import pickle
 import pytest
 
 from refkl import KLConfig, KLPenalty, ReferenceConfig, SyncConfig
-from refkl.config import DataConfig, ModelConfig, RewardConfig, RunConfig, ScoringConfig, SettledKL, SettledSync
+from refkl.config import (
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    SamplesConfig,
+    ScoringConfig,
+    SettledKL,
+    SettledSync,
+)
 from refkl.kl import CONTROLLERS
 
 LINEAR = {"controller": "linear", "end_coef": 0.1, "steps": 10}
@@ -101,6 +111,10 @@ def test_what_is_left_open_is_settled_by_where_the_penalty_goes():
         *((SyncConfig, {"alpha": a}, r"sync.alpha must be in \(0, 1\]") for a in (0.0, -0.1, 1.01, math.nan)),
         (ReferenceConfig, {"strategy": ""}, r"reference.strategy is empty"),
         (ReferenceConfig, {"source": ""}, r"reference.source is empty"),
+        *((SamplesConfig, {"max_new_tokens": n}, r"samples.max_new_tokens must be at least 1") for n in (0, -1)),
+        *((SamplesConfig, {"temperature": t}, r"samples.temperature must be finite") for t in (math.nan, math.inf, -1)),
+        *((LaunchConfig, {"processes": n}, r"launch.processes must be at least 1") for n in (0, -2)),
+        *((RewardConfig, {"task": "a", "weight": w}, r"reward.weight must be finite") for w in (math.nan, -math.inf)),
     ],
 )
 def test_refusals(config, options, message):
@@ -119,6 +133,10 @@ def test_refusals(config, options, message):
         (KLConfig, {"estimator": "k4"}),
         (KLConfig, {"aggregation": "mean"}),
         (ReferenceConfig, {"dtype": "int8"}),
+        (ReferenceConfig, {"averages": None}),  # null is a value of optional fields only
+        (KLConfig, {"placement": None}),
+        (LaunchConfig, {"backend": "zero9"}),
+        (ModelConfig, {"path": "a", "dtype": "int8"}),
     ],
 )
 def test_a_value_that_is_not_offered_is_refused(config, options):

@@ -24,7 +24,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.hostile import examples
@@ -161,7 +160,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(which=PICK, name=BATCH, paired=st.booleans(), kind=st.sampled_from([None, "reverse_kl", "jsd"]))
     def train_a_step(self, which: int, name: str, paired: bool, kind: str | None) -> None:
-        """Gradients of log-probabilities with a score of the reference before the backward pass, and gradient descent."""
+        """Gradient descent, with a score of the reference between the forward and the backward pass."""
         held, tokens, modes = self.pick(which), BATCHES[name], [m.training for m in self.policy.modules()]
         self.policy.eval(), self.copy.eval()
         if paired:
@@ -395,5 +394,5 @@ class Life(RuleBasedStateMachine):
         assert surroundings(self.policy) == self.around
 
 
-def test_lives_of_references() -> None:
-    run_state_machine_as_test(Life, settings=examples(40, stateful_step_count=14))
+TestLives = Life.TestCase
+TestLives.settings = examples(15, stateful_step_count=14)

@@ -117,6 +117,9 @@ def _settle(options: argparse.Namespace, column: str | None) -> None:
     Raises:
         ValueError: an invalid kind or device, or an option that would be ignored.
     """
+    for name in ("top", "min_count"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}.")
     options.kind = [kind for kind in options.kind.split(",") if kind]
     if options.jsd_weight is not None and "jsd" not in options.kind:
         raise ValueError("--jsd-weight is for --kind jsd, which is not set. Leave it out.")

@@ -32,6 +32,10 @@ TRAINER_CONFIGS: dict[str, type] = {
 }
 
 
+_REFUSALS = (OSError, TypeError, KeyError, AttributeError, IndexError, AssertionError, RuntimeError)
+"""Errors, besides ValueError and ImportError, that TRL's configurations raise for a value that they cannot use."""
+
+
 @dataclass(frozen=True)
 class ParsedRun:
     """A parsed run that has not started: making TRL's configuration would already occupy devices and processes."""
@@ -49,11 +53,18 @@ class ParsedRun:
         """Make TRL's configuration object.
 
         Raises:
-            ValueError: TRL refuses the combination, or DeepSpeed is configured twice with different values.
+            ValueError: TRL refuses a value or the combination, or DeepSpeed is configured twice with different values.
         """
         watch_compile_locks()  # DeepSpeed compiles an op when the configuration is made
+        made = TRAINER_CONFIGS[self.config.method]
         with given_once(self.trainer):
-            return TRAINER_CONFIGS[self.config.method](**self.trainer)
+            try:
+                return made(**self.trainer)
+            except _REFUSALS as error:
+                raise ValueError(
+                    f"{made.__name__} cannot be made of the section trainer: {type(error).__name__}: {error}. Look for "
+                    "this value in the section, and for what the field takes in: refkl train --trainer.help"
+                ) from error
 
 
 def parse_run(arguments: list[str]) -> ParsedRun:

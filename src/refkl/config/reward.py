@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import PurePath
 from typing import Literal
 
@@ -77,6 +78,8 @@ class RewardConfig:
         for name in ("batch_size", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"reward.{name} must be at least 1, got {value}.")
+        if not isfinite(self.weight):
+            raise ValueError(f"reward.weight must be finite, got {self.weight}.")
         if not re.fullmatch(r"\w[\w.+-]*", name := self.settled().name):
             raise ValueError(
                 f"A reward cannot be called {name!r} in the logs (rewards/NAME/mean). Set reward.name to a word of "

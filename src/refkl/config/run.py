@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from refkl.config.kl import KLConfig
@@ -35,6 +36,9 @@ class ModelConfig:
     """Module paths to freeze, such as "model.embed_tokens" or "model.layers.0"; see refkl.freeze."""
     init_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of transformers' from_pretrained, such as attn_implementation."""
+
+    def __post_init__(self) -> None:
+        check_offered("model", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,10 @@ class SamplesConfig:
     def __post_init__(self) -> None:
         if self.prompts < 0 or self.every < 0:
             raise ValueError(f"samples.prompts and samples.every cannot be negative: {self.prompts}, {self.every}.")
-        if self.temperature < 0:
-            raise ValueError(f"samples.temperature cannot be negative, got {self.temperature}.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"samples.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0.0 <= self.temperature < inf:
+            raise ValueError(f"samples.temperature must be finite and not negative, got {self.temperature}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,11 @@ class LaunchConfig:
     """The expected backend; None for any."""
     processes: int | None = None
     """The expected number of processes; None for any."""
+
+    def __post_init__(self) -> None:
+        check_offered("launch", self)
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"launch.processes must be at least 1, got {self.processes}. Leave it out for any number.")
 
 
 @dataclass(frozen=True, kw_only=True)
