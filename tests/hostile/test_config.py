@@ -188,7 +188,7 @@ def configurations(draw: st.DrawFn, folder: Path) -> str:
     for _ in range(draw(st.integers(1, 3))):
         path = draw(
             st.one_of(
-                st.sampled_from([path for path, _ in FIELDS]),
+                st.sampled_from([*(path for path, _ in FIELDS), "trainer", "method"]),
                 TRAINER,
                 st.text(alphabet=string.ascii_letters + "._é ", min_size=1, max_size=12).filter(lambda t: t.strip(".")),
             )

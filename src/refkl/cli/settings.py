@@ -32,7 +32,7 @@ TRAINER_CONFIGS: dict[str, type] = {
 }
 
 
-_REFUSALS = (OSError, TypeError, KeyError, AttributeError, IndexError, AssertionError, RuntimeError)
+_REFUSALS = (OSError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
 """Errors, besides ValueError and ImportError, that TRL's configurations raise for a value that they cannot use."""
 
 
@@ -100,7 +100,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
             _settle_beta(namespace, given)
         if not torch.accelerator.is_available():
             _settle_cpu(namespace, given)
-        _check_values(namespace, given, TRAINER_CONFIGS[method])
+        _check_values(values, namespace, given, TRAINER_CONFIGS[method])
         resolved = parser.dump(namespace, skip_none=False)
         built = parser.instantiate(namespace)
     except ArgumentError as error:
@@ -249,19 +249,21 @@ def _check_key(key: str, trainer: type) -> Any:
     return hints[part]
 
 
-def _check_values(namespace: Namespace, given: set[str], trainer: type) -> None:
+def _check_values(values: dict[str, Any], namespace: Namespace, given: set[str], trainer: type) -> None:
     """Raise ValueError for what jsonargparse accepts in a field that cannot be it: null, and a list for a section."""
     for key in sorted(given):
         hint = _check_key(key, trainer)
         section = key == "trainer" or _dataclass_of(hint) is not None
         if not section and hint in (None, Any):
             continue
-        value = namespace.get(key)
+        value, written = namespace.get(key), _at(values, key)
         if value is None and type(None) not in _members(hint):
             raise ValueError(f"{key} is null, and it needs a value. Leave the key out for its default, or set it.")
-        if section and value is not None and not isinstance(value, Namespace):
+        # jsonargparse takes an empty list for an empty section; a text names a file.
+        wrong = next((v for v in (written, value) if not isinstance(v, dict | Namespace | str | None)), None)
+        if section and wrong is not None:
             raise ValueError(
-                f"{key} is a section of keys and values, and {value!r} was given. Write its keys below it."
+                f"{key} is a section of keys and values, and {wrong!r} was given. Write its keys below it."
             )
 
 
