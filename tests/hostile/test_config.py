@@ -230,7 +230,7 @@ def configurations(draw: st.DrawFn, folder: Path) -> str:
     return text
 
 
-@examples(25)
+@examples(30)
 @given(st.data())
 def test_configuration_files(folder: Path, data: st.DataObject) -> None:
     text = data.draw(configurations(folder))
@@ -276,7 +276,7 @@ def wrong(hint: Any) -> st.SearchStrategy[Any] | None:
     return st.one_of(strategies)
 
 
-@examples(25)
+@examples(30)
 @given(st.data())
 def test_values_of_a_wrong_type(folder: Path, data: st.DataObject) -> None:
     """In the file or on the command line, refused for what they are: not because the model is missing."""

@@ -395,4 +395,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLives = Life.TestCase
-TestLives.settings = examples(15, stateful_step_count=14)
+TestLives.settings = examples(25, stateful_step_count=14)

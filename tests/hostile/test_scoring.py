@@ -72,7 +72,7 @@ def weights_like(values: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, values.numel(), dtype=values.dtype).view_as(values)
 
 
-@examples(60)
+@examples(70)
 @given(st.data())
 def test_scores_of_a_policy(data: st.DataObject) -> None:
     draw = data.draw
