@@ -16,6 +16,7 @@ from torch import nn
 from trl.generation.vllm_generation import VLLMGeneration
 
 from refkl import Reference, build_reference
+from refkl.backend import canonical_name
 from refkl.backend.adapters import base_kept, keeping_base
 
 FAMILIES: dict[str, tuple[Callable[..., Any], list[str]]] = {"llama": (llama, ["q_proj"]), "gpt2": (gpt2, ["c_attn"])}
@@ -88,6 +89,26 @@ def test_weights_loaded_over_the_base(family: str, strategy: str) -> None:
     policy.load_state_dict({n: t + 0.1 for n, t in same.items() if "lora_" not in n}, strict=False)
     with pytest.raises(ValueError, match=r"changed without an update or load: .*shares with the policy"):
         reference.score(batch())
+
+
+@pytest.mark.parametrize("strategy", ["adapter", "swap"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_changed_before_the_first_score(family: str, strategy: str) -> None:
+    policy = made(family)
+    reference = build_reference(policy, strategy)
+    name, weight = next((n, p) for n, p in policy.named_parameters() if not p.requires_grad)
+    with torch.no_grad():
+        weight.add_(0.0)  # the same numbers are no change
+    with reference.keep_active():
+        reference.score(batch())
+    changed = build_reference(policy, strategy)
+    with torch.no_grad():
+        weight.add_(0.1)
+    message = f"changed without an update or load: {canonical_name(name)}, which it shares with the policy"
+    with pytest.raises(ValueError, match=message), changed.keep_active():
+        pass
+    with pytest.raises(ValueError, match=message):
+        changed.score(batch())
 
 
 @pytest.mark.parametrize("strategy", ["clone", "adapter", "swap"])

@@ -8,6 +8,7 @@ values of each adapted weight are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from weakref import ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,6 +53,7 @@ class SharedWeights:
     ) -> None:
         self._policy = policy
         self._names = set(names)
+        self._built = {name: (ref(tensor), tensor._version) for name, tensor in self._shared()}
         for name, tensor in named_weights(policy):
             if (modules or name in self._names) and tensor.is_inference():
                 raise ValueError(
@@ -120,11 +122,19 @@ class SharedWeights:
             self._versions = []  # ZeRO and FSDP write their shards themselves as they gather and scatter
             return
         adapted = {id(layer.get_base_layer().weight) for layer in self._layers.values() if _has_weight(layer)}
-        found = dict(self._policy.named_parameters(remove_duplicate=True)) | dict(self._policy.named_buffers())
-        shared = [(canonical_name(n), t) for n, t in found.items() if canonical_name(n) in self._names]
+        shared = self._shared()
+        for name, tensor in shared:
+            built, version = self._built.get(name, (None, -1))
+            if built is None or built() is not tensor or tensor._version != version:
+                self._check_digest(name, tensor)  # written into since the reference was built
+        self._built = {}
         self._versions = [(name, tensor, tensor._version) for name, tensor in shared]
         self._probed = [(name, tensor) for name, tensor in shared if id(tensor) in adapted]
         self._numbers = self._read() if self._probed else []
+
+    def _shared(self) -> list[tuple[str, Tensor]]:
+        found = dict(self._policy.named_parameters(remove_duplicate=True)) | dict(self._policy.named_buffers())
+        return [(canonical_name(n), t) for n, t in found.items() if canonical_name(n) in self._names]
 
     def _read(self) -> list[float]:
         """Return the probed values of all adapted weights, in one transfer from the device."""
