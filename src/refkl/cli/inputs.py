@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -26,6 +27,20 @@ from refkl.rewards import TASK_SOURCE, RewardModel, TaskReward, task_data
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+def import_module(name: str, asked: str) -> ModuleType:
+    """Return a module; those in the working directory are found too.
+
+    Raises:
+        ValueError: there is no such module; the message begins with `asked`.
+    """
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{asked}, and importing it failed: {error}.") from None
+
+
 def import_function(path: str, key: str) -> Callable[..., Any]:
     """Return the function that "package.module:function" names; modules in the working directory are found too.
 
@@ -33,12 +48,7 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
         ValueError: no such module or function.
     """
     module_name, name = path.split(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{key} is {path!r}, and importing it failed: {error}.") from None
+    module = import_module(module_name, f"{key} is {path!r}")
     if not callable(function := getattr(module, name, None)):
         raise ValueError(f"{key} is {path!r}, but {module_name} has no function {name!r}.{nearest(name, dir(module))}")
     return function

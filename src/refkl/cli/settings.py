@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
 from refkl.backend import given_once, watch_compile_locks
+from refkl.cli.inputs import import_module
 from refkl.config import RunConfig, choices
 from refkl.messages import nearest, unknown
 from refkl.yaml_files import YamlRefused, parse_yaml, read_yaml
@@ -87,6 +88,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     if path is None:
         raise ValueError("refkl train needs a configuration file, as in: refkl train configs/quickstart.yaml")
     given |= set(_flat(values))
+    _import(_option(options, "--imports") or values.get("imports"))
     for key in sorted(given):
         hint = _check_key(key, TRAINER_CONFIGS[method])
         value = _option(options, f"--{key}") or _at(values, key)
@@ -101,7 +103,7 @@ def parse_run(arguments: list[str]) -> ParsedRun:
         if not torch.accelerator.is_available():
             _settle_cpu(namespace, given)
         _check_values(values, namespace, given, TRAINER_CONFIGS[method])
-        resolved = parser.dump(namespace, skip_none=False)
+        resolved = parser.dump(namespace, skip_unset=False)
         built = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -113,6 +115,15 @@ def parse_run(arguments: list[str]) -> ParsedRun:
     if built.trainer.model_init_kwargs:
         raise ValueError("trainer.model_init_kwargs would be ignored: refkl loads the model. Use model.init_kwargs.")
     return ParsedRun(config, built.trainer.as_dict(), resolved, path)
+
+
+def _import(names: Any) -> None:
+    """Import the modules of `imports`, from the file or the command line. Other values are refused with all others."""
+    if isinstance(names, str):
+        names = parse_yaml(names)
+    for name in names if isinstance(names, list) else []:
+        if isinstance(name, str):
+            import_module(name, f"imports names {name!r}")
 
 
 def peft_config(values: dict[str, Any] | None) -> PeftConfig | None:

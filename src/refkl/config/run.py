@@ -144,6 +144,9 @@ class RunConfig:
     """The policy."""
     data: DataConfig
     """The training data."""
+    imports: list[str] = field(default_factory=list)
+    """Modules that are imported before anything else is read, such as one that registers a reference strategy. They may
+    be in the working directory."""
     peft: dict[str, Any] | None = None
     """A PEFT configuration: `peft_type` (LORA, IA3, …) and the fields of that type. None trains the model itself."""
     reward: list[RewardConfig] = field(default_factory=list)

@@ -26,10 +26,11 @@ class BatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise ValueError if the training data does not fill one batch."""
-        loader = kwargs.get("train_dataloader")
+        loader: Any = kwargs.get("train_dataloader")
         if not has_length(loader) or len(loader):
             return
-        rows = f"{len(loader.dataset)} rows" if has_length(loader.dataset) else "data"
+        data: Any = getattr(loader, "dataset", None)
+        rows = f"{len(data)} rows" if has_length(data) else "data"
         generations = vars(args).get("num_generations")
         if generations is not None:
             needed = vars(args)["generation_batch_size"] // generations

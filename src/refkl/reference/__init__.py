@@ -9,6 +9,7 @@ from refkl.reference.registry import STRATEGIES, build_reference, choose, regist
 from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.adapter import AdapterReference
 from refkl.reference.strategies.clone import CloneReference
+from refkl.reference.strategies.frozen_copy import frozen_copy
 from refkl.reference.strategies.fsdp2 import FSDP2Reference
 from refkl.reference.strategies.shared_trunk import SharedTrunkReference
 from refkl.reference.strategies.swap import SwapReference
@@ -31,6 +32,7 @@ __all__ = [
     "Zero3Reference",
     "build_reference",
     "choose",
+    "frozen_copy",
     "register_strategy",
     "score_pair",
     "why_not_here",

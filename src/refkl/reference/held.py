@@ -24,9 +24,13 @@ from refkl.reference.score import Conditions, prepared, score_held
 from refkl.reference.weights.identity import Identity
 from refkl.reference.weights.pairing import Pair
 from refkl.reference.weights.saved import Saved
+from refkl.reference.weights.tensors import bytes_held
 from refkl.scoring import ScoredLogits, completion_logits
 from refkl.scoring.row_proof import Apart, rows_apart
 from refkl.types import MemoryReport, TokenBatch, TokenScores
+
+ALL_SETTINGS = frozenset({"source", "dtype", "device", "offload", "quantize", "max_tokens", "averages", "max_kl_floor"})
+"""The fields of ReferenceConfig that refkl's own strategies honour, or refuse in `supports` with a reason."""
 
 
 class HeldReference(WriteHooks, Reference):
@@ -36,7 +40,7 @@ class HeldReference(WriteHooks, Reference):
     them with the policy's (`pairs`).
     """
 
-    takes = frozenset({"source", "dtype", "device", "offload", "quantize", "max_tokens", "averages", "max_kl_floor"})
+    takes = frozenset({"max_tokens", "averages"})
     movers: ClassVar[type[Mover]] = Mover
     """Class that moves the reference."""
 
@@ -81,8 +85,10 @@ class HeldReference(WriteHooks, Reference):
         self._refuse("cannot free its weights")
 
     def memory_of_weights(self) -> MemoryReport:
-        """Return the bytes of the reference's own weights on this rank."""
-        return MemoryReport(device=0, host=0)
+        """Return the bytes of the reference's own weights on this rank: by default, those that `weights` lists."""
+        if self.weights_freed:
+            return MemoryReport(device=0, host=0)
+        return bytes_held((weight.local for weight in self.weights() if self.owns(weight.name)), self.home())
 
     def holds_parts(self) -> bool:
         """Return True if this rank holds only a part of some weight."""

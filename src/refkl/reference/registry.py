@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from inspect import isabstract
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 from peft import PeftModel
@@ -18,6 +20,7 @@ from refkl.reference.contract import Reference
 from refkl.reference.request import BuildRequest
 from refkl.reference.strategies.adapter import AdapterReference
 from refkl.reference.strategies.clone import CloneReference
+from refkl.reference.strategies.frozen_copy import runs_another
 from refkl.reference.strategies.fsdp2 import FSDP2Reference
 from refkl.reference.strategies.given_model import GivenModel
 from refkl.reference.strategies.shared_trunk import SharedTrunkReference
@@ -45,12 +48,17 @@ def register_strategy(name: str, cls: type[Reference]) -> None:
     """Register your own strategy (see Reference for the contract).
 
     Raises:
-        ValueError: the name is taken, or reserved, or is not the class's `strategy`; `cls` is not a Reference.
+        ValueError: the name is taken, or reserved, or is not the class's `strategy`; `cls` is not a Reference, or lacks
+            methods that every reference has.
     """
     if name in STRATEGIES or name == "auto":
         raise ValueError(f"A strategy called {name!r} exists already; register yours under another name.")
     if not (isinstance(cls, type) and issubclass(cls, Reference)):
         raise ValueError(f"A strategy must be a subclass of refkl.Reference, got {cls!r}.")
+    if isabstract(cls):
+        raise ValueError(
+            f"{cls.__name__} lacks {', '.join(sorted(cls.__abstractmethods__))}. Write these methods first."
+        )
     if (own := getattr(cls, "strategy", None)) != name:
         raise ValueError(
             f"{cls.__name__} was to be registered as {name!r}, but its attribute `strategy` is {own!r}: runs would "
@@ -123,13 +131,18 @@ def _built(request: BuildRequest) -> Reference:
     else:
         name = config.strategy
         if name not in STRATEGIES:
-            raise unknown("strategy", name, [*STRATEGIES, "auto"])
+            raise ValueError(
+                f"{unknown('strategy', name, [*STRATEGIES, 'auto'])} A strategy of your own is known once its module is "
+                "imported: in a configuration file, list the module in imports."
+            )
         request = replace(request, options=filled_options(name, config.options))
         if (why_not := why_not_here(name, request)) is not None:
             raise ValueError(f"reference strategy {name!r} cannot work here: {why_not} {_instead(request)}")
         reason = f"asked for by name; {STRATEGIES[name].why(request)}"
     _check_device(config.device)
-    return STRATEGIES[name].build(request, reason)
+    built = STRATEGIES[name].build(request, reason)
+    _check_built(name, built, unwrap(request.policy))
+    return built
 
 
 def why_not_here(name: str, request: BuildRequest) -> str | None:
@@ -166,7 +179,36 @@ def filled_options(name: str, values: dict[str, Any]) -> Any:
     for field in fields(options):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"Strategy {name!r} needs reference.options.{field.name}, which is not set.")
+    hints = get_type_hints(options)
+    for given, value in values.items():
+        kinds = get_args(hints[given]) or (hints[given],)
+        if set(kinds) <= _PLAIN and type(value) not in kinds and not (type(value) is int and float in kinds):
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"reference.options.{given} is {value!r} of type {type(value).__name__}, but strategy {name!r} takes "
+                f"{wanted}."
+            )
     return options(**values)
+
+
+_PLAIN = {bool, int, float, str, NoneType}
+"""Types of which an option's value is checked."""
+
+
+def _check_built(name: str, built: Any, policy: nn.Module) -> None:
+    """Raise ValueError if what a strategy's `build` returned is no reference, or runs the policy by mistake."""
+    if not isinstance(built, Reference):
+        raise ValueError(
+            f"{STRATEGIES[name].__name__}.build must return a Reference, but returned a {type(built).__name__}."
+        )
+    for attribute, module in vars(built).items():
+        if isinstance(module, nn.Module) and (found := runs_another(module, policy)) is not None:
+            raise ValueError(
+                f"The module {attribute} of reference strategy {name!r} runs the policy: the forward of "
+                f"{found or 'the module itself'} was replaced by a function that is bound to the policy, and "
+                "copy.deepcopy kept that. Copy the policy with refkl.reference.frozen_copy, or delete 'forward' from "
+                "the __dict__ of the copied modules."
+            )
 
 
 def choose(request: BuildRequest) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,9 @@ from refkl.backend import named_weights
 from refkl.backend.adapters import adapter_parameters
 from refkl.backend.linear_layers import linear_layers
 from refkl.reference.quantized.layers import QuantizedLinear
+
+_DEEPEST = 20
+"""Number of wrappers that are followed, one inside the other."""
 
 
 def frozen_copy(
@@ -94,10 +99,43 @@ def _holder(forward: Any) -> types.FunctionType | None:
     if not isinstance(forward, types.FunctionType):
         inner = getattr(forward, "model_forward", None)  # accelerate's ConvertOutputsToFp32
         return None if inner is None else _holder(inner)
-    for cell in forward.__closure__ or ():
-        held = cell.cell_contents
+    # functools.wraps leaves what it wrapped in __wrapped__, also where the call itself is to a global.
+    for held in (*(cell.cell_contents for cell in forward.__closure__ or ()), getattr(forward, "__wrapped__", None)):
         if isinstance(held, nn.Module) or isinstance(getattr(held, "__self__", None), nn.Module):
             return forward
         if callable(held) and (found := _holder(held)) is not None:
             return found
     return None
+
+
+def runs_another(model: nn.Module, other: nn.Module) -> str | None:
+    """Return the name of a module in `model` whose own `forward` runs a module that only `other` has; None if there is
+    no such module. The model itself has the name ""."""
+    foreign = {id(module) for module in other.modules()} - {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if forward is not None and any(id(found) in foreign for found in _modules_in(forward, _DEEPEST)):
+            return name
+    return None
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    """Yield the modules that a function is bound to or has in its closure."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and callable(value):
+        parts = [
+            getattr(value, "__self__", None),
+            getattr(value, "__func__", None),
+            getattr(value, "__wrapped__", None),
+        ]
+        if isinstance(value, partial):
+            parts += [value.func, *value.args, *value.keywords.values()]
+        for cell in getattr(value, "__closure__", None) or ():
+            try:
+                parts.append(cell.cell_contents)
+            except ValueError:  # a cell that is not filled yet
+                continue
+        for part in parts:
+            if part is not None and part is not value:
+                yield from _modules_in(part, depth - 1)

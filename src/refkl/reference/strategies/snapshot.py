@@ -40,7 +40,7 @@ from refkl.backend.adapters import (
 )
 from refkl.backend.zero import release
 from refkl.reference.cost import Entry
-from refkl.reference.held import HeldReference
+from refkl.reference.held import ALL_SETTINGS, HeldReference
 from refkl.reference.request import BuildRequest
 from refkl.reference.weights.pairing import Pair, paired_weights
 from refkl.reference.weights.sharing import SharedWeights
@@ -259,6 +259,8 @@ class Snapshot:
 
 class OnSnapshot(HeldReference):
     """A reference that scores inside the policy, with its snapshot swapped in if it has one."""
+
+    takes = ALL_SETTINGS
 
     def __init__(self, request: BuildRequest, reason: str, source: str) -> None:
         policy = unwrap(request.policy)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refkl.backend import Weight, canonical_name, is_sharded, named_weights, outside_inference_mode, unwrap, weights_of
 from refkl.backend.adapters import LoraFactors, lora_factors, rank_dims
-from refkl.reference.held import HeldReference
+from refkl.reference.held import ALL_SETTINGS, HeldReference
 from refkl.reference.request import BuildRequest
 from refkl.reference.weights.pairing import Pair, paired_weights
 from refkl.reference.weights.sharing import SharedWeights
@@ -24,6 +24,8 @@ from refkl.types import MemoryReport
 
 class WholeCopy(HeldReference):
     """A separate model, frozen and in eval mode: `model` has the policy's parameter names."""
+
+    takes = ALL_SETTINGS
 
     def __init__(self, request: BuildRequest, reason: str, source: str, model: nn.Module) -> None:
         super().__init__(request, reason, source)
