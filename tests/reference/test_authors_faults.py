@@ -122,7 +122,7 @@ def test_a_class_that_lacks_methods() -> None:
     class Half(HeldReference):
         strategy = "half"
 
-    with pytest.raises(ValueError, match=r"Half lacks activate, .*weights"):
+    with pytest.raises(ValueError, match=r"Half lacks the methods activate, .*weights"):
         register_strategy("half", Half)
 
 
