@@ -166,7 +166,7 @@ def test_modules_to_import_are_named_in_the_configuration(
     (tmp_path / "registers_one.py").write_text("imported = True\nraise ValueError('registers_one was imported')\n")
     config = write_config(tmp_path, reference={"strategy": "mine2"})
     assert main(["check", str(config)]) == 2
-    assert "list the module in imports" in " ".join(capsys.readouterr().err.split())
+    assert "list it in imports" in " ".join(capsys.readouterr().err.split())
     assert main(["check", str(write_config(tmp_path)), "--imports", "[registers_one]"]) == 2
     assert "registers_one was imported" in capsys.readouterr().err
     assert main(["check", str(write_config(tmp_path, imports=["registers_one"]))]) == 2
