@@ -133,8 +133,8 @@ def _built(request: BuildRequest) -> Reference:
         if name not in STRATEGIES:
             found = unknown("strategy", name, [*STRATEGIES, "auto"])
             raise ValueError(
-                f"{found} A strategy of your own is known once its module is imported: in a configuration file, list it "
-                "in imports."
+                f"{found} A strategy of your own is known once its module is imported: in a configuration file, list "
+                "it in imports."
             )
         request = replace(request, options=filled_options(name, config.options))
         if (why_not := why_not_here(name, request)) is not None:
