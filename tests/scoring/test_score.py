@@ -358,3 +358,11 @@ def test_a_cap_that_is_set_after_the_first_score():
     for cap in (2.0, 0.5, 1.0):
         model.config.final_logit_softcapping = cap
         torch.testing.assert_close(score_tokens(model, tokens).logp, through_logits(model, tokens))
+
+
+def test_detached_entropies_have_no_gradient() -> None:
+    logits = completion_logits(llama(), batch())
+    detached, attached = scores_from(logits, entropy="detached").entropy, scores_from(logits, entropy=True).entropy
+    assert detached is not None and attached is not None and torch.equal(detached, attached)
+    assert attached.requires_grad and not detached.requires_grad
+    assert scores_from(logits).entropy is None
