@@ -137,6 +137,9 @@ def row_logits(model: nn.Module, family: str, batch: TokenBatch) -> list[tuple[i
     longest = int(attention.sum(-1).max())
     together = None
     if family == "dynamic" and longest >= _DYNAMIC_FROM:  # each row's scores depend on the longest row
+        for module in model.modules():  # transformers keeps the scale of the longest row that the model has ever seen
+            if (rope := getattr(module, "rotary_emb", None)) is not None:
+                module.rotary_emb = type(rope)(rope.config)
         together = model(input_ids=ids, attention_mask=attention.long(), position_ids=positions).logits
     found = []
     for row in range(len(batch)):

@@ -48,6 +48,8 @@ class ReferenceModel:
     ) -> Any:
         """Return the model's output for input_ids [B, T], or TRL's fused outputs with `fused_lm_head=True`.
 
+        The output is on the reference's device.
+
         Raises:
             ValueError: the weights are not in this process, or were freed.
         """
@@ -55,9 +57,9 @@ class ReferenceModel:
         if fused_lm_head:
             given = {"input_ids": input_ids, "attention_mask": attention, **inputs}
             return self._scored(**given, labels=labels, fused_lm_head=True)
-        if labels is not None:
-            inputs["labels"] = labels
         with self._running(input_ids, attention) as (model, tokens):
+            if labels is not None:
+                inputs["labels"] = labels.to(tokens.input_ids.device)
             return model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, **inputs)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
