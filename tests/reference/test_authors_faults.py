@@ -18,7 +18,7 @@ from support.train_inputs import write_config
 from torch import nn
 
 import refkl
-from refkl import HeldReference, ReferenceConfig, build_reference, register_strategy, score_tokens
+from refkl import HeldReference, Reference, ReferenceConfig, build_reference, register_strategy, score_tokens
 from refkl.backend import Weight, unwrap, weights_of
 from refkl.cli import main
 from refkl.reference import BuildRequest, Cost, frozen_copy
@@ -122,8 +122,15 @@ def test_a_class_that_lacks_methods() -> None:
     class Half(HeldReference):
         strategy = "half"
 
-    with pytest.raises(ValueError, match=r"Half lacks the methods activate, .*weights"):
+    with pytest.raises(ValueError, match=r"Half lacks activate, .*weights"):
         register_strategy("half", Half)
+
+    class Nameless(Reference):
+        strategy = "nameless"
+        supports, why, cost, build, score = Mine.supports, Mine.why, Mine.cost, Mine.build, Mine.score
+
+    with pytest.raises(ValueError, match=r"Nameless lacks identity\."):
+        register_strategy("nameless", Nameless)
 
 
 @pytest.mark.parametrize(

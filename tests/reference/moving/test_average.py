@@ -660,3 +660,18 @@ def test_trainable_parameters_are_untouched_by_an_update() -> None:
     before = [p.clone() for p in trainable_parameters(policy)]
     reference.update(moved(copy.deepcopy(policy)), alpha=0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, trainable_parameters(policy), strict=True))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("place", [0, 4095, 4096, 9000, 12799])
+def test_one_changed_element_is_found_wherever_it_is(place: int, alpha: float) -> None:
+    """After a move, an element that changed is read again, as the forward would read it."""
+    policy = llama(vocab_size=200, hidden_size=64)
+    reference = build_reference(policy, "clone")
+    weight, before = policy.model.embed_tokens.weight, policy.model.embed_tokens.weight.detach().clone()
+    with torch.no_grad():
+        weight.view(-1)[place] += 1.0
+    reference.update(policy, alpha)
+    found = {name: local for name, local, _ in reference.weights()}["model.embed_tokens.weight"]
+    change = (found - before).view(-1)
+    assert change[place].item() == pytest.approx(alpha, rel=1e-6) and change.count_nonzero() == 1

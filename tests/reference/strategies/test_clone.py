@@ -14,6 +14,7 @@ from support.models import batch, llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from refkl import ReferenceConfig, build_reference, freeze, score_tokens, trainable_parameters
@@ -271,3 +272,15 @@ def test_of_what_is_shared_a_digest_is_saved_alone(tmp_path) -> None:
     stranger = build_reference(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])), "clone")
     with pytest.raises(ValueError, match=r"lm_head\.weight is shared with the policy"):
         stranger.load(tmp_path)
+
+
+def test_pretrained_is_the_folder_and_not_the_policy_as_it_is_now(tmp_path) -> None:
+    llama().save_pretrained(tmp_path)
+    policy = LlamaForCausalLM.from_pretrained(tmp_path)
+    right = score_tokens(policy, batch()).logp.detach()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(2.0)
+    reference = build_reference(policy, ReferenceConfig(strategy="clone", source="pretrained"))
+    assert torch.equal(reference.score(batch()).logp, right)
+    now = build_reference(policy, "clone")
+    assert torch.equal(now.score(batch()).logp, score_tokens(policy, batch()).logp)
