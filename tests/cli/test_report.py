@@ -316,7 +316,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         [], "must have one number per token",
     ),
     "a cut reference": (damage("reference.json", '{"before": '), [], r"reference.json is damaged"),
-    "a cut configuration": (damage("config.yaml", "a: [1"), [], r"config.yaml is damaged"),
+    "a cut configuration": (damage("config.yaml", "a: [1"), [], r"config.yaml is not valid YAML"),
     "another kind of file": (lambda run: None, ["--output", "page.pdf"], "must end in .html or .htm or .png"),
     "a page and a picture": (lambda run: None, ["--png", "--output", "page.html"], "must end in .png"),
     "no folder for it": (lambda run: None, ["--output", "nowhere/page.html"], "there is no folder"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from support.models import batch, llama
 from support.train_inputs import write_config
 from torch import nn
@@ -102,8 +103,10 @@ def test_a_copy_that_runs_the_policy(change: Callable[[nn.Module], None], monkey
     assert torch.equal(reference.score(batch()).logp, before)
 
 
-def test_accelerates_forward_is_bound_to_the_copy() -> None:
+def test_accelerates_forward_is_bound_to_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """deepcopy binds a method to the copy, so this is the copy's own."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(PartialState, "_shared_state", {})
     policy = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(llama(), evaluation_mode=True)
     before = score_tokens(policy, batch()).logp.detach()
     reference = build_reference(policy, "mine")

@@ -279,3 +279,15 @@ def test_the_listed_models_prove_what_the_list_says(caplog: pytest.LogCaptureFix
     for model in (llama(), qwen2(), gpt2()):
         assert row_proof(model, shared_batch()) == RowProof()
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_quantised_layers_are_in_training_mode_during_a_trial() -> None:
+    """In eval mode without gradients, on some processors, they rewrite their weight in a form that cannot train."""
+    modules = pytest.importorskip("bitsandbytes").nn
+    model = llama()
+    layer = modules.Linear4bit(8, 8)
+    model.quantised = layer.eval()
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda *args: modes.append(layer.training))
+    row_proof(model, shared_batch())
+    assert modes and all(modes) and not layer.training and not model.training

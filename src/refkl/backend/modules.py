@@ -124,7 +124,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Each submodule's own mode is restored on exit, so that one left in eval inside a training model stays so.
     """
-    changed = [(module, module.training) for module in submodules(model) if module.training != _evaluates_as(module)]
+    changed = [(module, module.training) for module in submodules(model) if module.training != evaluates_as(module)]
     for module, training in changed:
         module.training = not training
     try:
@@ -134,7 +134,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _evaluates_as(module: nn.Module) -> bool:
+def evaluates_as(module: nn.Module) -> bool:
     """Return the value of `training` during evaluation: False, except for quantised layers of bitsandbytes.
 
     Its 4-bit layers in eval mode, without gradients, on a processor with AVX-512 BF16, rewrite their weight in place,

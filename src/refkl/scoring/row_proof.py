@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from refkl.backend import base_model, submodules, unwrap
-from refkl.backend.modules import dropout_rates
+from refkl.backend.modules import dropout_rates, evaluates_as
 from refkl.scoring.call import Call, packed_call, plain_call
 from refkl.scoring.packing.exact_models import why_not
 from refkl.scoring.packing.pack import pack_for_proof
@@ -270,19 +270,27 @@ def _tolerances(base: nn.Module, batch: TokenBatch) -> tuple[float, float]:
 
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Switch gradients and dropout off while open; on exit, restore the model's buffers and torch's random state."""
+    """Switch gradients and dropout off while open; on exit, restore the model's buffers and torch's random state.
+
+    Quantised layers whose eval mode rewrites their weight are in training mode meanwhile.
+    """
     modules = submodules(model)
+    rewriting = [m for m in modules if not m.training and evaluates_as(m)]
     rates = [(m, rates) for m in modules if m.training and (rates := dropout_rates(m))]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         try:
+            for module in rewriting:
+                module.training = True
             for module, values in rates:
                 for name in values:
                     setattr(module, name, 0.0)
             yield
         finally:
+            for module in rewriting:
+                module.training = False
             for module, values in rates:
                 for name, rate in values.items():
                     setattr(module, name, rate)

@@ -53,7 +53,6 @@ class SharedWeights:
     ) -> None:
         self._policy = policy
         self._names = set(names)
-        self._built = {name: (ref(tensor), tensor._version) for name, tensor in self._shared()}
         for name, tensor in named_weights(policy):
             if (modules or name in self._names) and tensor.is_inference():
                 raise ValueError(
@@ -61,6 +60,7 @@ class SharedWeights:
                     "counts no changes and cannot be trained. Load the policy outside torch.inference_mode, or only "
                     "compare it, with reference.strategy 'clone'."
                 )
+        self._built = {name: (ref(t), t._version) for name, t in self._shared() if not t.is_inference()}
         self._recorded = recorded
         self._layers = {name: m for name, m in policy.named_modules() if isinstance(m, BaseTunerLayer)}
         self._merged = {name: list(layer.merged_adapters) for name, layer in self._layers.items()}
