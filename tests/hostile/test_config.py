@@ -289,7 +289,8 @@ def test_values_of_a_wrong_type(folder: Path, data: st.DataObject) -> None:
     options: list[str] = []
     if data.draw(st.booleans()):
         set_at(values, path, value)
-    elif value is not None and str not in (hint, *get_args(hint)):  # on the command line, anything is a text
+    elif value is not None and str not in (hint, *get_args(hint)) and path != "resume":
+        # On the command line anything is a text, and --resume names a checkpoint.
         options = [f"--{path}", yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()]
     else:
         return
