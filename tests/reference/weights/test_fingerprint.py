@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -27,6 +29,7 @@ def splitmix(seed: int) -> int:
     return x ^ (x >> 31)
 
 
+@cache
 def key_seed(seed: int) -> int:
     """What _odd makes of a seed: SplitMix64 adds its constant once a step."""
     return splitmix(((seed + 1) * 0x9E3779B97F4A7C15 - 0x9E3779B97F4A7C15) & MASK) | 1
@@ -38,7 +41,7 @@ def plain_sum(values: Tensor, block: int) -> int:
     total = 0
     for place in range(len(data) // 4):
         word = int.from_bytes(data[4 * place : 4 * place + 4], "little", signed=True)
-        total += word * key_seed(place % block) * key_seed(place // block + fingerprint._OUTER)
+        total += word * key_seed(place % block) * key_seed(place // block + 2**62)
     return total & MASK
 
 
@@ -141,3 +144,20 @@ def test_every_element_of_a_model_counts(family: str) -> None:
         assert [n for n, d in reference.digests.items() if d != before[n]] == [name]
         flat[-1] = kept
     assert reference.fingerprint() == first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 4096, 140_001])
+def test_the_sum_is_the_documented_one(dtype: torch.dtype, count: int) -> None:
+    """With the constants as they are: saved references and caches hold such sums."""
+    whole = (torch.randn(count + 3) * 50).to(dtype)
+    for tensor in (whole[:count], whole[3:]):  # the second begins at no whole word
+        found = int(content_sum(tensor, Whole(tensor.shape))) % 2**64
+        assert found == plain_sum(tensor, 2**16)
+
+
+def test_a_fingerprint_of_an_earlier_version() -> None:
+    weights = [Weight("a.weight", torch.arange(6.0).view(2, 3), Whole(torch.Size([2, 3])))]
+    found = digests(weights)
+    assert found == {"a.weight": f"torch.float32 [2, 3] {plain_sum(weights[0].local, 2**16):016x}"}
+    assert combined(found) == hashlib.sha256(f"a.weight {found['a.weight']}".encode()).hexdigest()
