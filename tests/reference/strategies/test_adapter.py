@@ -226,6 +226,40 @@ def test_load_never_writes_into_the_policys_base(tmp_path) -> None:
         assert torch.equal(other.get_base_model().model.norm.weight, before)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_its_state_before_the_first_move_loads_after_it(alpha: float, tmp_path: Path) -> None:
+    """Then it is the policy with its adapter off again, and moves again as it did."""
+    policy = _lora()
+    reference = build_reference(policy, "adapter")
+    start, fingerprint = reference.score(batch()).logp, reference.fingerprint()
+    reference.save(tmp_path / "start")
+    _trained(policy)
+    reference.update(policy, alpha)
+    moved = reference.score(batch()).logp
+    reference.save(tmp_path / "moved")
+    reference.load(tmp_path / "start")
+    assert torch.equal(reference.score(batch()).logp, start) and not torch.equal(moved, start)
+    assert (reference.strategy, reference.updates, reference.fingerprint()) == ("adapter", 0, fingerprint)
+    assert reference.memory().total == 0
+    reference.update(policy, alpha)
+    assert torch.equal(reference.score(batch()).logp, moved)
+    reference.load(tmp_path / "start")
+    reference.load(tmp_path / "moved")
+    assert torch.equal(reference.score(batch()).logp, moved) and reference.strategy == "swap"
+
+
+def test_a_refused_load_of_another_base_leaves_a_moved_reference_as_it_was(tmp_path: Path) -> None:
+    build_reference(_lora(), "adapter").save(tmp_path)
+    policy = _lora()  # with other random weights
+    reference = build_reference(policy, "adapter")
+    reference.update(_trained(policy), 0.3)
+    moved, fingerprint = reference.score(batch()).logp, reference.fingerprint()
+    with pytest.raises(ValueError, match="shared with the policy"):
+        reference.load(tmp_path)
+    assert torch.equal(reference.score(batch()).logp, moved) and reference.strategy == "swap"
+    assert reference.updates == 1 and reference.fingerprint() == fingerprint
+
+
 def test_options_that_it_cannot_honour_are_refused() -> None:
     for options in ({"dtype": "bfloat16"}, {"device": "cpu"}, {"source": "pretrained"}):
         with pytest.raises(ValueError, match="adapter"):

@@ -230,14 +230,20 @@ class AdapterReference(OnSnapshot):
 
     def load(self, folder: str | Path) -> None:
         with self._idle("be loaded into"):
-            if self.snapshot is not None or not Saved(Path(folder)).record.updates:
+            saved = Saved(Path(folder))
+            bare = saved.digests.keys() == {weight.name for weight in self.base_weights()}
+            if bare == (self.snapshot is None) or not (bare or saved.record.updates):
                 return super().load(folder)
+            before = self.snapshot, self.strategy, self.reason
             with self.known.restored_on_error():
-                self.take_snapshot()
+                if bare:
+                    self.drop_snapshot()
+                else:
+                    self.take_snapshot()
                 try:
                     super().load(folder)
                 except BaseException:
-                    self.drop_snapshot()
+                    self.snapshot, self.strategy, self.reason = before
                     raise
 
 
