@@ -22,9 +22,9 @@ SMALL = {"llama": lambda: llama(hidden_size=8, intermediate_size=8, num_hidden_l
          "gpt2": lambda: gpt2(n_embd=8, n_layer=1, n_head=2, vocab_size=32)}  # fmt: skip
 CASES = [
     ("llama", torch.float32, ReferenceConfig(strategy="clone")),
-    ("gpt2", torch.float32, ReferenceConfig(strategy="swap")),
+    pytest.param("gpt2", torch.float32, ReferenceConfig(strategy="swap"), marks=pytest.mark.slow),
     ("gpt2", torch.bfloat16, ReferenceConfig(strategy="clone", averages="host")),
-    ("llama", torch.bfloat16, ReferenceConfig(strategy="swap")),
+    pytest.param("llama", torch.bfloat16, ReferenceConfig(strategy="swap"), marks=pytest.mark.slow),
 ]
 UPDATES, PART = 10_200, 5_100
 
