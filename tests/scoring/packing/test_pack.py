@@ -6,7 +6,7 @@ import logging
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -334,3 +334,26 @@ def test_a_small_pair_takes_few_calls() -> None:
     finally:
         sys.setprofile(None)
     assert len(calls) <= 750, (len(calls), Counter(calls).most_common(10))
+
+
+PREFIXES: tuple[Literal["auto", "off"], ...] = ("auto", "off")
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("place", range(6))
+def test_prompts_that_differ_in_one_token_are_two_prompts(place: int, left: bool) -> None:
+    prompt = torch.arange(2, 8)
+    other = prompt.clone()
+    other[place] = 20
+    ids, mask, scored_at = torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12).bool(), torch.zeros(4, 12).bool()
+    for row, tokens in enumerate((prompt, other, prompt, other)):
+        at = 2 if left else 0
+        ids[row, at : at + 6], ids[row, at + 6 : at + 9] = tokens, torch.tensor([9 + row, 3, 5])
+        mask[row, at : at + 9], scored_at[row, at + 6 : at + 9] = True, True
+    packed = pack_tokens(TokenBatch(ids, mask, scored_at))
+    assert packed is not None and [segment.length for segment in packed.prompts] == [6, 6]
+    parents = [segment.parent for segment in packed.completions]
+    assert len(set(parents)) == 2 and packed.tokens == 2 * 6 + 4 * 2  # nothing follows a last token
+    model = llama()
+    found = [score_tokens(model, TokenBatch(ids, mask, scored_at, prefix=prefix)).logp for prefix in PREFIXES]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
