@@ -89,3 +89,14 @@ def test_values_of_the_command_line_are_read_as_before(tmp_path: Path) -> None:
     run = parse_run([str(config), *options])
     assert run.config.kl.coef == 0.25 and run.trainer["learning_rate"] == 1e-5
     assert parse_run([str(config), "--model.path", "a: b: c"]).config.model.path == "a: b: c"
+
+
+@pytest.mark.parametrize("text", ["\x00", "[a", "{a: 1", "a: b: c", "&a [*a"])
+@pytest.mark.parametrize("option", ["--imports", "--peft", "--model.freeze", "--kl"])
+def test_a_value_of_the_command_line_that_is_not_yaml(
+    option: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(write_config(tmp_path, "dpo")), option, text]) == 2
+    error = capsys.readouterr().err
+    assert "refkl: error: " in error and option[2:] in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()

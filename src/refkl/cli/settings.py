@@ -120,7 +120,10 @@ def parse_run(arguments: list[str]) -> ParsedRun:
 def _import(names: Any) -> None:
     """Import the modules of `imports`, from the file or the command line. Other values are refused with all others."""
     if isinstance(names, str):
-        names = parse_yaml(names)
+        try:
+            names = parse_yaml(names)
+        except yaml.YAMLError:
+            return  # jsonargparse will say where it is not YAML
     for name in names if isinstance(names, list) else []:
         if isinstance(name, str):
             import_module(name, f"imports names {name!r}")
